@@ -1,0 +1,25 @@
+"""The reference backend: every operator is its definition in plain torch. It refuses nothing and is the oracle of the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qcompile.ir.lowered import Kernel, KernelSpec
+
+
+@dataclass(frozen=True)
+class ReferenceBackend:
+    """Serves every specification by the operator's own reference; there is no source to emit.
+
+    `name` is `reference`, or `torch_cpu` where the engine may choose torch's packed matmuls for the same definitions.
+    """
+
+    name: str = "reference"
+
+    def refuses(self, spec: KernelSpec) -> str | None:
+        """Never."""
+        del spec
+
+    def emit(self, spec: KernelSpec) -> Kernel:
+        """A kernel without launches: the engine calls the operator."""
+        return Kernel(f"{self.name}.{spec.operator}", spec, "")

@@ -1,0 +1,32 @@
+"""Which backend serves a target, and the build of its kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from qcompile.codegen.reference import ReferenceBackend
+from qcompile.ir.lowered import Backend, Kernel
+from qcompile.target import Target
+
+
+def backend_for(target: Target) -> Backend:
+    """Triton for GPUs, torch's packed matmuls for CPUs, plain torch for `reference-*`."""
+    if target.is_cuda:
+        from qcompile.codegen.triton.backend import TritonBackend
+
+        return TritonBackend(target.arch)
+    return ReferenceBackend("torch_cpu" if target.arch == "cpu" else "reference")
+
+
+def build(kernels: Mapping[str, Kernel], target: Target) -> tuple[dict[str, Kernel], dict[str, bytes]]:
+    """Build kernels ahead of time: the kernels with what was built filled in, and binaries by file name.
+
+    Raises:
+        KernelBuildError: for a kernel that does not build, spills, exceeds shared memory or lacks an instruction it must have.
+    """
+    if not target.is_cuda:
+        return {name: kernel for name, kernel in kernels.items() if kernel.source}, {}
+    from qcompile.codegen.triton.build import build_kernels
+
+    built, binaries = build_kernels(list(kernels.values()), target.arch)
+    return {kernel.name: kernel for kernel in built}, binaries

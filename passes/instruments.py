@@ -1,0 +1,60 @@
+"""What watches passes from inside the pipeline: the numeric check."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qcompile.errors import PassError
+from qcompile.ir.graph import Graph
+from qcompile.passes.base import Pass, PassContext
+from qcompile.passes.convert_dtype import convert
+
+EXACT_TOLERANCE = 1e-9
+"""Of the largest magnitude, in float64: only rounding may differ."""
+
+
+@dataclass(frozen=True)
+class NumericCheck:
+    """Runs the graph before and after a pass on the graph's example inputs and compares the outputs.
+
+    Exact passes are compared in float64, so that nothing but their own arithmetic can differ; others in the graph's own dtype.
+    """
+
+    tolerance: float = EXACT_TOLERANCE
+
+    def measure(self, before: Graph, after: Graph, step: Pass, ctx: PassContext) -> float:
+        """The relative error max|a-b| / max|b|.
+
+        Raises:
+            PassError: if an exact pass exceeds the tolerance or produces NaN where there was none.
+        """
+        exact = step.is_exact(ctx)
+        error = relative_error(outputs(after, wide=exact), outputs(before, wide=exact))
+        if exact and not error <= self.tolerance:
+            raise PassError(f"{step.name}: expected the same function within {self.tolerance:g} (float64, relative to the largest output), got {error:.3g}; the pass is wrong on this graph, disable it with --disable-pass {step.name}")
+        return error
+
+
+def outputs(graph: Graph, *, wide: bool) -> list[Tensor]:
+    """The outputs on the example inputs, computed in float64 if `wide`."""
+    program = graph.clone() if wide else graph
+    if wide:
+        convert(program, torch.float64)
+    return program.run([program.interface.examples[node.name] for node in program.placeholders])
+
+
+def relative_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """max|a-b| / max|b| over the outputs that both have (a cache adds outputs behind the logits); NaN counts as infinite."""
+    worst = 0.0
+    for a, b in zip(got, expected, strict=False):
+        if a.shape != b.shape:
+            return float("inf")
+        difference = (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
+        scale = b.double().abs().max().item() if b.numel() else 1.0
+        error = difference / scale if scale else difference
+        worst = max(worst, error if error == error else float("inf"))
+    return worst

@@ -1,0 +1,109 @@
+"""From a node of the final graph to the specification of the kernel that would serve it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qcompile.ir.graph import Graph
+from qcompile.ir.lowered import BUCKETS, KernelSpec
+from qcompile.passes.raise_patterns import activation_name
+from qcompile.quant.scheme import dtype_name
+
+aten = torch.ops.aten
+qcompile = torch.ops.qcompile
+_INTEGERS = {torch.int64: "i64", torch.int32: "i32"}
+Sizes = dict[str, int]
+
+
+def _last(operand: str, name: str) -> Callable[[dict[str, Any]], Sizes]:
+    return lambda operands: {name: operands[operand].shape[-1]}
+
+
+def _matrix(operands: dict[str, Any]) -> Sizes:
+    return {"N": operands["weight" if "weight" in operands else "codes"].shape[0], "K": operands["x"].shape[-1]}
+
+
+def _table(operands: dict[str, Any]) -> Sizes:
+    return {"N": operands["weight" if "weight" in operands else "codes"].shape[0], "K": operands["out"].shape[-1]}
+
+
+def _attend(operands: dict[str, Any]) -> Sizes:
+    return {"H": operands["q"].shape[1], "L": operands["keys"].shape[1], "D": operands["q"].shape[3]}
+
+
+OPERATORS: dict[Any, tuple[str, tuple[str, ...], Callable[[dict[str, Any]], Sizes], bool]] = {
+    aten.linear.default: ("linear", ("x", "weight", "bias"), _matrix, True),
+    qcompile.quantized_linear.default: ("quantized_linear", ("x", "codes", "scale", "zero", "bias"), _matrix, True),
+    qcompile.rms_norm.default: ("rms_norm", ("x", "weight"), _last("x", "K"), False),
+    qcompile.add_rms_norm.default: ("add_rms_norm", ("x", "residual", "weight"), _last("x", "K"), False),
+    aten.layer_norm.default: ("layer_norm", ("x", "", "weight", "bias"), _last("x", "K"), False),
+    qcompile.rotary_table.default: ("rotary_table", ("positions", "inv_freq"), _last("inv_freq", "F"), False),
+    qcompile.rope.default: ("rope", ("x", "cos", "sin"), lambda o: {"H": o["x"].shape[1], "R": o["x"].shape[3]}, False),
+    qcompile.gated_activation.default: ("gated_activation", ("gate", "up"), _last("gate", "I"), False),
+    qcompile.cache_append.default: (
+        "cache_append_", ("keys", "values", "k", "v", "page_table", "positions"), lambda o: {"L": o["keys"].shape[1], "D": o["keys"].shape[3]}, False,
+    ),
+    qcompile.cache_attend.default: ("cache_attend", ("q", "keys", "values", "page_table", "positions", "", "", "", "sinks"), _attend, True),
+    aten.embedding.default: ("embedding", ("weight", "indices"), _table, False),
+    qcompile.quantized_embedding.default: ("quantized_embedding", ("indices", "codes", "scale", "zero"), _table, False),
+    aten.add.Tensor: ("add", ("x", "y"), _last("x", "K"), False),
+    aten.gelu.default: ("activation", ("x",), _last("x", "K"), False),
+    aten.silu.default: ("activation", ("x",), _last("x", "K"), False),
+    aten.relu.default: ("activation", ("x",), _last("x", "K"), False),
+}  # fmt: skip
+"""Operator -> the specification's name, its operands by position ("" is not a tensor), its sizes, and whether it has buckets."""
+
+_NO_RESULT = ("cache_append_",)
+
+
+def kernel_specs(graph: Graph, node: fx.Node) -> dict[str, KernelSpec]:
+    """The specification per bucket (one under "" where rows do not matter); empty for an operator no kernel is made for."""
+    if node.target not in OPERATORS:
+        return {}
+    name, names, sizes, bucketed = OPERATORS[node.target]
+    arguments = {operand: value for operand, value in zip(names, node.args, strict=False) if operand and isinstance(value, fx.Node)}
+    values: dict[str, Any] = {operand: value.meta["val"] for operand, value in arguments.items()}
+    results = node.meta["val"] if isinstance(node.meta["val"], tuple | list) else (node.meta["val"],)
+    if name not in _NO_RESULT:
+        values |= {f"out{index or ''}": value for index, value in enumerate(results)}
+    if not _regular(node, values, name):
+        return {}
+    formats = {operand: _format(graph, arguments.get(operand), value) for operand, value in values.items()}
+    parts = (tuple(sorted(sizes(values).items())), tuple(sorted(formats.items())), tuple(sorted(_options(node, name).items())))
+    return {bucket: KernelSpec(name, *parts, bucket) for bucket in (BUCKETS if bucketed else ("",))}
+
+
+def _regular(node: fx.Node, values: dict[str, Any], name: str) -> bool:
+    """Whether the call has the form the kernel is defined for: tensors only, nothing broadcast in an add."""
+    if not all(isinstance(value, Tensor) and isinstance(value.shape[-1], int) for value in values.values() if value.dim() and value.dim() != 2):
+        return False
+    if name == "add":
+        shapes = [list(map(str, value.shape)) for value in values.values()]
+        return len(values) == 3 and not node.kwargs and shapes[0] == shapes[1]
+    if name == "layer_norm":
+        return len(node.args[1]) == 1  # type: ignore[arg-type]
+    return True
+
+
+def _format(graph: Graph, node: fx.Node | None, value: Tensor) -> str:
+    constant = graph.constant(node)
+    if constant is not None and constant.format is not None and constant.dtype == torch.uint8 and "codes" in str(node.target):  # type: ignore[union-attr]
+        return str(constant.format)
+    return _INTEGERS.get(value.dtype, dtype_name(value.dtype))
+
+
+def _options(node: fx.Node, name: str) -> dict[str, Any]:
+    """The static attributes of the call, by the names of the operator's schema."""
+    if name == "activation":
+        return {"activation": activation_name(node)}
+    if name == "layer_norm":
+        return {"eps": node.args[4] if len(node.args) > 4 else 1e-5}
+    wanted = {"rms_norm": ("eps", "offset"), "add_rms_norm": ("eps", "offset"), "rotary_table": ("scaling",), "gated_activation": ("activation",)}
+    wanted["cache_attend"] = ("scale", "window", "softcap")
+    schema = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = dict(zip(schema, node.args, strict=False)) | node.kwargs
+    return {key: given[key] for key in wanted.get(name, ()) if key in given}

@@ -1,0 +1,80 @@
+"""For every operator a kernel of the backend, or the reference and the reason why; the coverage table is made here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from qcompile.ir.graph import Graph, operator_name
+from qcompile.ir.lowered import Backend, Kernel, KernelSpec
+from qcompile.ir.records import CoverageRow
+from qcompile.passes.base import Pass, PassContext
+from qcompile.passes.kernel_specs import kernel_specs
+from qcompile.quant.scheme import dtype_name
+
+aten = torch.ops.aten
+qcompile = torch.ops.qcompile
+COVERED = (
+    aten.linear.default, aten.embedding.default, aten.conv2d.default, qcompile.quantized_linear.default, qcompile.quantized_embedding.default,
+    qcompile.attention.default, qcompile.cache_attend.default, qcompile.moe_experts.default, aten.scaled_dot_product_attention.default,
+)  # fmt: skip
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True)
+class LowerToKernels(Pass):
+    """Choose a kernel per operator and row bucket from the backend; refused operators run as their reference."""
+
+    name: ClassVar[str] = "lower-to-kernels"
+
+    def run(self, graph: Graph, ctx: PassContext) -> bool:
+        """Annotates nodes (`meta["kernels"]`: bucket -> kernel name) and collects `ctx.products["kernels"]`; rewrites nothing."""
+        kernels: dict[KernelSpec, Kernel] = {}
+        notes = {node: (reason, chosen) for _, node, reason, chosen in ctx.notes}
+        for node in graph.nodes:
+            if node.op != "call_function":
+                continue
+            specs = kernel_specs(graph, node)
+            refused = _assign(node, specs, ctx.backend, kernels)
+            if node.target in COVERED:
+                ctx.coverage.append(_coverage_row(graph, node, notes.get(node.name, ("", False)), refused, ctx.backend))
+        ctx.products["kernels"] = {kernel.name: kernel for kernel in kernels.values()}
+        return False
+
+
+def _assign(node: fx.Node, specs: dict[str, KernelSpec], backend: Backend | None, kernels: dict[KernelSpec, Kernel]) -> str:
+    """Give the node its kernels; returns why not, where it is refused."""
+    if backend is None:
+        return ""
+    specs = specs or {"": KernelSpec(operator_name(node.target), (), ())}
+    for spec in specs.values():
+        reason = backend.refuses(spec)
+        if reason is not None:
+            return f"{spec.operator}{f' [{spec.bucket}]' if spec.bucket else ''}: {reason}"
+    for spec in specs.values():
+        if spec not in kernels:
+            kernels[spec] = backend.emit(spec)
+    node.meta["kernels"] = {bucket: kernels[spec].name for bucket, spec in specs.items()}
+    return ""
+
+
+def _coverage_row(graph: Graph, node: fx.Node, note: tuple[str, bool], refused: str, backend: Backend | None) -> CoverageRow:
+    weight = next((str(used.target) for used in _weights(graph, node)), "")
+    constant = graph.constants.get(weight)
+    form = str(constant.format) if constant is not None and constant.format is not None else dtype_name(node.meta["val"].dtype)
+    names = node.meta.get("kernels")
+    kernel = ", ".join(dict.fromkeys(names.values())) if names else REFERENCE
+    reason, chosen = note
+    why = "; ".join(part for part in (reason, refused and f"refused by {backend.name if backend else ''}: {refused}") if part)
+    module = weight.removesuffix(".codes")
+    return CoverageRow(node.name, operator_name(node.target), module, form, kernel, why, node.meta.get("source", ""), chosen and not refused)
+
+
+def _weights(graph: Graph, node: fx.Node) -> Iterable[fx.Node]:
+    """The largest constant the node reads, first."""
+    constants = [used for used in node.all_input_nodes if used.op == "get_attr"]
+    return sorted(constants, key=lambda used: -graph.constants[str(used.target)].nbytes)

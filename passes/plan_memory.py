@@ -1,0 +1,78 @@
+"""The last pass: nodes become steps over buffers, with lifetimes, offsets in one arena, and the cache written in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from qcompile.ir.graph import Graph
+from qcompile.ir.lowered import Entry, Plan
+from qcompile.passes.base import Pass, PassContext
+from qcompile.passes.memory import Lifetime, assign_offsets
+from qcompile.passes.steps import StepBuilder
+
+qcompile = torch.ops.qcompile
+
+
+@dataclass(frozen=True)
+class PlanMemory(Pass):
+    """Make `ctx.products["plan"]`: `forward`, and for a model with a cache `prefill` (last logits only) and `decode` (one token)."""
+
+    name: ClassVar[str] = "plan-memory"
+
+    def run(self, graph: Graph, ctx: PassContext) -> bool:
+        """Reads the graph and rewrites nothing."""
+        if graph.interface.kind == "cached_lm":
+            last = last_logits_only(graph)
+            entries = [
+                build_entry("forward", graph, {}),
+                build_entry("prefill", last, {"batch": ctx.max_batch, "sequence": ctx.prefill_chunk}),
+                build_entry("decode", graph, {"batch": ctx.max_batch, "sequence": 1}),
+            ]
+        else:
+            entries = [build_entry("forward", graph, {"batch": ctx.max_batch, "sequence": ctx.max_context})]
+        kernels = tuple(sorted({name for entry in entries for step in entry.steps for name in step.kernels.values()}))
+        ctx.products["plan"] = Plan({entry.name: entry for entry in entries}, kernels)
+        return False
+
+
+def build_entry(name: str, graph: Graph, limits: dict[str, int]) -> Entry:
+    """The steps of `graph`, with memory planned at `limits` where these name every symbol of its intermediates."""
+    builder = StepBuilder(graph)
+    entry = builder.entry(name)
+    sizes = builder.intermediate_bytes(limits)
+    if not limits or sizes is None:
+        return entry
+    lifetimes = {buffer: Lifetime(size, *builder.lifetime(buffer)) for buffer, size in sizes.items()}
+    offsets, total = assign_offsets(lifetimes)
+    buffers = {key: replace(buffer, offset=offsets[key]) if key in offsets else buffer for key, buffer in entry.buffers.items()}
+    return replace(entry, buffers=buffers, limits=limits, arena_bytes=total)
+
+
+def last_logits_only(graph: Graph) -> Graph:
+    """A copy that computes logits [B, 1, V] of each sequence's last real token: the head sees one row per sequence."""
+    copy = graph.clone()
+    positions = next(node for node in copy.placeholders if node.name == "positions")
+    tail = _token_wise_tail(copy.output.args[0][0])  # type: ignore[index, arg-type]
+    first = tail[0]
+    source = first.args[0]
+    assert isinstance(source, fx.Node)
+    gathered = copy.insert(first, qcompile.gather_last.default, (source, positions), source=first)
+    first.replace_input_with(source, gathered)
+    for node in tail:
+        node.meta["val"] = copy.infer(node)
+    return copy
+
+
+def _token_wise_tail(logits: fx.Node) -> list[fx.Node]:
+    """The chain from the head's linear to the logits, in order: each reads one computed tensor [B, S, *]."""
+    chain = [logits]
+    while chain[0].target not in (torch.ops.aten.linear.default, qcompile.quantized_linear.default):
+        computed = [node for node in chain[0].all_input_nodes if node.op == "call_function"]
+        if len(computed) != 1:
+            break
+        chain.insert(0, computed[0])
+    return chain

@@ -1,0 +1,193 @@
+"""From nodes to the steps and buffers of a plan."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qcompile.errors import ArtifactError, PassError
+from qcompile.ir.allowed import name_of
+from qcompile.ir.graph import Graph
+from qcompile.ir.lowered import Buffer, Entry, Step
+from qcompile.ir.size import Size, evaluate
+from qcompile.ir.symbols import size_expression
+from qcompile.ir.verify import where
+from qcompile.quant.scheme import dtype_name
+
+aten = torch.ops.aten
+qcompile = torch.ops.qcompile
+_VIEWS = (
+    aten.reshape.default, aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default, aten.slice.Tensor,
+    aten.select.int, aten.expand.default, aten.flatten.using_ints, aten.t.default, aten.unflatten.int, aten.narrow.default,
+    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int,
+)  # fmt: skip
+_TOKEN_MAJOR = (qcompile.cache_attend.default, qcompile.attention.default)
+
+
+class StepBuilder:
+    """Walks a graph once; `entry` gives its steps, `lifetime` and `intermediate_bytes` what memory planning asks for."""
+
+    def __init__(self, graph: Graph) -> None:
+        """Build steps and buffers."""
+        self.graph = graph
+        self.buffers: dict[str, Buffer] = {}
+        self.steps: list[Step] = []
+        self.values: dict[fx.Node, Any] = {}
+        self.fakes: dict[fx.Node, Any] = {}
+        self._first: dict[str, int] = {}
+        self._last: dict[str, int] = {}
+        for node in graph.nodes:
+            self._visit(node)
+        outputs = graph.output.args[0]
+        self.outputs = tuple(self.values[node] for node in outputs if self.values[node] not in self._states())  # type: ignore[union-attr, index]
+        for name in self.outputs:
+            root = self._root(name)
+            if self.buffers[root].kind == "intermediate":
+                self.buffers[root] = _with_kind(self.buffers[root], "output")
+
+    def _states(self) -> set[str]:
+        return {name for name, buffer in self.buffers.items() if buffer.kind == "state"}
+
+    def entry(self, name: str) -> Entry:
+        """The entry without planned memory."""
+        inputs = tuple(node.name for node in self.graph.placeholders)
+        return Entry(name, inputs, self.outputs, self.buffers, tuple(self.steps), {})
+
+    def lifetime(self, name: str) -> tuple[int, int]:
+        """First and last step at which the buffer or a view of it is touched."""
+        return self._first[name], self._last[name]
+
+    def intermediate_bytes(self, limits: Mapping[str, int]) -> dict[str, int] | None:
+        """Bytes of every intermediate at `limits`; None if one depends on a size that `limits` does not name."""
+        sizes: dict[str, int] = {}
+        for name, buffer in self.buffers.items():
+            if buffer.kind != "intermediate" or buffer.alias:
+                continue
+            try:
+                count = math.prod(evaluate(size, limits) for size in buffer.shape)
+            except ArtifactError:
+                return None
+            sizes[name] = count * _itemsize(buffer.dtype)
+        return sizes
+
+    def _visit(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            kind = "state" if node.name.startswith(("keys_", "values_")) and self.graph.interface.kind == "cached_lm" else "input"
+            self._add(node, node.name, node.meta["val"], kind)
+        elif node.op == "get_attr":
+            self._add(node, str(node.target), node.meta["val"], "constant")
+        elif node.op == "call_function":
+            self._visit_call(node)
+
+    def _visit_call(self, node: fx.Node) -> None:
+        value = node.meta.get("val")
+        if node.target is operator.getitem:
+            self.values[node] = self.values[node.args[0]][node.args[1]]  # type: ignore[index]
+            self.fakes[node] = self.fakes[node.args[0]][node.args[1]]  # type: ignore[index]
+        elif isinstance(value, int | float | torch.SymInt):
+            self.values[node] = {"size": self._size(value, node)}
+        elif node.target is qcompile.cache_append.default:
+            self._step(node, qcompile.cache_append_.default, ())
+            self.values[node] = tuple(self.values[state] for state in node.args[:2])
+            self.fakes[node] = tuple(self.fakes[state] for state in node.args[:2])
+        elif isinstance(value, tuple | list):
+            self._results(node, value)
+        else:
+            self._result(node, value)
+
+    def _result(self, node: fx.Node, value: Tensor) -> None:
+        alias, fake = self._view_of(node)
+        order = (0, 2, 1, 3) if node.target in _TOKEN_MAJOR else ()
+        self._add(node, node.name, value, "intermediate", alias, order, fake)
+        self._step(node, node.target, (node.name,))
+
+    def _results(self, node: fx.Node, value: Any) -> None:
+        alias, fakes = self._view_of(node)
+        names = tuple(f"{node.name}.{index}" for index in range(len(value)))
+        for name, item in zip(names, value, strict=True):
+            self._buffer(name, item, "intermediate", alias, (), node)
+            if not alias:
+                self._first[name] = self._last[name] = len(self.steps)
+        self.values[node] = names
+        self.fakes[node] = fakes if fakes is not None else tuple(self._fresh(item) for item in value)
+        self._step(node, node.target, names)
+
+    def _view_of(self, node: fx.Node) -> tuple[str, Any]:
+        """The buffer that a view operator's result shares, with the result's fake; ("", None) where it copies."""
+        if node.target not in _VIEWS:
+            return "", None
+        source = node.args[0]
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda item: self.fakes.get(item, item.meta["val"]))
+        with self.graph.mode:
+            result = node.target(*args, **kwargs)  # type: ignore[operator]
+        first = result[0] if isinstance(result, tuple | list) else result
+        shared = first.untyped_storage()._cdata == self.fakes[source].untyped_storage()._cdata  # type: ignore[index]
+        return (self.values[source], result) if shared else ("", None)  # type: ignore[index]
+
+    def _add(self, node: fx.Node, name: str, value: Tensor, kind: str, alias: str = "", order: tuple[int, ...] = (), fake: Any = None) -> None:
+        self._buffer(name, value, kind, alias, order, node)
+        self.values[node] = name
+        self.fakes[node] = fake if fake is not None else self._fresh(value, order)
+        if kind == "intermediate" and not alias:
+            self._first[name] = self._last[name] = len(self.steps)
+
+    def _buffer(self, name: str, value: Tensor, kind: str, alias: str, order: tuple[int, ...], node: fx.Node) -> None:
+        shape = tuple(self._size(size, node) for size in value.shape)
+        self.buffers[name] = Buffer(name, dtype_name(value.dtype), shape, kind, -1, alias, order)
+
+    def _fresh(self, value: Tensor, order: tuple[int, ...] = ()) -> Tensor:
+        """A fake in the memory order that the engine's buffer has."""
+        with self.graph.mode:
+            if not order:
+                return torch.empty(value.shape, dtype=value.dtype)
+            stored = torch.empty([value.shape[axis] for axis in order], dtype=value.dtype)
+            return stored.permute([order.index(axis) for axis in range(len(order))])
+
+    def _size(self, value: Any, node: fx.Node) -> Size:
+        if isinstance(value, float):
+            raise PassError(f"plan-memory: {where(node)}: expected an integer size, got {value}")
+        return size_expression(value, self.graph.interface.symbols)
+
+    def _step(self, node: fx.Node, target: Any, outputs: tuple[str, ...]) -> None:
+        stored = name_of(target)
+        assert stored is not None  # the verifier has seen to it
+        args = tuple(self._argument(argument) for argument in node.args)
+        kwargs = {key: self._argument(value) for key, value in node.kwargs.items()}
+        for used in node.all_input_nodes:
+            self._touch(self.values[used])
+        self.steps.append(Step(stored, args, kwargs, outputs, dict(node.meta.get("kernels", {})), node.name))
+
+    def _touch(self, value: Any) -> None:
+        for name in value if isinstance(value, tuple) else (value,):
+            if isinstance(name, str) and (root := self._root(name)) in self._last:
+                self._last[root] = len(self.steps)
+
+    def _root(self, name: str) -> str:
+        while self.buffers[name].alias:
+            name = self.buffers[name].alias
+        return name
+
+    def _argument(self, value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            held = self.values[value]
+            return {"buffer": held} if isinstance(held, str) else held
+        if isinstance(value, torch.dtype):
+            return {"dtype": dtype_name(value)}
+        if isinstance(value, tuple | list):
+            return [self._argument(item) for item in value]
+        if isinstance(value, float) and not math.isfinite(value):
+            return {"float": str(value)}
+        return value
+
+
+def _with_kind(buffer: Buffer, kind: str) -> Buffer:
+    return Buffer(buffer.name, buffer.dtype, buffer.shape, kind, buffer.offset, buffer.alias, buffer.order)
+
+
+def _itemsize(name: str) -> int:
+    return {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}.get(name) or int(getattr(torch, name).itemsize)

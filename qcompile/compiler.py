@@ -1,0 +1,134 @@
+"""compile(): front end, pipeline, code generation, one after the other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qcompile import frontend
+from qcompile.codegen.select import backend_for, build
+from qcompile.compiled import CompiledModel
+from qcompile.errors import CoverageError
+from qcompile.ir.lowered import Instrument
+from qcompile.ir.records import CoverageRow
+from qcompile.passes.base import Pass, PassContext
+from qcompile.passes.instruments import NumericCheck
+from qcompile.passes.manager import run_pipeline
+from qcompile.passes.pipelines import choose_passes, pipeline_text
+from qcompile.quant.scheme import QuantScheme
+from qcompile.runtime.artifact import ArtifactContents
+from qcompile.target import Target, parse_target, resolve
+
+DEFAULT_CONTEXT = 2048
+
+
+def compile(  # noqa: A001  the name is the product's
+    model: Any,
+    target: str | Target,
+    *,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
+    scheme: QuantScheme | None = None,
+    recipe: str = "nearest",
+    passes: str | Sequence[Pass] | None = None,
+    disable: Sequence[str] = (),
+    strict: bool = False,
+    dump: str | os.PathLike[str] | None = None,
+    check: bool | None = None,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    ignore: Sequence[str] | None = None,
+    quantize_head: bool | None = None,
+    quantize_embedding: bool | None = None,
+    max_batch: int = 1,
+    max_context: int | None = None,
+    fuel: int | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    instruments: Sequence[Instrument] = (),
+) -> CompiledModel:
+    """Compile a model for a target.
+
+    Args:
+        model: an nn.Module, a Hugging Face causal LM (module, directory or hub id), an ExportedProgram, or the path of a `.gguf` file.
+        target: `ARCH-SCHEME[-KV]`, such as `cpu-int4` or `sm90-bf16`; `qcompile targets` lists them.
+        example_inputs: what a plain module is traced with: a tensor, a tuple, or a mapping of keyword arguments.
+        dynamic_shapes: as in `torch.export.export`; by default the batch dimension is symbolic.
+        scheme: a QuantScheme in place of the target's preset.
+        recipe: how hard to try at the same bits; `nearest` rounds to nearest without data.
+        passes: a pipeline as text or a list of passes in place of the default.
+        disable: names of passes to leave out.
+        strict: make an operator that had to be left alone, or a refused kernel, an error.
+        dump: a directory for the listing after every pass (environment: QCOMPILE_DUMP).
+        check: run the graph before and after every pass and compare (environment: QCOMPILE_CHECK=1).
+        group_size: input columns per scale; -1 is one scale per output channel.
+        symmetric: whether weights have no zero point.
+        ignore: weights to leave alone: names, or `re:` and an expression; first match wins.
+        quantize_head: also quantize the output head.
+        quantize_embedding: also quantize token embeddings.
+        max_batch: sequences that plans and caches are made for.
+        max_context: tokens per sequence that the cache holds; by default what the model was made for, at most 2048.
+        fuel: stop after this many rewrites, to find a wrong one by bisection.
+        revision: of a hub id.
+        trust_remote_code: run code that comes with a checkpoint; never implicit.
+        instruments: further hooks before and after each pass.
+
+    Returns:
+        The compiled model, ready to run on this machine and to be saved.
+
+    Raises:
+        QCompileError: one subclass per kind of mistake (`qcompile.errors`); nothing is half-written.
+    """
+    goal = _goal(target, scheme, group_size, symmetric, ignore, quantize_head, quantize_embedding)
+    pipeline = choose_passes(goal, recipe, passes, disable)
+    loaded = frontend.load(model, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, revision=revision, trust_remote_code=trust_remote_code)
+    context = max_context or min(loaded.assets.max_positions or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    ctx = PassContext(goal, backend_for(goal), max_batch, context, min(context, 512), fuel)
+    writer = _dump_instruments(dump or os.environ.get("QCOMPILE_DUMP"))
+    wants_check = check if check is not None else os.environ.get("QCOMPILE_CHECK") == "1"
+    records = run_pipeline(loaded.graph, pipeline, ctx, [*instruments, *writer], NumericCheck() if wants_check else None)
+    if strict:
+        require_coverage(ctx.coverage)
+    kernels, binaries = build(ctx.products.get("kernels", {}), goal)
+    for instrument in writer:
+        instrument.finish(pipeline_text(pipeline), kernels)
+    contents = ArtifactContents(
+        graph=loaded.graph, plan=ctx.products["plan"], kernels=kernels, binaries=binaries, assets=loaded.assets, target=str(goal),
+        pipeline=pipeline_text(pipeline), records=records, coverage=ctx.coverage,
+    )  # fmt: skip
+    return CompiledModel(contents, max_batch=max_batch, max_context=context)
+
+
+def _goal(
+    target: str | Target, scheme: QuantScheme | None, group_size: int | None, symmetric: bool | None,
+    ignore: Sequence[str] | None, quantize_head: bool | None, quantize_embedding: bool | None,
+) -> Target:  # fmt: skip
+    """The target with the caller's scheme and weight options in it."""
+    goal = parse_target(target)
+    chosen = scheme or goal.scheme
+    options = {"group_size": group_size, "symmetric": symmetric, "ignore": None if ignore is None else tuple(ignore)}
+    chosen = chosen.with_options(**options, quantize_head=quantize_head, quantize_embedding=quantize_embedding)
+    return resolve(goal.arch, chosen, chosen.cache if scheme else goal.scheme.cache)
+
+
+def require_coverage(rows: Sequence[CoverageRow]) -> None:
+    """What `strict=True` asks: no operator left alone but by choice, no kernel refused.
+
+    Raises:
+        CoverageError: listing up to ten nodes with their reasons.
+    """
+    left = [row for row in rows if row.reason and not row.chosen]
+    if left:
+        lines = "\n".join(f"  {row.node} ({row.source}): {row.operator} {row.weight}: {row.reason}" for row in left[:10])
+        more = f"\n  and {len(left) - 10} more" if len(left) > 10 else ""
+        raise CoverageError(f"strict: expected a kernel for every operator, got {len(left)} left alone:\n{lines}{more}\ncompile with strict=False, or name them in ignore=")
+
+
+def _dump_instruments(directory: str | os.PathLike[str] | None) -> list[Any]:
+    if not directory:
+        return []
+    from qcompile.dump.instrument import DumpInstrument
+
+    return [DumpInstrument(Path(directory))]

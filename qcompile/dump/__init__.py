@@ -1,0 +1,1 @@
+"""What was done to a model, on disk: one listing and one diff per pass."""

@@ -1,0 +1,1 @@
+"""Where a graph leaves in another system's format."""

@@ -1,0 +1,1 @@
+"""Where a model becomes a graph: torch.export, Hugging Face, GGUF."""

@@ -1,0 +1,1 @@
+"""The graph and the vocabulary that passes, code generators and the runtime share."""

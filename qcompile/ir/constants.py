@@ -1,0 +1,317 @@
+"""Constants as handles: where the bytes are, and what has been done to them since. One is materialised at a time.
+
+So a model of any size is traced, transformed and written without ever standing in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qcompile.errors import UnboundConstantError
+from qcompile.quant.reference import PACKED_BITS, Quantized, quantize
+from qcompile.quant.scheme import QuantFormat, dtype_name
+
+
+class Source(Protocol):
+    """Where a constant's bytes come from."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape, known without reading it."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its dtype, known without reading it."""
+
+    @property
+    def key(self) -> str:
+        """What tells this source from every other: a place, not a hash of the bytes."""
+
+    def load(self) -> Tensor:
+        """Read the tensor; nothing is kept."""
+
+
+@dataclass(frozen=True, eq=False)
+class TensorSource:
+    """A tensor that is in memory already."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its dtype."""
+        return self.tensor.dtype
+
+    @property
+    def key(self) -> str:
+        """Small tensors by value, so that equal ones are one; large ones by identity."""
+        if self.tensor.numel() <= 4096 and self.tensor.device.type == "cpu":
+            flat = self.tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+            return "value:" + hashlib.sha256(flat.numpy().tobytes()).hexdigest()[:16]
+        return f"memory:{self.tensor.data_ptr():x}"
+
+    def load(self) -> Tensor:
+        """The tensor itself."""
+        return self.tensor.detach()
+
+
+@dataclass(frozen=True)
+class SafetensorsSource:
+    """One tensor of a safetensors file, mapped and not read until asked for."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def key(self) -> str:
+        """File and name."""
+        return f"safetensors:{self.path.name}:{self.name}"
+
+    def load(self) -> Tensor:
+        """Read this one tensor."""
+        from safetensors import safe_open
+
+        with safe_open(self.path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(self.name)
+        return tensor
+
+
+@dataclass(frozen=True)
+class UnboundSource:
+    """A constant of a model traced without weights: its shape is known, its bytes are nowhere."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def key(self) -> str:
+        """The name."""
+        return f"unbound:{self.name}"
+
+    def load(self) -> Tensor:
+        """There is nothing to load."""
+        raise UnboundConstantError(f"{self.name}: expected a value, got none: the model was traced from its configuration alone; give a checkpoint with weights")
+
+
+@dataclass(eq=False)
+class Rounding:
+    """The one quantization behind the codes, scales and zero points of a weight: computed once for the three."""
+
+    weight: Constant
+    form: QuantFormat
+    name: str
+    _result: Quantized | None = field(default=None, repr=False)
+    _taken: set[str] = field(default_factory=set, repr=False)
+
+    def part(self, part: str) -> Tensor:
+        """The tensor called `part`; the result is freed once each part has been taken."""
+        if self._result is None:
+            self._result = quantize(self.weight.materialize(), self.form, self.name)
+            self._taken.clear()
+        tensor: Tensor = getattr(self._result, part)
+        self._taken.add(part)
+        if self._taken >= ({"codes", "scale"} if self.form.symmetric else {"codes", "scale", "zero"}):
+            self._result = None
+        return tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RoundedSource:
+    """Codes, scale or zero point of a quantized weight [N, K]."""
+
+    rounding: Rounding
+    part: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[N, ceil(K·b/8)] for codes, [N, G] for scales, [N, ceil(G·b/8)] for zero points."""
+        rows, columns = self.rounding.weight.shape
+        form = self.rounding.form
+        groups = form.granularity.groups(columns)
+        width = PACKED_BITS[form.element.bits]
+        return {"codes": (rows, -(-columns * width // 8)), "scale": (rows, groups), "zero": (rows, -(-groups * width // 8))}[self.part]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """uint8, or the format's scale dtype."""
+        return self.rounding.form.scale_dtype if self.part == "scale" else torch.uint8
+
+    @property
+    def key(self) -> str:
+        """The weight's own key and what was done to it."""
+        return f"{self.rounding.weight.key}|quantize({self.rounding.form}).{self.part}"
+
+    def load(self) -> Tensor:
+        """Round the weight, or take the part from the rounding its siblings caused."""
+        return self.rounding.part(self.part)
+
+
+class Transform(Protocol):
+    """One entry of a constant's log: a frozen dataclass whose `str` is what the log shows."""
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape after."""
+
+    def dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype after."""
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """The tensor after."""
+
+
+@dataclass(frozen=True)
+class Cast:
+    """To another dtype."""
+
+    to: torch.dtype
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Unchanged."""
+        return shape
+
+    def dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The new dtype."""
+        return self.to
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """Rounded to nearest."""
+        return tensor.to(self.to)
+
+    def __str__(self) -> str:
+        return f"cast({dtype_name(self.to)})"
+
+
+@dataclass(frozen=True)
+class Permute:
+    """Axes in another order; `order=(1, 0)` transposes a matrix."""
+
+    order: tuple[int, ...]
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The sizes in the new order."""
+        return tuple(shape[axis] for axis in self.order)
+
+    def dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Unchanged."""
+        return dtype
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """Contiguous in the new order."""
+        return tensor.permute(self.order).contiguous()
+
+    def __str__(self) -> str:
+        return f"permute{self.order}"
+
+
+@dataclass(frozen=True)
+class Reshape:
+    """The same elements in another shape."""
+
+    to: tuple[int, ...]
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The new shape."""
+        return self.to
+
+    def dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Unchanged."""
+        return dtype
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """A view where there is one."""
+        return tensor.reshape(self.to)
+
+    def __str__(self) -> str:
+        return f"reshape{self.to}"
+
+
+@dataclass(frozen=True, eq=False)
+class Constant:
+    """A source and the log of what happens to its tensor between there and the graph.
+
+    `format` is what the printer shows for a quantized part, None for a plain tensor.
+    """
+
+    source: Source
+    transforms: tuple[Transform, ...] = ()
+    format: QuantFormat | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape after all transforms."""
+        shape = self.source.shape
+        for transform in self.transforms:
+            shape = transform.shape(shape)
+        return shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype after all transforms."""
+        dtype = self.source.dtype
+        for transform in self.transforms:
+            dtype = transform.dtype(dtype)
+        return dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the materialised tensor."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.dtype.itemsize
+
+    @property
+    def key(self) -> str:
+        """Source and log in one line: equal keys mean equal tensors."""
+        return "|".join((self.source.key, *map(str, self.transforms)))
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether there are bytes behind it."""
+        source = self.source
+        return source.rounding.weight.is_bound if isinstance(source, RoundedSource) else not isinstance(source, UnboundSource)
+
+    def then(self, transform: Transform) -> Constant:
+        """This constant with one more transform at the end of its log."""
+        return replace(self, transforms=(*self.transforms, transform))
+
+    def materialize(self) -> Tensor:
+        """Load the source and apply the log; the caller owns the result and nothing is kept here."""
+        tensor = self.source.load()
+        for transform in self.transforms:
+            tensor = transform.apply(tensor)
+        return tensor
+
+
+def tensor_constant(tensor: Tensor) -> Constant:
+    """A constant around a tensor in memory."""
+    return Constant(TensorSource(tensor))
+
+
+def rounded_constants(weight: Constant, form: QuantFormat, name: str) -> dict[str, Constant]:
+    """The `codes`, `scale` and, unless symmetric, `zero` of a weight rounded to `form`: lazily, once for all."""
+    rounding = Rounding(weight, form, name)
+    parts = ("codes", "scale") if form.symmetric else ("codes", "scale", "zero")
+    return {part: Constant(RoundedSource(rounding, part), format=form) for part in parts}
+
+
+def uncast(constant: Constant) -> Constant:
+    """The constant without the casts at the end of its log: the most precise values there are."""
+    transforms = constant.transforms
+    while transforms and isinstance(transforms[-1], Cast):
+        transforms = transforms[:-1]
+    return replace(constant, transforms=transforms)

@@ -1,0 +1,256 @@
+"""The graph: ATen and `qcompile::` operators over `torch.fx` nodes, with constants held as handles beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+from qcompile.errors import QCompileError, VerifyError
+from qcompile.ir import ops as _operators  # noqa: F401  registers the qcompile:: operators
+from qcompile.ir.constants import Constant, tensor_constant
+from qcompile.ir.structure import Template, flatten, unflatten
+
+Operator = Callable[..., Any]
+
+
+@dataclass
+class Interface:
+    """What a caller passes and gets: templates over the graph's placeholders and outputs, and one small set of example inputs.
+
+    Attributes:
+        inputs: template of `(args, kwargs)`; leaf i is placeholder i.
+        outputs: template of the result; leaf i is output i.
+        examples: placeholder name -> a small real tensor, for checks and dumps.
+        symbols: symbol in a shape (`s27`) -> what it counts (`batch`, `sequence`).
+        kind: "causal_lm" where `input_ids`, `attention_mask`, `position_ids` go in and next-token logits come out, else "module".
+    """
+
+    inputs: Template
+    outputs: Template
+    examples: dict[str, Tensor] = field(default_factory=dict)
+    symbols: dict[str, str] = field(default_factory=dict)
+    kind: str = "module"
+
+
+class Graph:
+    """A program: `fx` nodes over named constants. It runs on a CPU after every pass.
+
+    Every node carries `meta["val"]` (a fake tensor: shape and dtype), `meta["source"]` (`file.py:line`) and `meta["passes"]`
+    (the passes that made or changed it).
+    """
+
+    def __init__(self, nodes: fx.Graph, constants: dict[str, Constant], interface: Interface, mode: FakeTensorMode) -> None:
+        """Wrap `nodes`, whose get_attr targets are keys of `constants`, with the fake mode that their values live in."""
+        self.fx = nodes
+        self.constants = constants
+        self.interface = interface
+        self.mode = mode
+        self.current_pass = ""
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """All nodes in execution order (a copy: safe to change the graph while iterating)."""
+        return list(self.fx.nodes)
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        """The inputs in order."""
+        return list(self.fx.find_nodes(op="placeholder"))
+
+    @property
+    def output(self) -> fx.Node:
+        """The output node; its single argument is the tuple of outputs."""
+        return next(iter(self.fx.find_nodes(op="output")))
+
+    def calls(self, *operators: Operator) -> list[fx.Node]:
+        """The call nodes of any of `operators`, in order."""
+        wanted = set(operators)
+        return [node for node in self.fx.nodes if node.op == "call_function" and node.target in wanted]
+
+    def constant(self, node: object) -> Constant | None:
+        """The constant that `node` reads, or None if it is not a constant."""
+        return self.constants[str(node.target)] if isinstance(node, fx.Node) and node.op == "get_attr" else None
+
+    def bind(self, name: str, constant: Constant) -> None:
+        """Put another constant behind `name`, for all its users, and update the fake values."""
+        self.constants[name] = constant
+        for node in self.fx.find_nodes(op="get_attr", target=name):
+            node.meta["val"] = self.fake(constant)
+
+    def fake(self, constant: Constant) -> Tensor:
+        """A fake tensor with the constant's shape and dtype."""
+        with self.mode:
+            return torch.empty(constant.shape, dtype=constant.dtype)
+
+    def add_constant(self, name: str, value: Constant | Tensor, *, source: fx.Node | None = None) -> fx.Node:
+        """Add a constant under `name` (made unique by a suffix) and return its node, placed before the inputs."""
+        constant = tensor_constant(value) if isinstance(value, Tensor) else value
+        unique, suffix = name, 0
+        while unique in self.constants:
+            suffix += 1
+            unique = f"{name}_{suffix}"
+        self.constants[unique] = constant
+        first = next(iter(self.fx.find_nodes(op="placeholder", sort=True)), None) or next(iter(self.fx.nodes))
+        with self.fx.inserting_before(first):
+            node = self.fx.get_attr(unique)
+        node.meta["val"] = self.fake(constant)
+        self._mark(node, source)
+        return node
+
+    def insert(
+        self, before: fx.Node, operator: Operator, args: Sequence[Any], kwargs: dict[str, Any] | None = None, *,
+        source: fx.Node | None = None, value: Any = None,
+    ) -> fx.Node:  # fmt: skip
+        """Insert a call of `operator` before a node; its fake value is computed unless `value` gives it.
+
+        `source` is the node it descends from, whose source line and history it takes over (default: `before`).
+        """
+        with self.fx.inserting_before(before):
+            node = self.fx.call_function(operator, tuple(args), kwargs or {})
+        node.meta["val"] = self.infer(node) if value is None else value
+        self._mark(node, source if source is not None else before)
+        return node
+
+    def infer(self, node: fx.Node) -> Any:
+        """The fake value of a call node from the fake values of its arguments."""
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda item: item.meta["val"])
+        with self.mode:
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def replace(self, node: fx.Node, replacement: fx.Node) -> None:
+        """Let all users of `node` use `replacement` and erase `node`."""
+        node.replace_all_uses_with(replacement)
+        self.fx.erase_node(node)
+
+    def remove_dead(self) -> int:
+        """Erase call and get_attr nodes without users, and constants without nodes; returns how many nodes went."""
+        removed = 0
+        for node in reversed(self.nodes):
+            if node.op in ("call_function", "get_attr") and not node.users and not is_effect(node):
+                self.fx.erase_node(node)
+                removed += 1
+        used = {str(node.target) for node in self.fx.find_nodes(op="get_attr")}
+        self.constants = {name: constant for name, constant in self.constants.items() if name in used}
+        return removed
+
+    def _mark(self, node: fx.Node, source: fx.Node | None) -> None:
+        node.meta["source"] = source.meta.get("source", "") if source is not None else ""
+        history = source.meta.get("passes", ()) if source is not None else ()
+        node.meta["passes"] = history if not self.current_pass or self.current_pass in history else (*history, self.current_pass)
+
+    def clone(self) -> Graph:
+        """A copy with its own nodes; constants (handles) are shared."""
+        nodes = fx.Graph()
+        mapping: dict[fx.Node, fx.Node] = {}
+        for node in self.fx.nodes:
+            mapping[node] = nodes.node_copy(node, lambda old: mapping[old])
+            mapping[node].name = node.name
+        interface = Interface(
+            self.interface.inputs, self.interface.outputs, dict(self.interface.examples), dict(self.interface.symbols), self.interface.kind
+        )
+        return Graph(nodes, dict(self.constants), interface, self.mode)
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits over structure and constant logs (not over bytes)."""
+        digest = hashlib.sha256()
+        for node in self.fx.nodes:
+            key = self.constants[str(node.target)].key if node.op == "get_attr" else ""
+            digest.update(f"{node.op} {node.target} {node.args} {node.kwargs} {key}\n".encode())
+        return digest.hexdigest()[:16]
+
+    def text(self) -> str:
+        """The listing: one typed line per node, with source lines and history."""
+        from qcompile.ir.text import listing
+
+        return listing(self)
+
+    def verify(self) -> None:
+        """Check every rule of the representation.
+
+        Raises:
+            VerifyError: naming the node, what was expected and what came.
+        """
+        from qcompile.ir.verify import verify
+
+        verify(self)
+
+    def run(self, leaves: Sequence[Tensor], materialized: dict[str, Tensor] | None = None) -> list[Tensor]:
+        """Execute node by node through the operators' references; values are freed after their last use.
+
+        Args:
+            leaves: one tensor per placeholder.
+            materialized: a memo of constants that is filled and read; without it each constant lives as long as its uses.
+        """
+        values: dict[fx.Node, Any] = dict(zip(self.placeholders, leaves, strict=True))
+        remaining = {node: len(node.users) for node in self.fx.nodes}
+        with torch.no_grad():
+            for node in self.fx.nodes:
+                if node.op == "get_attr":
+                    values[node] = self._materialize(str(node.target), materialized)
+                elif node.op == "call_function":
+                    values[node] = self._call(node, values)
+                    for used in node.all_input_nodes:
+                        remaining[used] -= 1
+                        if not remaining[used]:
+                            del values[used]
+        return [values[node] for node in self.output.args[0]]  # type: ignore[union-attr, index, misc]
+
+    def _materialize(self, name: str, memo: dict[str, Tensor] | None) -> Tensor:
+        if memo is None:
+            return self.constants[name].materialize()
+        if name not in memo:
+            memo[name] = self.constants[name].materialize()
+        return memo[name]
+
+    @staticmethod
+    def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda item: values[item])
+        try:
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        except QCompileError:
+            raise
+        except Exception as error:
+            raise QCompileError(f"{node.name} ({node.meta.get('source', '')}): {operator_name(node.target)} failed: {error}") from error
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run on real tensors, passed and returned in the containers the model was traced with."""
+        leaves = flatten(self.interface.inputs, (args, kwargs))
+        return unflatten(self.interface.outputs, self.run(leaves))
+
+
+def operator_name(target: object) -> str:
+    """`aten.linear` for aten.linear.default, `aten.add.Tensor`, `rms_norm` for qcompile.rms_norm.default, `operator.add`."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target).removesuffix(".default").removeprefix("qcompile.")
+    return f"{getattr(target, '__module__', '').lstrip('_')}.{getattr(target, '__name__', target)}"
+
+
+def is_effect(node: fx.Node) -> bool:
+    """Whether the node is kept although nothing uses its result: it writes into an argument."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def fake_value(node: object) -> Tensor:
+    """The fake tensor of a node that must be a tensor.
+
+    Raises:
+        VerifyError: if it is not a node with a tensor value.
+    """
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    if not isinstance(value, Tensor):
+        raise VerifyError(f"{node}: expected a node with a tensor value, got {type(value).__name__}")
+    return value
+
+
+@contextlib.contextmanager
+def real_tensors() -> Iterator[None]:
+    """Leave any fake mode that is active, so that real tensors can be computed."""
+    with unset_fake_temporarily():
+        yield

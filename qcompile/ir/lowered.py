@@ -1,0 +1,201 @@
+"""What passes, code generators and the runtime share: kernel specifications, kernels, plans and the protocols between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from qcompile.ir.size import Size
+
+if TYPE_CHECKING:
+    from qcompile.ir.graph import Graph
+    from qcompile.ir.records import PassRecord
+
+BUCKETS: dict[str, tuple[int, int]] = {"m1": (1, 1), "m2-63": (2, 63), "m64": (64, 1 << 30)}
+"""Rows of the activation (batch · sequence) that a kernel is made for: name -> (least, most), both inclusive."""
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One operator as a backend must emit it. Hashable: equal specifications share one kernel.
+
+    Attributes:
+        operator: the operator's name without namespace, such as `quantized_linear`, `cache_attend`, `linear`.
+        sizes: the static sizes it is specialised for, such as (("N", 1536), ("K", 576)), sorted by name.
+        formats: operand -> storage, such as (("codes", "int4 g64 sym fp16"), ("x", "bf16")), sorted by name.
+        options: static attributes such as (("eps", 1e-5), ("window", 0)), sorted by name.
+        bucket: a key of `BUCKETS`, or "" for a kernel that serves every number of rows.
+    """
+
+    operator: str
+    sizes: tuple[tuple[str, int], ...]
+    formats: tuple[tuple[str, str], ...]
+    options: tuple[tuple[str, Any], ...] = ()
+    bucket: str = ""
+
+    def size(self, name: str) -> int:
+        """The static size called `name`."""
+        return dict(self.sizes)[name]
+
+    def format(self, operand: str) -> str | None:
+        """How `operand` is stored; None where the operator has no such operand here (no bias, no zero points)."""
+        return dict(self.formats).get(operand)
+
+    def option(self, name: str, default: Any = None) -> Any:
+        """The static attribute called `name`."""
+        return dict(self.options).get(name, default)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One run-time argument of a launched function, in order.
+
+    Attributes:
+        name: as in the source.
+        kind: "pointer" (value names an operand, a result or a workspace) or "i32" (value is a size expression).
+        value: an operand name (`x`, `codes`, `out`, `out1` …, a workspace's name) or a size expression.
+        dtype: Triton's type of a pointer's elements (`bf16`, `fp16`, `fp32`, `u8`, `i32`, `i64`), or `i32`.
+        divisible_by: what the binary assumes of the address in bytes, or of the integer; 1 assumes nothing.
+    """
+
+    name: str
+    kind: str
+    value: Size
+    dtype: str
+    divisible_by: int = 1
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of one function: its grid over size expressions, arguments, and what was built for it.
+
+    Names in expressions: `batch`, `sequence`, `rows` (batch · sequence), `pages` (pages per sequence), `page_tokens`.
+    """
+
+    function: str
+    grid: tuple[Size, Size, Size]
+    parameters: tuple[Parameter, ...]
+    constants: tuple[tuple[str, Any], ...] = ()
+    num_warps: int = 4
+    num_stages: int = 1
+    binary: str = ""
+    symbol: str = ""
+    registers: int = 0
+    shared_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Scratch memory of a kernel: bytes as a size expression, not initialised unless `zeroed`."""
+
+    name: str
+    bytes: Size
+    zeroed: bool = False
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A complete source file with its launches; `layouts` names operands stored otherwise than the artifact stores them.
+
+    Attributes:
+        name: a file name without suffix, unique for the specification and target.
+        spec: what it implements.
+        source: the whole file.
+        launches: in order; later ones may read what earlier ones wrote into a workspace.
+        workspaces: scratch buffers.
+        layouts: operand -> name of a layout in `qcompile.ir.layouts`, applied once at load.
+        expects: instruction classes the binary must contain (`wgmma`, `mma`, `cp.async`, `load128`).
+    """
+
+    name: str
+    spec: KernelSpec
+    source: str
+    launches: tuple[Launch, ...] = ()
+    workspaces: tuple[Workspace, ...] = ()
+    layouts: tuple[tuple[str, str], ...] = ()
+    expects: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A tensor of the plan: dtype name, shape over size expressions, and where it lives.
+
+    kind: "input", "constant", "state", "intermediate" or "output"; `offset` is the byte offset in the arena of an
+    intermediate, planned at the entry's maximum (-1: allocated per call); `alias` names the buffer whose memory this one
+    shares as a view; `order` lists the axes from slowest to fastest in memory where that is not their own order.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[Size, ...]
+    kind: str
+    offset: int = -1
+    alias: str = ""
+    order: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operator call of a plan.
+
+    Attributes:
+        operator: its name in `qcompile.ir.allowed`.
+        args: JSON values; {"buffer": name}, {"size": expression}, {"dtype": "fp32"} and {"float": "-inf"} stand for what JSON cannot say.
+        kwargs: the same by name.
+        outputs: the buffers its results go to; empty for an operator that writes in place.
+        kernels: row bucket -> kernel name; empty where the operator runs as its reference.
+        node: the graph node it came from.
+    """
+
+    operator: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[str, ...]
+    kernels: dict[str, str] = field(default_factory=dict)
+    node: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry point: inputs and outputs by buffer name (leaves of the graph's interface in order), steps in order.
+
+    `limits` are the greatest sizes the arena of `arena_bytes` is planned for; empty where buffers are allocated per call.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    buffers: dict[str, Buffer]
+    steps: tuple[Step, ...]
+    limits: dict[str, int]
+    arena_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The entry points of an artifact: `forward` always; `step` (prefill and decode over the cache) where there is one."""
+
+    entries: dict[str, Entry]
+    kernels: tuple[str, ...] = ()
+
+
+class Backend(Protocol):
+    """Turns specifications into kernels, or says why not."""
+
+    name: str
+
+    def refuses(self, spec: KernelSpec) -> str | None:
+        """Why `spec` cannot be served, or None if it can."""
+
+    def emit(self, spec: KernelSpec) -> Kernel:
+        """The kernel for a specification that is not refused."""
+
+
+class Instrument(Protocol):
+    """Watches a pipeline: one hook before and one after each pass."""
+
+    def before(self, name: str, graph: Graph) -> None:
+        """Called before the pass called `name`."""
+
+    def after(self, record: PassRecord, graph: Graph) -> None:
+        """Called after it, with what the manager recorded."""

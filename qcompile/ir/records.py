@@ -1,0 +1,58 @@
+"""What a compilation leaves beside its graph: the model's text assets, one record per pass, one coverage row per operator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Assets:
+    """What a model carries beside its weights; every field may be empty.
+
+    Attributes:
+        files: file name -> content: `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`, `generation_config.json`, `config.json`.
+        eos_token_ids: all token ids that end a sequence.
+        max_positions: the longest sequence the model was made for, 0 if unknown.
+        vocab_size: number of logits, 0 if unknown.
+        model_type: such as `llama`, or the class name of a plain module.
+        name: what the user called the model.
+    """
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    eos_token_ids: tuple[int, ...] = ()
+    max_positions: int = 0
+    vocab_size: int = 0
+    model_type: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did: `max_error` is max|a-b| / max|b| at the outputs where it was checked, else None."""
+
+    index: int
+    name: str
+    spec: str
+    changed: bool
+    nodes_before: int
+    nodes_after: int
+    seconds: float
+    constant_bytes: int
+    max_error: float | None = None
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """One linear, embedding or attention: its format and kernel, or why it was left alone (`reason`).
+
+    `chosen` says that the scheme or the user left it alone on purpose (the head, an `ignore` pattern), which `strict` accepts.
+    """
+
+    node: str
+    operator: str
+    weight: str
+    format: str
+    kernel: str
+    reason: str
+    source: str
+    chosen: bool = False

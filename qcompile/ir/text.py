@@ -1,0 +1,76 @@
+"""The one printer: a graph as deterministic text, one line per node."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from qcompile.ir.graph import operator_name
+from qcompile.quant.scheme import dtype_name
+
+if TYPE_CHECKING:
+    from qcompile.ir.graph import Graph
+
+_LETTERS = {"batch": "B", "sequence": "S", "capacity": "C", "pages": "P"}
+
+
+def listing(graph: Graph) -> str:
+    """Every node as `%name = operator(arguments)  type[shape] format  # source  history`, columns aligned."""
+    names = {symbol: _LETTERS.get(name, name) for symbol, name in graph.interface.symbols.items()}
+    rows = [_row(graph, node, names) for node in graph.fx.nodes]
+    call_width = min(96, max((len(row[0]) for row in rows), default=0))
+    type_width = min(48, max((len(row[1]) for row in rows), default=0))
+    lines = [f"{call:<{call_width}}  {kind:<{type_width}}  {note}".rstrip() for call, kind, note in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _row(graph: Graph, node: fx.Node, names: dict[str, str]) -> tuple[str, str, str]:
+    history = " > ".join(node.meta.get("passes", ()))
+    source = node.meta.get("source", "")
+    note = "  ".join(part for part in (f"# {source}" if source else "", history) if part)
+    if node.op == "output":
+        return f"return {_argument(node.args[0])}", "", note
+    kind = type_text(node.meta.get("val"), names)
+    if node.op == "placeholder":
+        return f"%{node.name} = input", kind, note
+    if node.op == "get_attr":
+        constant = graph.constants[str(node.target)]
+        form = f" {constant.format}" if constant.format else ""
+        log = " | ".join(str(transform) for transform in constant.transforms)
+        return f"%{node.name} = constant({node.target})", kind + form, "  ".join(part for part in (note, log and f"[{log}]") if part)
+    arguments = [_argument(argument) for argument in node.args]
+    arguments += [f"{key}={_argument(value)}" for key, value in node.kwargs.items()]
+    return f"%{node.name} = {operator_name(node.target)}({', '.join(arguments)})", kind, note
+
+
+def _argument(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        return f"%{value.name}"
+    if isinstance(value, tuple | list):
+        inner = ", ".join(_argument(item) for item in value)
+        return f"({inner})" if isinstance(value, tuple) else f"[{inner}]"
+    if isinstance(value, torch.dtype):
+        return dtype_name(value)
+    if isinstance(value, int) and value >= 1 << 62:
+        return "end"
+    return str(value)
+
+
+def type_text(value: Any, names: dict[str, str]) -> str:
+    """`f32[B, S, 576]` for a tensor, `int` for a symbolic size, a parenthesised list for several results."""
+    if isinstance(value, Tensor):
+        sizes = ", ".join(symbol_text(size, names) for size in value.shape)
+        return f"{dtype_name(value.dtype)}[{sizes}]"
+    if isinstance(value, tuple | list):
+        return "(" + ", ".join(type_text(item, names) for item in value) + ")"
+    if isinstance(value, int | torch.SymInt):
+        return f"int {symbol_text(value, names)}"
+    return type(value).__name__ if value is not None else ""
+
+
+def symbol_text(size: Any, names: dict[str, str]) -> str:
+    """A size with its symbols called by what they count."""
+    return re.sub(r"[a-zA-Z]+\d+", lambda found: names.get(found[0], found[0]), str(size))

@@ -1,0 +1,1 @@
+"""Formats: element type, granularity, scheme; and the plain-torch definition of quantize, dequantize and pack."""

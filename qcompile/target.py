@@ -1,0 +1,79 @@
+"""Targets: `ARCH-SCHEME[-KV]`, such as `sm90-int4`, `cpu-int8-kv16`, `reference-fp32`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+import torch
+
+from qcompile.errors import TargetError
+from qcompile.quant.scheme import CACHES, SCHEMES, CacheFormat, QuantScheme
+
+ARCHITECTURES = ("cpu", "reference", "sm80", "sm89", "sm90", "sm100")
+_ON_CPU = ("fp32", "bf16", "int8", "int4")
+_ON_GPU = ("bf16", "fp16", "int8", "int4")
+_ALIASES = {"w8a16": "int8", "w4a16": "int4"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """An architecture, a scheme with its computation dtype resolved, and the cache format inside the scheme."""
+
+    arch: str
+    scheme: QuantScheme
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether the target is an NVIDIA GPU."""
+        return self.arch.startswith("sm")
+
+    @property
+    def compute(self) -> torch.dtype:
+        """The dtype activations are computed in."""
+        assert self.scheme.compute is not None
+        return self.scheme.compute
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """The dtype keys and values are stored in."""
+        return self.scheme.cache.dtype or self.compute
+
+    def __str__(self) -> str:
+        suffix = "" if self.scheme.cache.name == "kv" else f"-{self.scheme.cache.name}"
+        return f"{self.arch}-{self.scheme.name}{suffix}"
+
+
+def known_targets() -> list[str]:
+    """Every target that exists, without the cache suffix."""
+    return [f"{arch}-{name}" for arch in ARCHITECTURES for name in (_ON_GPU if arch.startswith("sm") else _ON_CPU)]
+
+
+def parse_target(text: str | Target) -> Target:
+    """Read `ARCH-SCHEME[-KV]`; the dash before the cache may be left out where the scheme ends in a digit.
+
+    Raises:
+        TargetError: naming the part that is unknown and listing what is known.
+    """
+    if isinstance(text, Target):
+        return text
+    match = re.fullmatch(r"(?P<arch>[a-z]+\d*)-(?P<scheme>[a-z]+\d+[a-z0-9]*?)(?:-?(?P<kv>kv[0-9a-z-]+))?", text.lower())
+    if match is None or match["arch"] not in ARCHITECTURES:
+        raise TargetError(f"target {text!r}: expected ARCH-SCHEME[-KV] as one of {', '.join(known_targets())}")
+    name = _ALIASES.get(match["scheme"], match["scheme"])
+    if f"{match['arch']}-{name}" not in known_targets():
+        raise TargetError(f"target {text!r}: scheme {match['scheme']!r} is not served on {match['arch']}; expected one of {', '.join(known_targets())}")
+    kv = match["kv"] or "kv"
+    if kv not in CACHES:
+        raise TargetError(f"target {text!r}: cache {kv!r} is unknown; expected {', '.join(key for key in CACHES if key != 'kv')} or none")
+    return resolve(match["arch"], SCHEMES[name], CACHES[kv])
+
+
+def resolve(arch: str, scheme: QuantScheme, cache: CacheFormat | None = None) -> Target:
+    """A target from its parts: float32 is computed in on CPUs, bfloat16 on GPUs, unless the scheme says otherwise."""
+    cuda = arch.startswith("sm")
+    compute = scheme.compute or (torch.bfloat16 if cuda else torch.float32)
+    cache = cache or scheme.cache
+    if cache.name == "kv16":
+        cache = replace(cache, dtype=torch.bfloat16 if cuda else torch.float16)
+    return Target(arch, replace(scheme, compute=compute, cache=cache))

@@ -1,0 +1,66 @@
+"""Presets, options and targets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qcompile.errors import FormatError, TargetError
+from qcompile.quant.element import element
+from qcompile.quant.granularity import Granularity
+from qcompile.quant.scheme import FP32, SCHEMES, W4A16, QuantFormat, scheme
+from qcompile.target import known_targets, parse_target
+
+
+def test_every_known_target_prints_as_it_is_written() -> None:
+    for name in known_targets():
+        assert str(parse_target(name)) == name
+
+
+@pytest.mark.parametrize(("text", "compute", "cache"), [
+    ("cpu-int4", torch.float32, torch.float32),
+    ("cpu-bf16", torch.bfloat16, torch.bfloat16),
+    ("cpu-int4-kv16", torch.float32, torch.float16),
+    ("sm90-int4", torch.bfloat16, torch.bfloat16),
+    ("sm90-fp16-kv16", torch.float16, torch.bfloat16),
+    ("SM90-W4A16kv16", torch.bfloat16, torch.bfloat16),
+])  # fmt: skip
+def test_dtypes_follow_from_architecture_and_cache(text: str, compute: torch.dtype, cache: torch.dtype) -> None:
+    target = parse_target(text)
+    assert (target.compute, target.cache_dtype) == (compute, cache)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("tpu-int4", "expected ARCH-SCHEME.* as one of cpu-fp32"),
+    ("sm90-int5", "scheme 'int5' is not served on sm90; expected one of .*sm90-int4"),
+    ("cpu-fp16", "scheme 'fp16' is not served on cpu"),
+    ("cpu-int4-kv3", "cache 'kv3' is unknown; expected kv16 or none"),
+])  # fmt: skip
+def test_an_unknown_target_lists_the_known_ones(text: str, message: str) -> None:
+    with pytest.raises(TargetError, match=message):
+        parse_target(text)
+
+
+def test_names_of_compressed_tensors_are_accepted() -> None:
+    assert scheme("W4A16") is W4A16
+    with pytest.raises(TargetError, match="scheme 'w3': expected one of " + ", ".join(SCHEMES)):
+        scheme("w3")
+
+
+def test_weight_options_need_quantized_weights() -> None:
+    assert str(W4A16.with_options(group_size=32, symmetric=False).weight) == "int4 g32 asym fp16"
+    with pytest.raises(FormatError, match="scheme fp32: expected quantized weights for group_size"):
+        FP32.with_options(group_size=32)
+
+
+@pytest.mark.parametrize("size", [0, 1, -2])
+def test_a_group_size_that_no_format_holds_says_which_it_can(size: int) -> None:
+    with pytest.raises(FormatError, match=rf"group_size={size}: expected -1 \(one scale per channel\) or at least 2"):
+        Granularity(size)
+
+
+def test_unknown_elements_and_scale_types_are_refused() -> None:
+    with pytest.raises(FormatError, match="element type 'int9': expected one of int2, int3"):
+        element("int9")
+    with pytest.raises(FormatError, match="scale_dtype=torch.int8: expected float16, bfloat16 or float32"):
+        QuantFormat(element("int4"), scale_dtype=torch.int8)
