@@ -113,7 +113,7 @@ class Graph:
         `source` is the node it descends from, whose source line and history it takes over (default: `before`).
         """
         with self.fx.inserting_before(before):
-            node = self.fx.call_function(operator, tuple(args), kwargs or {})
+            node = self.fx.create_node("call_function", operator, tuple(args), kwargs or {}, name=_node_name(operator))
         node.meta["val"] = self.infer(node) if value is None else value
         self._mark(node, source if source is not None else before)
         return node
@@ -222,7 +222,26 @@ class Graph:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on real tensors, passed and returned in the containers the model was traced with."""
         leaves = flatten(self.interface.inputs, (args, kwargs))
+        self.require_inputs(leaves)
         return unflatten(self.interface.outputs, self.run(leaves))
+
+    def require_inputs(self, leaves: Sequence[Tensor]) -> None:
+        """Check one tensor per placeholder against its dtype and shape; a symbol must have one size wherever it stands.
+
+        Raises:
+            QCompileError: naming the input, what was expected and what came.
+        """
+        from qcompile.ir.text import type_text
+
+        sizes: dict[str, int] = {}
+        for node, leaf in zip(self.placeholders, leaves, strict=True):
+            value: Tensor = node.meta["val"]
+            fits = leaf.dtype == value.dtype and leaf.dim() == value.dim()
+            for wanted, size in zip(value.shape, leaf.shape, strict=False):
+                fits = fits and (size == wanted if isinstance(wanted, int) else sizes.setdefault(str(wanted), size) == size)
+            if not fits:
+                known = {symbol: str(sizes.get(symbol, name)) for symbol, name in self.interface.symbols.items()}
+                raise QCompileError(f"{node.name}: expected {type_text(value, known)}, got {type_text(leaf, {})}; compile again with example_inputs of that kind")
 
 
 def operator_name(target: object) -> str:
@@ -230,6 +249,11 @@ def operator_name(target: object) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return str(target).removesuffix(".default").removeprefix("qcompile.")
     return f"{getattr(target, '__module__', '').lstrip('_')}.{getattr(target, '__name__', target)}"
+
+
+def _node_name(target: object) -> str:
+    """`linear`, `rms_norm`, `getitem`: the operator without namespace and overload."""
+    return operator_name(target).removeprefix("aten.").removeprefix("operator.").split(".")[0]
 
 
 def is_effect(node: fx.Node) -> bool:

@@ -41,9 +41,23 @@ def _row(graph: Graph, node: fx.Node, names: dict[str, str]) -> tuple[str, str, 
         form = f" {constant.format}" if constant.format else ""
         log = " | ".join(str(transform) for transform in constant.transforms)
         return f"%{node.name} = constant({node.target})", kind + form, "  ".join(part for part in (note, log and f"[{log}]") if part)
-    arguments = [_argument(argument) for argument in node.args]
+    arguments = _positional(node)
     arguments += [f"{key}={_argument(value)}" for key, value in node.kwargs.items()]
     return f"%{node.name} = {operator_name(node.target)}({', '.join(arguments)})", kind, note
+
+
+def _positional(node: fx.Node) -> list[str]:
+    """Tensors as they stand, numbers with the name that the operator's schema gives them; trailing Nones are left out."""
+    schema = getattr(node.target, "_schema", None)
+    names = [argument.name for argument in schema.arguments] if schema is not None else []
+    shown = list(node.args)
+    while shown and shown[-1] is None:
+        shown.pop()
+    plain = (fx.Node, list, tuple)
+    return [
+        f"{names[index]}={_argument(value)}" if index < len(names) and value is not None and not isinstance(value, plain) else _argument(value)
+        for index, value in enumerate(shown)
+    ]
 
 
 def _argument(value: Any) -> str:
