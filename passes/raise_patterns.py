@@ -107,7 +107,10 @@ def _rope(graph: Graph, node: fx.Node, bound: Bindings) -> fx.Node | None:
 
 
 _VIEWS = (aten.unsqueeze.default, aten.expand.default, aten.slice.Tensor, aten.to.dtype, aten.reshape.default)
-_ANGLE = call(aten.transpose.int, call((aten.matmul.default, aten.bmm.default), _node("frequency"), _node("position")), 1, 2)
+_ANGLE = Either((
+    call(aten.transpose.int, call((aten.matmul.default, aten.bmm.default), _node("frequency"), _node("position")), 1, 2),
+    call(_MUL, _node("position"), _node("frequency"), commutes=True),
+))  # fmt: skip
 _TWICE = call(aten.cat.default, [Var("angle", _is_node), Var("angle", _is_node)], -1)
 
 
@@ -118,20 +121,27 @@ def _table_pattern(function: Any) -> Pattern:
 
 def _rotary_table(index: int) -> Build:
     def build(graph: Graph, node: fx.Node, bound: Bindings) -> fx.Node | None:
-        inner = first_match(_ANGLE, bound["angle"])
-        if inner is None:
+        found = (_angle_parts(graph, inner) for inner in _ANGLE.match(bound["angle"], {}))
+        parts = next((pair for pair in found if pair is not None), None)
+        if parts is None:
             return None
-        frequency, position = _through_views(inner["frequency"]), _through_views(inner["position"])
-        constant = graph.constant(frequency)
-        value = position.meta["val"]
-        if constant is None or len(constant.shape) != 1 or value.dim() != 2 or value.dtype.is_floating_point:
-            return None
-        if inner["frequency"].meta["val"].dim() != 3 or inner["frequency"].meta["val"].shape[1] != constant.shape[0]:
-            return None
+        position, frequency = parts
         table = _shared_table(graph, position, frequency, float(bound.get("scaling", 1.0)), bound["angle"])
         return graph.insert(node, operator.getitem, (table, index), source=node)
 
     return build
+
+
+def _angle_parts(graph: Graph, inner: Bindings) -> tuple[fx.Node, fx.Node] | None:
+    """Integer positions [B, S] and constant frequencies [F] behind an outer product, or None if it is something else."""
+    position, frequency = _through_views(inner["position"]), _through_views(inner["frequency"])
+    constant, value = graph.constant(frequency), position.meta["val"]
+    if constant is None or len(constant.shape) != 1 or value.dim() != 2 or value.dtype.is_floating_point:
+        return None
+    batch, length = map(str, value.shape)
+    column, row = [batch, "1", length], [batch, length, "1"]  # in a matmul, in a broadcast product
+    shape = [str(size) for size in inner["position"].meta["val"].shape]
+    return (position, frequency) if shape in (column, row) else None
 
 
 def _through_views(node: fx.Node) -> fx.Node:

@@ -127,6 +127,10 @@ def _require_no_mask(graph: Graph) -> None:
     """Whatever still reads the mask would see padding that the cache knows nothing of."""
     graph.remove_dead()
     mask = next((node for node in graph.placeholders if node.name == "attention_mask"), None)
+    ids = next(node for node in graph.placeholders if node.name == "input_ids")
+    for user in list(mask.users) if mask is not None else ():
+        if user.target is torch.ops.aten.sym_size.int:  # the same batch and sequence as the token ids
+            user.replace_input_with(mask, ids)
     if mask is not None and mask.users:
         user = next(iter(mask.users))
         raise UnsupportedModelError(f"rewrite-kv-cache: {where(user)}: expected attention_mask to be read by attention only, got {user.target}; this model cannot be given a cache")

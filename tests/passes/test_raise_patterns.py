@@ -42,14 +42,18 @@ def test_a_norm_over_another_axis_is_left_alone() -> None:
 class Rotary(nn.Module):
     """Tables from positions and frequencies, then the rotation, as Hugging Face models write them."""
 
-    def __init__(self, size: int, scaling: float) -> None:
+    def __init__(self, size: int, scaling: float, product: str) -> None:
         super().__init__()
+        self.product = product
         self.register_buffer("inv_freq", 1.0 / 10000 ** (torch.arange(0, size, 2).float() / size))
         self.scaling = scaling
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        frequency = self.inv_freq[None, :, None].float().expand(positions.shape[0], -1, 1)
-        angle = (frequency @ positions[:, None, :].float()).transpose(1, 2)
+        if self.product == "matmul":
+            frequency = self.inv_freq[None, :, None].float().expand(positions.shape[0], -1, 1)
+            angle = (frequency @ positions[:, None, :].float()).transpose(1, 2)
+        else:
+            angle = positions[:, :, None].float() * self.inv_freq
         angle = torch.cat((angle, angle), dim=-1)
         cos, sin = angle.cos() * self.scaling, angle.sin() * self.scaling
         half = x.shape[-1] // 2
@@ -57,9 +61,10 @@ class Rotary(nn.Module):
         return x * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
 
 
+@pytest.mark.parametrize("product", ["matmul", "broadcast"])
 @pytest.mark.parametrize("scaling", [1.0, 0.7])
-def test_rotary_tables_are_shared_and_rope_is_one_call(scaling: float) -> None:
-    graph = raised(Rotary(8, scaling), torch.randn(2, 3, 5, 8), torch.arange(5).repeat(2, 1))
+def test_rotary_tables_are_shared_and_rope_is_one_call(scaling: float, product: str) -> None:
+    graph = raised(Rotary(8, scaling, product), torch.randn(2, 3, 5, 8), torch.arange(5).repeat(2, 1))
     assert names(graph) == ["rotary_table", "operator.getitem", "operator.getitem", "rope"]
     (table,) = graph.calls(torch.ops.qcompile.rotary_table.default)
     assert table.args[2] == scaling
