@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
 
 from qcompile.ir.size import Size
 
@@ -199,3 +202,27 @@ class Instrument(Protocol):
 
     def after(self, record: PassRecord, graph: Graph) -> None:
         """Called after it, with what the manager recorded."""
+
+
+class Engine(Protocol):
+    """Executes a plan. Sampling and `generate` know nothing else of what runs a model.
+
+    `max_batch` sequences of `max_context` tokens fit in its cache; `state` holds the tokens stored for each sequence of the batch.
+    """
+
+    name: str
+    max_batch: int
+    max_context: int
+    state: list[int]
+
+    def prepare(self) -> None:
+        """Load kernels, constants and cache; the first call of the others does it where this was not called."""
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Start a batch of sequences over; the logits [B, V] after each one's last token."""
+
+    def decode(self, tokens: Sequence[int]) -> Tensor:
+        """One more token for each sequence; the logits [B, V] after it. A token of -1 stores nothing, its logits mean nothing."""
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """The `forward` entry on inputs by name; a model with a cache is given an empty one (`positions` and `page_table` by default)."""

@@ -1,0 +1,248 @@
+"""An artifact: a directory that holds everything a compiled model needs to run. Written whole or not at all; read without trusting it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qcompile.errors import ArtifactError, UntrustedCodeError
+from qcompile.ir.codec import decode, encode
+from qcompile.ir.constants import Constant
+from qcompile.ir.graph import Graph
+from qcompile.ir.lowered import Kernel, Plan
+from qcompile.ir.records import Assets, CoverageRow, PassRecord
+from qcompile.ir.serialize import check_graph_json, dtype_of, format_of, graph_to_json
+from qcompile.ir.serialize_plan import kernels_from_json, kernels_to_json, plan_from_json, plan_to_json
+from qcompile.runtime.manifest import (
+    GRAPH, KERNELS, MANIFEST, PLAN, WEIGHTS, canonical, file_entry, parse, read_checked, read_manifest, require_name, seal,
+)  # fmt: skip
+from qcompile.runtime.trust import trust, untrusted
+from qcompile.runtime.weights import CHUNK_BYTES, ArtifactSource, WeightsFile, chunk_hashes, write_weights
+from qcompile.version import __version__
+
+
+class ArtifactContents:
+    """A compiled model: the graph it came from, the plan that runs, kernels, and what it carries beside its weights.
+
+    Attributes:
+        plan: entry points.
+        kernels: kernel name -> source and launches.
+        binaries: file name -> native code, to be run only if `native_allowed`.
+        assets: tokenizer files, end-of-sequence ids and such.
+        target: `ARCH-SCHEME[-KV]`.
+        pipeline: the passes that made it, as text.
+        records: one per pass.
+        coverage: one row per linear, embedding and attention.
+        constants: weights by name, read when asked for.
+        path: where it was loaded from; None for one that was just compiled.
+        untrusted: names of binaries that were not built on this machine and that the caller did not allow.
+        torch_version: of the process that compiled it.
+    """
+
+    def __init__(
+        self, graph: Graph | Callable[[], Graph], plan: Plan, kernels: dict[str, Kernel], binaries: dict[str, bytes], assets: Assets, target: str,
+        pipeline: str, records: Sequence[PassRecord] = (), coverage: Sequence[CoverageRow] = (), *, constants: Mapping[str, Constant] | None = None,
+        path: Path | None = None, untrusted: tuple[str, ...] = (), torch_version: str = torch.__version__,
+    ) -> None:  # fmt: skip
+        """Hold the parts; a graph given as a function is built when it is first asked for."""
+        self._graph = graph
+        self.plan, self.kernels, self.binaries = plan, kernels, binaries
+        self.assets, self.target, self.pipeline = assets, target, pipeline
+        self.records, self.coverage = list(records), list(coverage)
+        self.constants: Mapping[str, Constant] = self.graph.constants if constants is None else constants
+        self.path, self.untrusted, self.torch_version = path, untrusted, torch_version
+
+    @property
+    def graph(self) -> Graph:
+        """The final graph before lowering: to be printed, exported, run by reference or rebuilt for another target."""
+        if not isinstance(self._graph, Graph):
+            self._graph = self._graph()
+        return self._graph
+
+    @property
+    def native_allowed(self) -> bool:
+        """Whether `binaries` may be run: each was built on this machine, or the caller allowed them."""
+        return not self.untrusted
+
+    def require_native(self) -> None:
+        """Refuse native code that nobody vouched for.
+
+        Raises:
+            UntrustedCodeError: naming a binary and the two remedies.
+        """
+        if self.untrusted:
+            raise UntrustedCodeError(f"{self.path}: expected kernels built on this machine, got {len(self.untrusted)} that were not ({self.untrusted[0]}); if you trust where the artifact came from, load it with allow_native=True, else compile the model here")
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all constants."""
+        return sum(constant.nbytes for constant in self.constants.values())
+
+
+def save_artifact(path: str | os.PathLike[str], contents: ArtifactContents, *, overwrite: bool = False) -> None:
+    """Write `contents` to the directory `path`: into a temporary sibling that is renamed when it is complete.
+
+    Raises:
+        ArtifactError: if `path` exists and `overwrite` is not set, or is something other than an artifact.
+    """
+    target = Path(path)
+    _require_free(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _temporary_sibling(target) as directory:
+        _write(directory, contents)
+        if target.exists():
+            retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+            target.rename(retired / "artifact")
+            directory.rename(target)
+            shutil.rmtree(retired)
+        else:
+            directory.rename(target)
+    if contents.path is None:
+        trust(contents.binaries.values())
+
+
+def _require_free(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not overwrite:
+        raise ArtifactError(f"{target}: expected a path that does not exist, got an existing one; choose another, or overwrite it (overwrite=True, --overwrite)")
+    if not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file()):
+        raise ArtifactError(f"{target}: expected an artifact to overwrite, got something without {MANIFEST}; remove it yourself or choose another path")
+
+
+@contextlib.contextmanager
+def _temporary_sibling(target: Path) -> Iterator[Path]:
+    """A new directory beside `target`, so that renaming it is atomic; it is gone afterwards unless it was renamed."""
+    directory = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
+    directory.chmod(0o755)
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _write(directory: Path, contents: ArtifactContents) -> None:
+    """All files, the manifest last: a directory without one is no artifact."""
+    files: dict[str, bytes] = {
+        GRAPH: canonical(graph_to_json(contents.graph)),
+        PLAN: canonical(plan_to_json(contents.plan)),
+        KERNELS: canonical(kernels_to_json(contents.kernels)),
+    }
+    files |= {f"kernels/{require_name(name)}.py": kernel.source.encode() for name, kernel in contents.kernels.items() if kernel.source}
+    files |= {f"kernels/{require_name(name)}": binary for name, binary in contents.binaries.items()}
+    for name, content in contents.assets.files.items():
+        if require_name(name) in (MANIFEST, GRAPH, PLAN, WEIGHTS):
+            raise ArtifactError(f"asset {name!r}: expected a name that the artifact does not use itself; rename it")
+        files[name] = content
+    write_weights(directory / WEIGHTS, contents.constants)
+    (directory / "kernels").mkdir()
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+    (directory / MANIFEST).write_bytes(seal(_manifest(directory, contents, files)))
+
+
+def _manifest(directory: Path, contents: ArtifactContents, files: Mapping[str, bytes]) -> dict[str, Any]:
+    weights = directory / WEIGHTS
+    return {
+        "qcompile": __version__,
+        "torch": contents.torch_version,
+        "target": contents.target,
+        "pipeline": contents.pipeline,
+        "assets": asdict(contents.assets) | {"files": sorted(contents.assets.files)},
+        "passes": encode(contents.records),
+        "coverage": encode(contents.coverage),
+        "files": {name: file_entry(content) for name, content in sorted(files.items())},
+        "weights": {"bytes": weights.stat().st_size, "chunk_bytes": CHUNK_BYTES, "sha256": chunk_hashes(weights)},
+    }
+
+
+def load_artifact(path: str | os.PathLike[str], *, allow_native: bool = False) -> ArtifactContents:
+    """Read an artifact: everything but the weights is verified now, each weight when it is first read. Nothing is unpickled.
+
+    Args:
+        path: the directory.
+        allow_native: let native code run that was not built on this machine.
+
+    Raises:
+        ArtifactError: if it is missing, damaged, of another version or hostile, naming the file.
+    """
+    root = Path(path)
+    manifest = read_manifest(root)
+    files = {name: read_checked(root, name, entry) for name, entry in manifest["files"].items()}
+    for name in (GRAPH, PLAN, KERNELS):
+        if name not in files:
+            raise ArtifactError(f"{root / MANIFEST}: expected an entry for {name}, got none; copy the artifact again")
+    stored = parse(files[GRAPH], root / GRAPH)
+    check_graph_json(stored)
+    constants = _constants(root, manifest["weights"], stored)
+    sources = {name.removeprefix("kernels/").removesuffix(".py"): content.decode() for name, content in files.items() if _is_source(name)}
+    binaries = {name.removeprefix("kernels/"): content for name, content in files.items() if name.startswith("kernels/") and not _is_source(name) and name != KERNELS}
+    return ArtifactContents(
+        graph=lambda: _graph(stored, constants),
+        plan=plan_from_json(parse(files[PLAN], root / PLAN)),
+        kernels=kernels_from_json(parse(files[KERNELS], root / KERNELS), sources),
+        binaries=binaries,
+        assets=_assets(manifest["assets"], files, root),
+        target=decode(str, manifest.get("target"), "manifest.json: target"),
+        pipeline=decode(str, manifest.get("pipeline"), "manifest.json: pipeline"),
+        records=decode(tuple[PassRecord, ...], manifest.get("passes"), "manifest.json: passes"),
+        coverage=decode(tuple[CoverageRow, ...], manifest.get("coverage"), "manifest.json: coverage"),
+        constants=constants,
+        path=root,
+        untrusted=() if allow_native else untrusted(binaries),
+        torch_version=str(manifest.get("torch")),
+    )
+
+
+def _is_source(name: str) -> bool:
+    return name.startswith("kernels/") and name.endswith(".py")
+
+
+def _graph(stored: dict[str, Any], constants: dict[str, Constant]) -> Graph:
+    # Only whoever asks for the graph itself pays for its symbolic shapes.
+    from qcompile.ir.deserialize import graph_from_json
+
+    return graph_from_json(stored, constants)
+
+
+def _constants(root: Path, entry: Any, stored: Mapping[str, Any]) -> dict[str, Constant]:
+    path = root / WEIGHTS
+    hashes = decode(tuple[str, ...], entry.get("sha256"), "manifest.json: weights.sha256")
+    chunk_bytes, size = (decode(int, entry.get(key), f"manifest.json: weights.{key}") for key in ("chunk_bytes", "bytes"))
+    if not path.is_file() or path.is_symlink():
+        raise ArtifactError(f"{path}: expected the artifact's weights, got no such file; copy the artifact again")
+    if path.stat().st_size != size or chunk_bytes < 1:
+        raise ArtifactError(f"{path}: expected {size} bytes, got {path.stat().st_size}; copy the artifact again")
+    file = WeightsFile(path, hashes, chunk_bytes)
+    table = decode(dict[str, dict[str, Any]], stored.get("constants"), "graph.json: constants")
+    return {name: _constant(file, name, item) for name, item in table.items()}
+
+
+def _constant(file: WeightsFile, name: str, item: Mapping[str, Any]) -> Constant:
+    where = f"graph.json: constant {name}"
+    if name not in file.header:
+        raise ArtifactError(f"{where}: expected it in {WEIGHTS}, got no tensor of that name; copy the artifact again")
+    form = item.get("format")
+    constant = Constant(ArtifactSource(file, name), format=None if form is None else format_of(str(form), where))
+    if list(constant.shape) != item.get("shape") or constant.dtype != dtype_of(item.get("dtype"), where):
+        raise ArtifactError(f"{where}: expected {item.get('dtype')} {item.get('shape')}, got {constant.dtype} {list(constant.shape)} in {WEIGHTS}; copy the artifact again")
+    return constant
+
+
+def _assets(data: Any, files: Mapping[str, bytes], root: Path) -> Assets:
+    names = decode(tuple[str, ...], data.get("files") if isinstance(data, dict) else None, "manifest.json: assets.files")
+    missing = [name for name in names if name not in files]
+    if missing:
+        raise ArtifactError(f"{root / MANIFEST}: expected an entry for {missing[0]}, got none; copy the artifact again")
+    plain = decode(Assets, data | {"files": {}}, "manifest.json: assets")
+    plain.files = {name: files[name] for name in names}
+    return plain

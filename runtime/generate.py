@@ -1,0 +1,174 @@
+"""generate(): prompts of any kind through an engine, token by token, with stops and streaming."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from qcompile.errors import CapacityError, QCompileError, TokenizerError
+from qcompile.ir.lowered import Engine
+from qcompile.runtime.sampling import Sampler, SamplingParameters
+from qcompile.runtime.tokenizer import TextStream, Tokenizer
+
+FINISHED = -1
+"""In place of a token: the row takes no part in this step, nothing is stored for it."""
+
+
+@dataclass(frozen=True)
+class StopRules:
+    """When a row ends: any of the tokens, any of the strings, or this many new tokens."""
+
+    max_new_tokens: int
+    tokens: frozenset[int] = frozenset()
+    strings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise QCompileError(f"max_new_tokens={self.max_new_tokens}: expected at least 1")
+
+
+@dataclass
+class Row:
+    """One sequence of a batch: its prompt, what came since, and what of the text was given out."""
+
+    prompt: list[int]
+    text: TextStream | None = None
+    tokens: list[int] = field(default_factory=list)
+    held: str = ""
+    done: bool = False
+
+    def accept(self, token: int, rules: StopRules, capacity: int) -> str:
+        """Add a token; the text that may be given out now. Sets `done` at a stop."""
+        if token in rules.tokens:
+            self.done = True
+            return self._flush(rules)
+        self.tokens.append(token)
+        if self.text is not None:
+            self.held += self.text.push(token)
+        piece = self._settle(rules)
+        if not self.done and (len(self.tokens) >= rules.max_new_tokens or len(self.prompt) + len(self.tokens) > capacity):
+            self.done = True
+            piece += self._flush(rules)
+        return piece
+
+    def _flush(self, rules: StopRules) -> str:
+        """The rest of the text at the end of a row; a stop string in it still cuts."""
+        if self.text is not None:
+            self.held += self.text.finish()
+        cut = first_stop(self.held, rules.strings)
+        piece = self.held if cut is None else self.held[:cut]
+        self.held = ""
+        return piece
+
+    def _settle(self, rules: StopRules) -> str:
+        """What cannot become part of a stop string any more."""
+        cut = first_stop(self.held, rules.strings)
+        if cut is not None:
+            piece, self.held, self.done = self.held[:cut], "", True
+            return piece
+        keep = longest_border(self.held, rules.strings)
+        piece, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return piece
+
+
+def first_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Where the earliest stop string begins in `text`, or None."""
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return min(places, default=None)
+
+
+def longest_border(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of `text` that begins a stop string."""
+    return max((size for stop in stops for size in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:size])), default=0)
+
+
+def run_rows(engine: Engine, rows: Sequence[Row], rules: StopRules, sampler: Sampler) -> Iterator[tuple[int, str]]:
+    """Generate for all rows at once, yielding (row, text piece) after each token; rows end at different times.
+
+    Raises:
+        CapacityError: if a prompt is longer than the cache, before anything is computed.
+    """
+    capacity = engine.max_context
+    for row in rows:
+        if not row.prompt:
+            raise QCompileError("generate: expected at least one token in each prompt, got an empty prompt")
+        if len(row.prompt) > capacity:
+            raise CapacityError(f"generate: expected a prompt of at most {capacity} tokens, got {len(row.prompt)}; shorten it, or load with max_context={len(row.prompt) + rules.max_new_tokens}")
+    logits = engine.prefill([row.prompt for row in rows])
+    while True:
+        chosen = sampler(logits, [row.prompt + row.tokens for row in rows])
+        fed = [FINISHED] * len(rows)
+        for index, (row, token) in enumerate(zip(rows, chosen, strict=True)):
+            if not row.done:
+                yield index, row.accept(token, rules, capacity)
+                fed[index] = FINISHED if row.done else token
+        if all(row.done for row in rows):
+            return
+        logits = engine.decode(fed)
+
+
+class Generator:
+    """What `CompiledModel.generate` is: the forms of prompts, in batches as large as the cache was made for."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, eos_token_ids: Sequence[int]) -> None:
+        """`tokenizer` may be None: then only token ids are served."""
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.eos_token_ids = frozenset(eos_token_ids)
+
+    def __call__(
+        self, prompt: Any, *, max_new_tokens: int = 128, stop: str | Sequence[str] = (), stop_tokens: Sequence[int] = (),
+        ignore_eos: bool = False, stream: bool = False, **sampling: Any,
+    ) -> Any:  # fmt: skip
+        """Generate after `prompt`; see `CompiledModel.generate` for its forms."""
+        strings = (stop,) if isinstance(stop, str) else tuple(stop)
+        tokens = frozenset(stop_tokens) | (frozenset() if ignore_eos else self.eos_token_ids)
+        rules = StopRules(max_new_tokens, tokens, tuple(filter(None, strings)))
+        sampler = Sampler(SamplingParameters(**sampling))
+        kind, prompts = self._prompts(prompt)
+        if stream:
+            if kind != "one text":
+                raise QCompileError(f"generate: expected one text or one conversation with stream=True, got {kind}")
+            return self._stream(prompts[0], rules, sampler)
+        results = [result for start in range(0, len(prompts), self.engine.max_batch) for result in self._batch(prompts[start : start + self.engine.max_batch], kind, rules, sampler)]
+        return results[0] if kind == "one text" else results
+
+    def _stream(self, prompt: list[int], rules: StopRules, sampler: Sampler) -> Iterator[str]:
+        row = Row(prompt, TextStream(self._text_tokenizer()))
+        return (piece for _, piece in run_rows(self.engine, [row], rules, sampler) if piece)
+
+    def _batch(self, prompts: Sequence[list[int]], kind: str, rules: StopRules, sampler: Sampler) -> list[Any]:
+        wants_text = kind != "token ids" or bool(rules.strings)
+        rows = [Row(prompt, TextStream(self._text_tokenizer()) if wants_text else None) for prompt in prompts]
+        pieces: list[list[str]] = [[] for _ in rows]
+        for index, piece in run_rows(self.engine, rows, rules, sampler):
+            pieces[index].append(piece)
+        return [row.tokens for row in rows] if kind == "token ids" else ["".join(part) for part in pieces]
+
+    def _prompts(self, prompt: Any) -> tuple[str, list[list[int]]]:
+        """The kind of a prompt and its token lists: one text, several texts, or token ids."""
+        if isinstance(prompt, str):
+            return "one text", [self._text_tokenizer().encode(prompt)]
+        if isinstance(prompt, Tensor):
+            return "token ids", [[int(token) for token in row] for row in (prompt if prompt.dim() == 2 else prompt.view(1, -1))]
+        if isinstance(prompt, Sequence) and len(prompt):
+            first = prompt[0]
+            if isinstance(first, Mapping):
+                return "one text", [self._text_tokenizer().encode_chat(prompt)]
+            if isinstance(first, str):
+                return "several texts", [self._text_tokenizer().encode(text) for text in prompt]
+            if isinstance(first, int):
+                return "token ids", [list(prompt)]
+            if isinstance(first, Tensor) or (isinstance(first, Sequence) and all(isinstance(token, int) for token in first)):
+                return "token ids", [[int(token) for token in row] for row in prompt]
+            if isinstance(first, Sequence) and isinstance(first[0], Mapping):
+                return "several texts", [self._text_tokenizer().encode_chat(chat) for chat in prompt]
+        raise QCompileError(f"generate: expected a text, a list of texts, chat messages, or token ids, got {type(prompt).__name__}")
+
+    def _text_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise TokenizerError("generate: expected a model with tokenizer.json for text, got one without; pass token ids, or compile from a checkpoint that has a tokenizer")
+        return self.tokenizer

@@ -1,0 +1,172 @@
+"""generate(): stops, streams, ragged batches, forms of prompts, against an engine that plays a script."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+import pytest
+import torch
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+from torch import Tensor
+
+from qcompile.errors import CapacityError, QCompileError, TokenizerError
+from qcompile.ir.records import Assets
+from qcompile.runtime.generate import Generator, first_stop, longest_border
+from qcompile.runtime.tokenizer import TextStream, Tokenizer
+
+EOS = 256
+
+
+class Script:
+    """An engine that answers with the bytes of a text, one token per byte, then with the end of sequence."""
+
+    name = "script"
+    max_context = 64
+
+    def __init__(self, *texts: str, max_batch: int = 4) -> None:
+        self.texts = [list(text.encode()) for text in texts]
+        self.max_batch = max_batch
+        self.state: list[int] = []
+        self.fed: list[list[int]] = []
+        self.batches = 0
+
+    def prepare(self) -> None: ...
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        raise NotImplementedError
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        self.first = self.batches
+        self.batches += len(prompts)
+        self.state = [len(prompt) for prompt in prompts]
+        self.step = 0
+        return self._logits()
+
+    def decode(self, tokens: Sequence[int]) -> Tensor:
+        self.fed.append(list(tokens))
+        self.step += 1
+        return self._logits()
+
+    def _logits(self) -> Tensor:
+        logits = torch.zeros(len(self.state), 300)
+        for row in range(len(self.state)):
+            text = self.texts[(self.first + row) % len(self.texts)]
+            logits[row, text[self.step] if self.step < len(text) else EOS] = 1
+        return logits
+
+
+@pytest.fixture(scope="module")
+def assets() -> Assets:
+    """A tokenizer with one token per byte, and a chat template."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    order = bytes_to_unicode()
+    fast = FastTokenizer(models.BPE(vocab={order[byte]: byte for byte in range(256)} | {"<eos>": EOS}, merges=[]))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    fast.decoder = decoders.ByteLevel()
+    fast.add_special_tokens(["<eos>"])
+    assert len(alphabet) == 256
+    template = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    files = {"tokenizer.json": fast.to_str().encode(), "chat_template.jinja": template.encode(), "tokenizer_config.json": json.dumps({"eos_token": {"content": "<eos>"}}).encode()}
+    return Assets(files, (EOS,), name="bytes")
+
+
+def bytes_to_unicode() -> dict[int, str]:
+    """GPT-2's printable stand-ins for bytes."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    table = {byte: chr(byte) for byte in printable}
+    spare = (byte for byte in range(256) if byte not in table)
+    return table | {byte: chr(256 + index) for index, byte in enumerate(spare)}
+
+
+def generator(assets: Assets, *texts: str, max_batch: int = 4) -> Generator:
+    return Generator(Script(*texts, max_batch=max_batch), Tokenizer(assets), assets.eos_token_ids)
+
+
+def test_a_text_goes_in_and_a_text_comes_out(assets: Assets) -> None:
+    assert generator(assets, "Paris.")("The capital", max_new_tokens=30) == "Paris."
+    assert generator(assets, "Paris.")("The capital", max_new_tokens=3) == "Par"
+
+
+def test_streaming_never_splits_a_character(assets: Assets) -> None:
+    text = "naïve 日本語 🙂 " * 2
+    pieces = list(generator(assets, text)("x", max_new_tokens=200, stream=True))
+    assert "".join(pieces) == text
+    assert all("\ufffd" not in piece for piece in pieces)
+    assert len(pieces) > 10
+
+
+def test_a_stream_equals_decoding_at_once(assets: Assets) -> None:
+    tokenizer = Tokenizer(assets)
+    stream = TextStream(tokenizer)
+    tokens = tokenizer.encode("čtyřicet dva — 42 ✓" * 4)
+    assert "".join(stream.push(token) for token in tokens) + stream.finish() == tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize(("stop", "expected"), [("END", "one two "), (["two", "END"], "one "), ("ENDLESS", "one two END three"), ("one", "")])
+def test_stop_strings_cut_across_tokens_and_are_not_given_out(assets: Assets, stop: str | list[str], expected: str) -> None:
+    assert generator(assets, "one two END three")("x", stop=stop) == expected
+    assert "".join(generator(assets, "one two END three")("x", stop=stop, stream=True)) == expected
+
+
+def test_borders_of_stop_strings() -> None:
+    assert longest_border("abcEN", ["END", "NO"]) == 2
+    assert longest_border("abc", ["END"]) == 0
+    assert first_stop("xENDyNO", ["NO", "END"]) == 1
+
+
+def test_stop_tokens_and_ignored_ends(assets: Assets) -> None:
+    assert generator(assets, "abcdef")("x", stop_tokens=[ord("d")]) == "abc"
+    assert generator(assets, "ab")([1, 2], max_new_tokens=4, ignore_eos=True) == [[97, 98, EOS, EOS]]
+
+
+def test_rows_end_at_different_times_and_batches_are_cut_to_the_cache(assets: Assets) -> None:
+    made = generator(assets, "a", "bcd", "ef", max_batch=2)
+    assert made(["1", "22", "333"]) == ["a", "bcd", "ef"]
+    script = made.engine
+    assert isinstance(script, Script)
+    assert [-1, 99] in script.fed  # the first row is done while the second goes on
+
+
+def test_ids_of_every_form(assets: Assets) -> None:
+    for prompt in (torch.tensor([[1, 2], [3, 4]]), [[1, 2], [3]], [torch.tensor([1, 2]), torch.tensor([3])]):
+        assert generator(assets, "a", "bc")(prompt) == [[97], [98, 99]]
+
+
+def test_chat_goes_through_the_template(assets: Assets) -> None:
+    tokenizer = Tokenizer(assets)
+    assert tokenizer.render_chat([{"role": "user", "content": "hi"}]) == "[user]hi<eos>[assistant]"
+    assert generator(assets, "yes")([{"role": "user", "content": "hi"}]) == "yes"
+    with pytest.raises(TokenizerError, match="bytes: expected messages that the chat template takes, got an error: no tools"):
+        tokenizer.render_chat([{"role": "tool", "content": "x"}])
+
+
+def test_a_template_cannot_reach_the_interpreter(assets: Assets) -> None:
+    hostile = Assets(assets.files | {"chat_template.jinja": b"{{ ''.__class__.__mro__[1].__subclasses__() }}"}, name="hostile")
+    with pytest.raises(TokenizerError, match="hostile: expected messages that the chat template takes"):
+        Tokenizer(hostile).render_chat([{"role": "user", "content": "x"}])
+
+
+def test_what_cannot_be_served_says_so(assets: Assets) -> None:
+    with pytest.raises(CapacityError, match=r"expected a prompt of at most 64 tokens, got 65; shorten it, or load with max_context=193"):
+        generator(assets, "a")([[1] * 65])
+    with pytest.raises(TokenizerError, match="expected a model with tokenizer.json for text"):
+        Generator(Script("a"), None, [])("text")
+    with pytest.raises(TokenizerError, match="expected tokenizer.json, got none"):
+        Tokenizer(Assets(name="bare"))
+    with pytest.raises(TokenizerError, match="expected a chat template, got none"):
+        Tokenizer(Assets({"tokenizer.json": assets.files["tokenizer.json"]}, name="bare")).render_chat([])
+    with pytest.raises(QCompileError, match="expected a text, a list of texts, chat messages, or token ids, got float"):
+        generator(assets, "a")(1.5)
+    with pytest.raises(QCompileError, match="expected one text or one conversation with stream=True, got token ids"):
+        generator(assets, "a")([1], stream=True)
+    with pytest.raises(QCompileError, match="max_new_tokens=0: expected at least 1"):
+        generator(assets, "a")("x", max_new_tokens=0)
+    with pytest.raises(QCompileError, match="expected at least one token in each prompt"):
+        generator(assets, "a")([[]])
+
+
+def test_a_row_ends_when_the_cache_is_full(assets: Assets) -> None:
+    (tokens,) = generator(assets, "z" * 100)([[1] * 60], max_new_tokens=50)
+    assert len(tokens) == 5  # four tokens are stored after the prompt, and the logits of the last give one more
