@@ -16,7 +16,14 @@ from qcompile.passes.base import Pass, PassContext
 aten = torch.ops.aten
 
 _CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default)
-_SAME = (aten.lift_fresh_copy.default, aten.detach.default, aten.detach_.default, aten.clone.default, aten.contiguous.default, aten.alias.default)
+_SAME = (
+    aten.lift_fresh_copy.default,
+    aten.detach.default,
+    aten.detach_.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.alias.default,
+)
 _CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size", "_assert_async")
 _SHAPED = (aten.view.default, aten.reshape.default, aten.expand.default, aten._unsafe_view.default)
 _PLACED = ("device", "pin_memory", "layout")

@@ -90,7 +90,11 @@ def _cast_result(graph: Graph, node: fx.Node, kept: set[fx.Node], dtype: torch.d
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.dtype not in _FLOATS or value.dtype == dtype:
         return False
-    users = [user for user in node.users if user not in kept and user.target not in (torch.ops.aten.to.dtype, torch.ops.qcompile.rotary_table.default)]
+    users = [
+        user
+        for user in node.users
+        if user not in kept and user.target not in (torch.ops.aten.to.dtype, torch.ops.qcompile.rotary_table.default)
+    ]
     if not users:
         return False
     after = graph.placeholders[-1].next if node.op == "placeholder" else node.next
@@ -125,4 +129,7 @@ def propagate(graph: Graph) -> None:
             try:
                 node.meta["val"] = graph.infer(node)
             except Exception as error:
-                raise PassError(f"convert-dtype: {where(node)}: expected {operator_name(node.target)} to accept its arguments, got {error}; this model mixes dtypes on purpose, compile it for fp32") from error
+                raise PassError(
+                    f"convert-dtype: {where(node)}: expected {operator_name(node.target)} to accept its arguments, got "
+                    f"{error}; this model mixes dtypes on purpose, compile it for fp32"
+                ) from error

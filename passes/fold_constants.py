@@ -57,4 +57,6 @@ def _fold(graph: Graph, node: fx.Node) -> None:
         value = node.target(*args, **kwargs)  # type: ignore[operator]
     constant = tensor_constant(value.contiguous())
     wanted = node.meta["val"].dtype
-    graph.replace(node, graph.add_constant(f"folded.{node.name}", constant if value.dtype == wanted else constant.then(Cast(wanted)), source=node))
+    graph.replace(
+        node, graph.add_constant(f"folded.{node.name}", constant if value.dtype == wanted else constant.then(Cast(wanted)), source=node)
+    )

@@ -27,14 +27,23 @@ class FuseDequantize(Pass):
             codes, scale, zero, bits, group_size, columns, dtype = dequantize.args
             for user in list(dequantize.users):
                 if user.target is aten.linear.default and user.args[1] is dequantize and ctx.spend():
-                    fused = graph.insert(user, qcompile.quantized_linear.default, (user.args[0], codes, scale, zero, user.args[2], bits, group_size), source=user)
+                    fused = graph.insert(
+                        user,
+                        qcompile.quantized_linear.default,
+                        (user.args[0], codes, scale, zero, user.args[2], bits, group_size),
+                        source=user,
+                    )
                 elif user.target is aten.embedding.default and user.args[0] is dequantize and ctx.spend():
                     arguments = (user.args[1], codes, scale, zero, bits, group_size, columns, dtype)
                     fused = graph.insert(user, qcompile.quantized_embedding.default, arguments, source=user)
                 else:
                     ctx.note(self.name, user.name, f"{operator_name(user.target)} cannot read packed weights; {dequantize.name} stays")
                     continue
-                fused.meta["passes"] = (*fused.meta["passes"][:-1], *(name for name in dequantize.meta["passes"] if name not in fused.meta["passes"]), self.name)
+                fused.meta["passes"] = (
+                    *fused.meta["passes"][:-1],
+                    *(name for name in dequantize.meta["passes"] if name not in fused.meta["passes"]),
+                    self.name,
+                )
                 graph.replace(user, fused)
                 changed = True
         graph.remove_dead()

@@ -43,6 +43,8 @@ def _is_residual_add(node: fx.Node) -> bool:
         return False
     value = node.meta["val"]
     return all(
-        isinstance(part, fx.Node) and part.meta["val"].dtype == value.dtype and list(map(str, part.meta["val"].shape)) == list(map(str, value.shape))
+        isinstance(part, fx.Node)
+        and part.meta["val"].dtype == value.dtype
+        and list(map(str, part.meta["val"].shape)) == list(map(str, value.shape))
         for part in node.args
     )

@@ -35,7 +35,10 @@ class NumericCheck:
         exact = step.is_exact(ctx)
         error = relative_error(outputs(after, wide=exact), outputs(before, wide=exact))
         if exact and not error <= self.tolerance:
-            raise PassError(f"{step.name}: expected the same function within {self.tolerance:g} (float64, relative to the largest output), got {error:.3g}; the pass is wrong on this graph, disable it with --disable-pass {step.name}")
+            raise PassError(
+                f"{step.name}: expected the same function within {self.tolerance:g} (float64, relative to the largest output), "
+                f"got {error:.3g}; the pass is wrong on this graph, disable it with --disable-pass {step.name}"
+            )
         return error
 
 

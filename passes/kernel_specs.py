@@ -31,6 +31,10 @@ def _table(operands: dict[str, Any]) -> Sizes:
     return {"N": operands["weight" if "weight" in operands else "codes"].shape[0], "K": operands["out"].shape[-1]}
 
 
+def _cache(operands: dict[str, Any]) -> Sizes:
+    return {"L": operands["keys"].shape[1], "D": operands["keys"].shape[3]}
+
+
 def _attend(operands: dict[str, Any]) -> Sizes:
     return {"H": operands["q"].shape[1], "L": operands["keys"].shape[1], "D": operands["q"].shape[3]}
 
@@ -45,7 +49,7 @@ OPERATORS: dict[Any, tuple[str, tuple[str, ...], Callable[[dict[str, Any]], Size
     qcompile.rope.default: ("rope", ("x", "cos", "sin"), lambda o: {"H": o["x"].shape[1], "R": o["x"].shape[3]}, False),
     qcompile.gated_activation.default: ("gated_activation", ("gate", "up"), _last("gate", "I"), False),
     qcompile.cache_append.default: (
-        "cache_append_", ("keys", "values", "k", "v", "page_table", "positions"), lambda o: {"L": o["keys"].shape[1], "D": o["keys"].shape[3]}, False,
+        "cache_append_", ("keys", "values", "k", "v", "page_table", "positions"), _cache, False,
     ),
     qcompile.cache_attend.default: ("cache_attend", ("q", "keys", "values", "page_table", "positions", "", "", "", "sinks"), _attend, True),
     aten.embedding.default: ("embedding", ("weight", "indices"), _table, False),
@@ -79,7 +83,9 @@ def kernel_specs(graph: Graph, node: fx.Node) -> dict[str, KernelSpec]:
 
 def _regular(node: fx.Node, values: dict[str, Any], name: str) -> bool:
     """Whether the call has the form the kernel is defined for: tensors only, nothing broadcast in an add."""
-    if not all(isinstance(value, Tensor) and isinstance(value.shape[-1], int) for value in values.values() if value.dim() and value.dim() != 2):
+    if not all(
+        isinstance(value, Tensor) and isinstance(value.shape[-1], int) for value in values.values() if value.dim() and value.dim() != 2
+    ):
         return False
     if name == "add":
         shapes = [list(map(str, value.shape)) for value in values.values()]
@@ -102,7 +108,12 @@ def _options(node: fx.Node, name: str) -> dict[str, Any]:
         return {"activation": activation_name(node)}
     if name == "layer_norm":
         return {"eps": node.args[4] if len(node.args) > 4 else 1e-5}
-    wanted = {"rms_norm": ("eps", "offset"), "add_rms_norm": ("eps", "offset"), "rotary_table": ("scaling",), "gated_activation": ("activation",)}
+    wanted = {
+        "rms_norm": ("eps", "offset"),
+        "add_rms_norm": ("eps", "offset"),
+        "rotary_table": ("scaling",),
+        "gated_activation": ("activation",),
+    }
     wanted["cache_attend"] = ("scale", "window", "softcap")
     schema = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     given = dict(zip(schema, node.args, strict=False)) | node.kwargs

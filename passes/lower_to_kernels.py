@@ -19,7 +19,8 @@ from qcompile.quant.scheme import dtype_name
 aten = torch.ops.aten
 qcompile = torch.ops.qcompile
 COVERED = (
-    aten.linear.default, aten.embedding.default, aten.conv2d.default, qcompile.quantized_linear.default, qcompile.quantized_embedding.default,
+    aten.linear.default, aten.embedding.default, aten.conv2d.default,
+    qcompile.quantized_linear.default, qcompile.quantized_embedding.default,
     qcompile.attention.default, qcompile.cache_attend.default, qcompile.moe_experts.default, aten.scaled_dot_product_attention.default,
 )  # fmt: skip
 REFERENCE = "reference"
@@ -71,7 +72,9 @@ def _coverage_row(graph: Graph, node: fx.Node, note: tuple[str, bool], refused: 
     reason, chosen = note
     why = "; ".join(part for part in (reason, refused and f"refused by {backend.name if backend else ''}: {refused}") if part)
     module = weight.removesuffix(".codes")
-    return CoverageRow(node.name, operator_name(node.target), module, form, kernel, why, node.meta.get("source", ""), chosen and not refused)
+    return CoverageRow(
+        node.name, operator_name(node.target), module, form, kernel, why, node.meta.get("source", ""), chosen and not refused
+    )
 
 
 def _weights(graph: Graph, node: fx.Node) -> Iterable[fx.Node]:

@@ -56,7 +56,10 @@ def _run_one(graph: Graph, step: Pass, ctx: PassContext, index: int, check: Nume
     seconds = time.perf_counter() - started
     if changed != (graph.fingerprint() != fingerprint):
         claim = "changed the graph" if changed else "left the graph alone"
-        raise PassError(f"{step.name}: claims to have {claim}, expected the claim to be true, got {'the same' if changed else 'another'} graph; mend its return value")
+        raise PassError(
+            f"{step.name}: claims to have {claim}, expected the claim to be true, got {'the same' if changed else 'another'} "
+            "graph; mend its return value"
+        )
     graph.verify()
     error = check.measure(before, graph, step, ctx) if check is not None and before is not None and changed else None
     size = sum(constant.nbytes for constant in graph.constants.values())

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import fx
 
 from qcompile.ir.graph import Graph
-from qcompile.ir.lowered import Entry, Plan
+from qcompile.ir.lowered import Plan
+from qcompile.ir.memory import plan_entry
 from qcompile.passes.base import Pass, PassContext
-from qcompile.passes.memory import Lifetime, assign_offsets
 from qcompile.passes.steps import StepBuilder
 
 qcompile = torch.ops.qcompile
@@ -28,28 +28,15 @@ class PlanMemory(Pass):
         if graph.interface.kind == "cached_lm":
             last = last_logits_only(graph)
             entries = [
-                build_entry("forward", graph, {}),
-                build_entry("prefill", last, {"batch": ctx.max_batch, "sequence": ctx.prefill_chunk}),
-                build_entry("decode", graph, {"batch": ctx.max_batch, "sequence": 1}),
+                plan_entry(StepBuilder(graph).entry("forward"), {}),
+                plan_entry(StepBuilder(last).entry("prefill"), {"batch": ctx.max_batch, "sequence": ctx.prefill_chunk}),
+                plan_entry(StepBuilder(graph).entry("decode"), {"batch": ctx.max_batch, "sequence": 1}),
             ]
         else:
-            entries = [build_entry("forward", graph, {"batch": ctx.max_batch, "sequence": ctx.max_context})]
+            entries = [plan_entry(StepBuilder(graph).entry("forward"), {"batch": ctx.max_batch, "sequence": ctx.max_context})]
         kernels = tuple(sorted({name for entry in entries for step in entry.steps for name in step.kernels.values()}))
         ctx.products["plan"] = Plan({entry.name: entry for entry in entries}, kernels)
         return False
-
-
-def build_entry(name: str, graph: Graph, limits: dict[str, int]) -> Entry:
-    """The steps of `graph`, with memory planned at `limits` where these name every symbol of its intermediates."""
-    builder = StepBuilder(graph)
-    entry = builder.entry(name)
-    sizes = builder.intermediate_bytes(limits)
-    if not limits or sizes is None:
-        return entry
-    lifetimes = {buffer: Lifetime(size, *builder.lifetime(buffer)) for buffer, size in sizes.items()}
-    offsets, total = assign_offsets(lifetimes)
-    buffers = {key: replace(buffer, offset=offsets[key]) if key in offsets else buffer for key, buffer in entry.buffers.items()}
-    return replace(entry, buffers=buffers, limits=limits, arena_bytes=total)
 
 
 def last_logits_only(graph: Graph) -> Graph:

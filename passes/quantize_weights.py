@@ -18,7 +18,13 @@ from qcompile.quant.scheme import QuantFormat, QuantScheme
 aten = torch.ops.aten
 qcompile = torch.ops.qcompile
 ROUNDINGS = ("nearest",)
-_FORWARD_ONLY = (aten.linear.default, aten.embedding.default, qcompile.attention.default, qcompile.cache_attend.default, qcompile.moe_experts.default)
+_FORWARD_ONLY = (
+    aten.linear.default,
+    aten.embedding.default,
+    qcompile.attention.default,
+    qcompile.cache_attend.default,
+    qcompile.moe_experts.default,
+)
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,9 @@ def _quantize_operand(graph: Graph, node: fx.Node, form: QuantFormat, rounded: d
 def _dequantize_node(graph: Graph, operand: fx.Node, form: QuantFormat) -> fx.Node:
     name = str(operand.target)
     constant = uncast(graph.constants[name])
-    parts = {part: graph.add_constant(f"{name}.{part}", value, source=operand) for part, value in rounded_constants(constant, form, name).items()}
+    parts = {
+        part: graph.add_constant(f"{name}.{part}", value, source=operand) for part, value in rounded_constants(constant, form, name).items()
+    }
     first = min(operand.users, key=graph.nodes.index)
     columns = constant.shape[1]
     size = -1 if form.granularity.group_size == -1 else form.granularity.size(columns)

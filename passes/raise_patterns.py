@@ -68,7 +68,9 @@ _SQUARE = Either((
     call(aten.pow.Tensor_Scalar, _node("x"), 2), call(aten.square.default, _node("x")), call(_MUL, _node("x"), _node("x")),
 ))  # fmt: skip
 _VARIANCE = call(_ADD, call(aten.mean.dim, _SQUARE, [-1], True), Var("eps", _is_number))
-_NORMED = call(_MUL, _node("x"), Either((call(aten.rsqrt.default, _VARIANCE), call(aten.pow.Tensor_Scalar, _VARIANCE, -0.5))), commutes=True)
+_NORMED = call(
+    _MUL, _node("x"), Either((call(aten.rsqrt.default, _VARIANCE), call(aten.pow.Tensor_Scalar, _VARIANCE, -0.5))), commutes=True
+)
 _GAIN = Either((call(_ADD, _node("weight"), Var("offset", _is_number)), _node("weight")))
 """Gemma's gain is (1 + weight)."""
 
@@ -78,7 +80,9 @@ def _rms_norm(graph: Graph, node: fx.Node, bound: Bindings) -> fx.Node | None:
     width = bound["x"].meta["val"].shape[-1]
     if weight is not None and tuple(weight.meta["val"].shape) != (width,):
         return None
-    return graph.insert(node, qcompile.rms_norm.default, (bound["x"], weight, float(bound["eps"]), float(bound.get("offset", 0.0))), source=node)
+    return graph.insert(
+        node, qcompile.rms_norm.default, (bound["x"], weight, float(bound["eps"]), float(bound.get("offset", 0.0))), source=node
+    )
 
 
 _HALF_TURN = call(
@@ -177,7 +181,9 @@ def _gated(graph: Graph, node: fx.Node, bound: Bindings) -> fx.Node | None:
     gate, up = bound["gate"].meta["val"], bound["up"].meta["val"]
     if [str(size) for size in gate.shape] != [str(size) for size in up.shape] or len(bound["activation"].users) > 1:
         return None
-    return graph.insert(node, qcompile.gated_activation.default, (bound["gate"], bound["up"], activation_name(bound["activation"])), source=node)
+    return graph.insert(
+        node, qcompile.gated_activation.default, (bound["gate"], bound["up"], activation_name(bound["activation"])), source=node
+    )
 
 
 _CUBE = call(aten.pow.Tensor_Scalar, _node("x"), 3.0)

@@ -56,9 +56,15 @@ def _option(node: fx.Node, index: int, name: str, default: Any) -> Any:
 
 def _require_cacheable(node: fx.Node) -> None:
     if not _option(node, 6, "causal", False):
-        raise UnsupportedModelError(f"rewrite-kv-cache: {where(node)}: expected causal attention in a language model, got attention in both directions; compile the module with example_inputs instead")
+        raise UnsupportedModelError(
+            f"rewrite-kv-cache: {where(node)}: expected causal attention in a language model, got attention in both "
+            "directions; compile the module with example_inputs instead"
+        )
     if _option(node, 4, "bias", None) is not None:
-        raise UnsupportedModelError(f"rewrite-kv-cache: {where(node)}: expected causal, window and padding masks only, got an additive bias; such a cache is not served yet, use a target on the module with example_inputs")
+        raise UnsupportedModelError(
+            f"rewrite-kv-cache: {where(node)}: expected causal, window and padding masks only, got an additive bias; such a "
+            "cache is not served yet, use a target on the module with example_inputs"
+        )
 
 
 def _new_inputs(graph: Graph) -> tuple[fx.Node, fx.Node, dict[str, Any]]:
@@ -101,7 +107,9 @@ def _rewrite_layer(
     appended = graph.insert(node, qcompile.cache_append.default, (*states, k, v, page_table, positions), source=node)
     keys, values = (graph.insert(node, operator.getitem, (appended, part), source=node) for part in (0, 1))
     scale, window, softcap, sinks = (_option(node, place, name, default) for place, name, default in _ATTEND_OPTIONS)
-    attended = graph.insert(node, qcompile.cache_attend.default, (q, keys, values, page_table, positions, scale, window, softcap, sinks), source=node)
+    attended = graph.insert(
+        node, qcompile.cache_attend.default, (q, keys, values, page_table, positions, scale, window, softcap, sinks), source=node
+    )
     graph.replace(node, attended)
     return keys, values
 
@@ -133,7 +141,10 @@ def _require_no_mask(graph: Graph) -> None:
             user.replace_input_with(mask, ids)
     if mask is not None and mask.users:
         user = next(iter(mask.users))
-        raise UnsupportedModelError(f"rewrite-kv-cache: {where(user)}: expected attention_mask to be read by attention only, got {user.target}; this model cannot be given a cache")
+        raise UnsupportedModelError(
+            f"rewrite-kv-cache: {where(user)}: expected attention_mask to be read by attention only, got {user.target}; "
+            "this model cannot be given a cache"
+        )
 
 
 def _new_interface(graph: Graph, states: list[tuple[fx.Node, fx.Node]]) -> None:

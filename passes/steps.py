@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from qcompile.errors import ArtifactError, PassError
+from qcompile.errors import PassError
 from qcompile.ir.allowed import name_of
 from qcompile.ir.graph import Graph
 from qcompile.ir.lowered import Buffer, Entry, Step
-from qcompile.ir.size import Size, evaluate
+from qcompile.ir.size import Size
 from qcompile.ir.symbols import size_expression
 from qcompile.ir.verify import where
 from qcompile.quant.scheme import dtype_name
@@ -22,7 +22,8 @@ from qcompile.quant.scheme import dtype_name
 aten = torch.ops.aten
 qcompile = torch.ops.qcompile
 _VIEWS = (
-    aten.reshape.default, aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default, aten.slice.Tensor,
+    aten.reshape.default, aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default,
+    aten.slice.Tensor,
     aten.select.int, aten.expand.default, aten.flatten.using_ints, aten.t.default, aten.unflatten.int, aten.narrow.default,
     aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int,
 )  # fmt: skip
@@ -30,7 +31,7 @@ _TOKEN_MAJOR = (qcompile.cache_attend.default, qcompile.attention.default)
 
 
 class StepBuilder:
-    """Walks a graph once; `entry` gives its steps, `lifetime` and `intermediate_bytes` what memory planning asks for."""
+    """Walks a graph once; `entry` gives its steps and buffers, without planned memory."""
 
     def __init__(self, graph: Graph) -> None:
         """Build steps and buffers."""
@@ -39,8 +40,6 @@ class StepBuilder:
         self.steps: list[Step] = []
         self.values: dict[fx.Node, Any] = {}
         self.fakes: dict[fx.Node, Any] = {}
-        self._first: dict[str, int] = {}
-        self._last: dict[str, int] = {}
         for node in graph.nodes:
             self._visit(node)
         outputs = graph.output.args[0]
@@ -48,7 +47,7 @@ class StepBuilder:
         for name in self.outputs:
             root = self._root(name)
             if self.buffers[root].kind == "intermediate":
-                self.buffers[root] = _with_kind(self.buffers[root], "output")
+                self.buffers[root] = replace(self.buffers[root], kind="output")
 
     def _states(self) -> set[str]:
         return {name for name, buffer in self.buffers.items() if buffer.kind == "state"}
@@ -57,23 +56,6 @@ class StepBuilder:
         """The entry without planned memory."""
         inputs = tuple(node.name for node in self.graph.placeholders)
         return Entry(name, inputs, self.outputs, self.buffers, tuple(self.steps), {})
-
-    def lifetime(self, name: str) -> tuple[int, int]:
-        """First and last step at which the buffer or a view of it is touched."""
-        return self._first[name], self._last[name]
-
-    def intermediate_bytes(self, limits: Mapping[str, int]) -> dict[str, int] | None:
-        """Bytes of every intermediate at `limits`; None if one depends on a size that `limits` does not name."""
-        sizes: dict[str, int] = {}
-        for name, buffer in self.buffers.items():
-            if buffer.kind != "intermediate" or buffer.alias:
-                continue
-            try:
-                count = math.prod(evaluate(size, limits) for size in buffer.shape)
-            except ArtifactError:
-                return None
-            sizes[name] = count * _itemsize(buffer.dtype)
-        return sizes
 
     def _visit(self, node: fx.Node) -> None:
         if node.op == "placeholder":
@@ -111,8 +93,6 @@ class StepBuilder:
         names = tuple(f"{node.name}.{index}" for index in range(len(value)))
         for name, item in zip(names, value, strict=True):
             self._buffer(name, item, "intermediate", alias, (), node)
-            if not alias:
-                self._first[name] = self._last[name] = len(self.steps)
         self.values[node] = names
         self.fakes[node] = fakes if fakes is not None else tuple(self._fresh(item) for item in value)
         self._step(node, node.target, names)
@@ -129,12 +109,12 @@ class StepBuilder:
         shared = first.untyped_storage()._cdata == self.fakes[source].untyped_storage()._cdata  # type: ignore[index]
         return (self.values[source], result) if shared else ("", None)  # type: ignore[index]
 
-    def _add(self, node: fx.Node, name: str, value: Tensor, kind: str, alias: str = "", order: tuple[int, ...] = (), fake: Any = None) -> None:
+    def _add(
+        self, node: fx.Node, name: str, value: Tensor, kind: str, alias: str = "", order: tuple[int, ...] = (), fake: Any = None
+    ) -> None:
         self._buffer(name, value, kind, alias, order, node)
         self.values[node] = name
         self.fakes[node] = fake if fake is not None else self._fresh(value, order)
-        if kind == "intermediate" and not alias:
-            self._first[name] = self._last[name] = len(self.steps)
 
     def _buffer(self, name: str, value: Tensor, kind: str, alias: str, order: tuple[int, ...], node: fx.Node) -> None:
         shape = tuple(self._size(size, node) for size in value.shape)
@@ -158,14 +138,7 @@ class StepBuilder:
         assert stored is not None  # the verifier has seen to it
         args = tuple(self._argument(argument) for argument in node.args)
         kwargs = {key: self._argument(value) for key, value in node.kwargs.items()}
-        for used in node.all_input_nodes:
-            self._touch(self.values[used])
         self.steps.append(Step(stored, args, kwargs, outputs, dict(node.meta.get("kernels", {})), node.name))
-
-    def _touch(self, value: Any) -> None:
-        for name in value if isinstance(value, tuple) else (value,):
-            if isinstance(name, str) and (root := self._root(name)) in self._last:
-                self._last[root] = len(self.steps)
 
     def _root(self, name: str) -> str:
         while self.buffers[name].alias:
@@ -183,11 +156,3 @@ class StepBuilder:
         if isinstance(value, float) and not math.isfinite(value):
             return {"float": str(value)}
         return value
-
-
-def _with_kind(buffer: Buffer, kind: str) -> Buffer:
-    return Buffer(buffer.name, buffer.dtype, buffer.shape, kind, buffer.offset, buffer.alias, buffer.order)
-
-
-def _itemsize(name: str) -> int:
-    return {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}.get(name) or int(getattr(torch, name).itemsize)

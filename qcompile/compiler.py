@@ -83,7 +83,9 @@ def compile(  # noqa: A001  the name is the product's
     """
     goal = _goal(target, scheme, group_size, symmetric, ignore, quantize_head, quantize_embedding)
     pipeline = choose_passes(goal, recipe, passes, disable)
-    loaded = frontend.load(model, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, revision=revision, trust_remote_code=trust_remote_code)
+    loaded = frontend.load(
+        model, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, revision=revision, trust_remote_code=trust_remote_code
+    )
     context = max_context or min(loaded.assets.max_positions or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
     ctx = PassContext(goal, backend_for(goal), max_batch, context, min(context, 512), fuel)
     writer = _dump_instruments(dump or os.environ.get("QCOMPILE_DUMP"))
@@ -123,7 +125,10 @@ def require_coverage(rows: Sequence[CoverageRow]) -> None:
     if left:
         lines = "\n".join(f"  {row.node} ({row.source}): {row.operator} {row.weight}: {row.reason}" for row in left[:10])
         more = f"\n  and {len(left) - 10} more" if len(left) > 10 else ""
-        raise CoverageError(f"strict: expected a kernel for every operator, got {len(left)} left alone:\n{lines}{more}\ncompile with strict=False, or name them in ignore=")
+        raise CoverageError(
+            f"strict: expected a kernel for every operator, got {len(left)} left alone:\n{lines}{more}\ncompile with "
+            "strict=False, or name them in ignore="
+        )
 
 
 def _dump_instruments(directory: str | os.PathLike[str] | None) -> list[Any]:

@@ -1,4 +1,7 @@
-"""Every error a user can cause: one class per kind of mistake, each message names the place, what was expected, what came, and the remedy."""
+"""Every error a user can cause: one class per kind of mistake.
+
+Each message names the place, what was expected, what came, and the remedy.
+"""
 
 
 class QCompileError(Exception):

@@ -62,7 +62,9 @@ def parse_target(text: str | Target) -> Target:
         raise TargetError(f"target {text!r}: expected ARCH-SCHEME[-KV] as one of {', '.join(known_targets())}")
     name = _ALIASES.get(match["scheme"], match["scheme"])
     if f"{match['arch']}-{name}" not in known_targets():
-        raise TargetError(f"target {text!r}: scheme {match['scheme']!r} is not served on {match['arch']}; expected one of {', '.join(known_targets())}")
+        raise TargetError(
+            f"target {text!r}: scheme {match['scheme']!r} is not served on {match['arch']}; expected one of {', '.join(known_targets())}"
+        )
     kv = match["kv"] or "kv"
     if kv not in CACHES:
         raise TargetError(f"target {text!r}: cache {kv!r} is unknown; expected {', '.join(key for key in CACHES if key != 'kv')} or none")

@@ -96,7 +96,10 @@ def run_rows(engine: Engine, rows: Sequence[Row], rules: StopRules, sampler: Sam
         if not row.prompt:
             raise QCompileError("generate: expected at least one token in each prompt, got an empty prompt")
         if len(row.prompt) > capacity:
-            raise CapacityError(f"generate: expected a prompt of at most {capacity} tokens, got {len(row.prompt)}; shorten it, or load with max_context={len(row.prompt) + rules.max_new_tokens}")
+            raise CapacityError(
+                f"generate: expected a prompt of at most {capacity} tokens, got {len(row.prompt)}; shorten it, or load with "
+                f"max_context={len(row.prompt) + rules.max_new_tokens}"
+            )
     logits = engine.prefill([row.prompt for row in rows])
     while True:
         chosen = sampler(logits, [row.prompt + row.tokens for row in rows])
@@ -133,7 +136,11 @@ class Generator:
             if kind != "one text":
                 raise QCompileError(f"generate: expected one text or one conversation with stream=True, got {kind}")
             return self._stream(prompts[0], rules, sampler)
-        results = [result for start in range(0, len(prompts), self.engine.max_batch) for result in self._batch(prompts[start : start + self.engine.max_batch], kind, rules, sampler)]
+        results = [
+            result
+            for start in range(0, len(prompts), self.engine.max_batch)
+            for result in self._batch(prompts[start : start + self.engine.max_batch], kind, rules, sampler)
+        ]
         return results[0] if kind == "one text" else results
 
     def _stream(self, prompt: list[int], rules: StopRules, sampler: Sampler) -> Iterator[str]:
@@ -170,5 +177,8 @@ class Generator:
 
     def _text_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise TokenizerError("generate: expected a model with tokenizer.json for text, got one without; pass token ids, or compile from a checkpoint that has a tokenizer")
+            raise TokenizerError(
+                "generate: expected a model with tokenizer.json for text, got one without; pass token ids, or compile from a "
+                "checkpoint that has a tokenizer"
+            )
         return self.tokenizer

@@ -29,7 +29,9 @@ class Tokenizer:
         name = assets.name or assets.model_type or "this model"
         content = assets.files.get("tokenizer.json")
         if content is None:
-            raise TokenizerError(f"{name}: expected tokenizer.json, got none; pass token ids, or compile from a checkpoint that has a tokenizer")
+            raise TokenizerError(
+                f"{name}: expected tokenizer.json, got none; pass token ids, or compile from a checkpoint that has a tokenizer"
+            )
         self.name = name
         self._fast = FastTokenizer.from_str(content.decode())
         self._fast.no_padding()
@@ -64,7 +66,10 @@ class Tokenizer:
         try:
             return environment.from_string(self._template).render(messages=list(messages), add_generation_prompt=True, **special)
         except TemplateError as error:
-            raise TokenizerError(f"{self.name}: expected messages that the chat template takes, got an error: {error}; give each message a role and a content") from error
+            raise TokenizerError(
+                f"{self.name}: expected messages that the chat template takes, got an error: {error}; give each message a role "
+                "and a content"
+            ) from error
 
 
 class TextStream:

@@ -104,7 +104,9 @@ class UnboundSource:
 
     def load(self) -> Tensor:
         """There is nothing to load."""
-        raise UnboundConstantError(f"{self.name}: expected a value, got none: the model was traced from its configuration alone; give a checkpoint with weights")
+        raise UnboundConstantError(
+            f"{self.name}: expected a value, got none: the model was traced from its configuration alone; give a checkpoint with weights"
+        )
 
 
 @dataclass(eq=False)

@@ -241,7 +241,10 @@ class Graph:
                 fits = fits and (size == wanted if isinstance(wanted, int) else sizes.setdefault(str(wanted), size) == size)
             if not fits:
                 known = {symbol: str(sizes.get(symbol, name)) for symbol, name in self.interface.symbols.items()}
-                raise QCompileError(f"{node.name}: expected {type_text(value, known)}, got {type_text(leaf, {})}; compile again with example_inputs of that kind")
+                raise QCompileError(
+                    f"{node.name}: expected {type_text(value, known)}, got {type_text(leaf, {})}; compile again with example_inputs "
+                    "of that kind"
+                )
 
 
 def operator_name(target: object) -> str:

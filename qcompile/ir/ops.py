@@ -96,7 +96,9 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return ACTIVATIONS[activation](gate) * up
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, bias: Tensor | None, scale: float, softcap: float, sinks: Tensor | None) -> Tensor:
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, bias: Tensor | None, scale: float, softcap: float, sinks: Tensor | None
+) -> Tensor:
     """Grouped attention; a query that may see nothing gives 0.
 
     q [B, H, S, D], k and v [B, L, T, D] with L dividing H, keep bool broadcastable to [B, 1, S, T], bias float broadcastable
@@ -135,7 +137,8 @@ def _token_major(q: Tensor, v: Tensor) -> Tensor:
 
 
 @_define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? padding, Tensor? bias, float scale, bool causal, int window=0, float softcap=0.0, Tensor? sinks=None) -> Tensor",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? padding, Tensor? bias, float scale, bool causal, int "
+    "window=0, float softcap=0.0, Tensor? sinks=None) -> Tensor",
     _fake_attention,
 )
 def attention(
@@ -179,7 +182,10 @@ def _fake_cache_append(keys: Tensor, values: Tensor, *_: object) -> tuple[Tensor
     return torch.empty_like(keys), torch.empty_like(values)
 
 
-@_define("cache_append(Tensor keys, Tensor values, Tensor k, Tensor v, Tensor page_table, Tensor positions) -> (Tensor, Tensor)", _fake_cache_append)
+@_define(
+    "cache_append(Tensor keys, Tensor values, Tensor k, Tensor v, Tensor page_table, Tensor positions) -> (Tensor, Tensor)",
+    _fake_cache_append,
+)
 def cache_append(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, page_table: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """The cache with k, v [B, L, S, D] stored at `positions` [B, S]; a token at position -1 is padding and is not stored.
 
@@ -190,7 +196,9 @@ def cache_append(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, page_table:
     return keys, values
 
 
-@_define("cache_append_(Tensor(a!) keys, Tensor(b!) values, Tensor k, Tensor v, Tensor page_table, Tensor positions) -> ()", lambda *_: None)
+@_define(
+    "cache_append_(Tensor(a!) keys, Tensor(b!) values, Tensor k, Tensor v, Tensor page_table, Tensor positions) -> ()", lambda *_: None
+)
 def cache_append_(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, page_table: Tensor, positions: Tensor) -> None:
     """`cache_append` in place: what memory planning turns it into."""
     _write(keys, values, k, v, page_table, positions)
@@ -201,7 +209,8 @@ def _fake_cache_attend(q: Tensor, keys: Tensor, values: Tensor, *_: object, **__
 
 
 @_define(
-    "cache_attend(Tensor q, Tensor keys, Tensor values, Tensor page_table, Tensor positions, float scale, int window=0, float softcap=0.0, Tensor? sinks=None) -> Tensor",
+    "cache_attend(Tensor q, Tensor keys, Tensor values, Tensor page_table, Tensor positions, float scale, int "
+    "window=0, float softcap=0.0, Tensor? sinks=None) -> Tensor",
     _fake_cache_attend,
 )
 def cache_attend(
@@ -225,11 +234,16 @@ def cache_attend(
     return masked_attention(q, k, v, keep, None, scale, softcap, sinks)
 
 
-def _fake_dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int, dtype: torch.dtype) -> Tensor:
+def _fake_dequantize(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int, dtype: torch.dtype
+) -> Tensor:
     return scale.new_empty((codes.shape[0], columns), dtype=dtype)
 
 
-@_define("dequantize(Tensor codes, Tensor scale, Tensor? zero, int bits, int group_size, int columns, ScalarType dtype) -> Tensor", _fake_dequantize)
+@_define(
+    "dequantize(Tensor codes, Tensor scale, Tensor? zero, int bits, int group_size, int columns, ScalarType dtype) -> Tensor",
+    _fake_dequantize,
+)
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Packed codes uint8 [N, ceil(K·b/8)] to [N, K]; see `qcompile.quant.reference.dequantize`."""
     return reference.dequantize(codes, scale, zero, bits, group_size, columns, dtype)
@@ -243,18 +257,23 @@ def _fake_quantized_linear(x: Tensor, codes: Tensor, *_: object, **__: object) -
     "quantized_linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias, int bits, int group_size) -> Tensor",
     _fake_quantized_linear,
 )
-def quantized_linear(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group_size: int) -> Tensor:
+def quantized_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group_size: int
+) -> Tensor:
     """`x · dequantize(codes)ᵀ + bias`: x [..., K], codes uint8 [N, ceil(K·b/8)], result [..., N]."""
     weight = reference.dequantize(codes, scale, zero, bits, group_size, x.shape[-1], x.dtype)
     return functional.linear(x, weight, bias)
 
 
-def _fake_quantized_embedding(indices: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int, dtype: torch.dtype) -> Tensor:
+def _fake_quantized_embedding(
+    indices: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int, dtype: torch.dtype
+) -> Tensor:
     return scale.new_empty((*indices.shape, columns), dtype=dtype)
 
 
 @_define(
-    "quantized_embedding(Tensor indices, Tensor codes, Tensor scale, Tensor? zero, int bits, int group_size, int columns, ScalarType dtype) -> Tensor",
+    "quantized_embedding(Tensor indices, Tensor codes, Tensor scale, Tensor? zero, int bits, int group_size, int "
+    "columns, ScalarType dtype) -> Tensor",
     _fake_quantized_embedding,
 )
 def quantized_embedding(

@@ -10,7 +10,8 @@ class Assets:
     """What a model carries beside its weights; every field may be empty.
 
     Attributes:
-        files: file name -> content: `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`, `generation_config.json`, `config.json`.
+        files: file name -> content: `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`, `generation_config.json`,
+            `config.json`.
         eos_token_ids: all token ids that end a sequence.
         max_positions: the longest sequence the model was made for, 0 if unknown.
         vocab_size: number of logits, 0 if unknown.

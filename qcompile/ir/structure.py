@@ -60,27 +60,28 @@ def flatten(template: Template, tree: Any, where: str = "input") -> list[Tensor]
 
 
 def _collect(template: Template, tree: Any, where: str, found: dict[int, Tensor]) -> None:
-    if template is None:
-        if tree is not None:
-            raise QCompileError(f"{where}: expected None (as when the model was traced), got {type(tree).__name__}")
-        return
-    kind, content = next(iter(template.items()))
-    if kind == "leaf":
+    kind, content = next(iter(template.items())) if template is not None else ("none", None)
+    if kind in ("dict", "tuple", "list"):
+        for key, item in _children(kind, content, tree, where):
+            _collect(item, tree[key], f"{where}.{key}" if kind == "dict" else f"{where}[{key}]", found)
+    elif kind == "leaf":
         if not isinstance(tree, Tensor):
             raise QCompileError(f"{where}: expected a tensor, got {type(tree).__name__}")
         found[content] = tree
-    elif kind == "value":
-        if tree != content:
-            raise QCompileError(f"{where}: expected {content!r} (fixed when the model was traced), got {tree!r}; compile again with that value")
-    elif kind == "dict":
+    elif kind == "none" and tree is not None:
+        raise QCompileError(f"{where}: expected None (as when the model was traced), got {type(tree).__name__}")
+    elif kind == "value" and tree != content:
+        raise QCompileError(f"{where}: expected {content!r} (fixed when the model was traced), got {tree!r}; compile again with that value")
+
+
+def _children(kind: str, content: Any, tree: Any, where: str) -> list[tuple[Any, Template]]:
+    """The entries of a container and where they stand in `tree`, which must have the same ones."""
+    if kind == "dict":
         if not isinstance(tree, dict) or set(tree) != set(content):
             got = sorted(tree) if isinstance(tree, dict) else type(tree).__name__
             raise QCompileError(f"{where}: expected the keys {sorted(content)}, got {got}")
-        for key, item in content.items():
-            _collect(item, tree[key], f"{where}.{key}", found)
-    else:
-        if not isinstance(tree, tuple | list) or len(tree) != len(content):
-            got = f"{len(tree)} values" if isinstance(tree, tuple | list) else type(tree).__name__
-            raise QCompileError(f"{where}: expected {len(content)} values, got {got}")
-        for index, item in enumerate(content):
-            _collect(item, tree[index], f"{where}[{index}]", found)
+        return list(content.items())
+    if not isinstance(tree, tuple | list) or len(tree) != len(content):
+        got = f"{len(tree)} values" if isinstance(tree, tuple | list) else type(tree).__name__
+        raise QCompileError(f"{where}: expected {len(content)} values, got {got}")
+    return list(enumerate(content))

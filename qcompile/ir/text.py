@@ -55,7 +55,9 @@ def _positional(node: fx.Node) -> list[str]:
         shown.pop()
     plain = (fx.Node, list, tuple)
     return [
-        f"{names[index]}={_argument(value)}" if index < len(names) and value is not None and not isinstance(value, plain) else _argument(value)
+        f"{names[index]}={_argument(value)}"
+        if index < len(names) and value is not None and not isinstance(value, plain)
+        else _argument(value)
         for index, value in enumerate(shown)
     ]
 

@@ -65,12 +65,17 @@ def _check_constant(graph: Graph, node: fx.Node) -> None:
         raise VerifyError(f"verify: {where(node)}: expected the constant {node.target!r}, got none of that name")
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or tuple(value.shape) != constant.shape or value.dtype != constant.dtype:
-        raise VerifyError(f"verify: {where(node)}: expected a value of {constant.dtype} {constant.shape} like its constant, got {_describe(value)}")
+        raise VerifyError(
+            f"verify: {where(node)}: expected a value of {constant.dtype} {constant.shape} like its constant, got {_describe(value)}"
+        )
 
 
 def _check_call(node: fx.Node, *, propagate: bool, graph: Graph) -> None:
     if name_of(node.target) is None:
-        raise VerifyError(f"verify: {where(node)}: expected an operator of the allow-list, got {operator_name(node.target)}; replace it, or add it to qcompile/ir/allowed.py if it is functional")
+        raise VerifyError(
+            f"verify: {where(node)}: expected an operator of the allow-list, got {operator_name(node.target)}; replace it, "
+            "or add it to qcompile/ir/allowed.py if it is functional"
+        )
     schema = getattr(node.target, "_schema", None)
     if "val" not in node.meta and not (schema is not None and not schema.returns):
         raise VerifyError(f"verify: {where(node)}: expected meta['val'], got none; make nodes with Graph.insert")

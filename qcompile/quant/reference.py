@@ -108,7 +108,10 @@ def quantize(weight: Tensor, form: QuantFormat, name: str = "weight") -> Quantiz
     values = weight.to(torch.float32)
     if not bool(torch.isfinite(values).all()):
         row, column = (int(i) for i in (~torch.isfinite(values)).nonzero()[0])
-        raise WeightError(f"{name}[{row}, {column}] is {values[row, column].item()}: expected finite weights; repair the checkpoint or add the weight to ignore=")
+        raise WeightError(
+            f"{name}[{row}, {column}] is {values[row, column].item()}: expected finite weights; repair the checkpoint or "
+            "add the weight to ignore="
+        )
     columns = values.shape[1]
     size = form.granularity.size(columns)
     groups = grouped(values, size)
@@ -127,9 +130,7 @@ def quantize(weight: Tensor, form: QuantFormat, name: str = "weight") -> Quantiz
     return Quantized(packed, scale, zero)
 
 
-def dequantize(
-    codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int, dtype: torch.dtype
-) -> Tensor:
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Invert `quantize`: `(code - zero) · scale` as `dtype` [N, K]; without `zero` the zero point is 2^(b-1).
 
     Args:

@@ -71,7 +71,9 @@ class QuantScheme:
         """
         weight = self.weight
         if weight is None and (group_size is not None or symmetric is not None):
-            raise FormatError(f"scheme {self.name}: expected quantized weights for group_size and symmetric, got float weights; choose int8 or int4")
+            raise FormatError(
+                f"scheme {self.name}: expected quantized weights for group_size and symmetric, got float weights; choose int8 or int4"
+            )
         if weight is not None and group_size is not None:
             weight = replace(weight, granularity=Granularity(group_size))
         if weight is not None and symmetric is not None:

@@ -34,7 +34,10 @@ def test_it_runs_in_the_containers_of_the_model(graph: Graph) -> None:
         graph(x, x)
 
 
-@pytest.mark.parametrize(("shape", "dtype", "got"), [((4, 1), torch.float32, r"fp32\[4, 1\]"), ((4, 32), torch.float64, r"fp64\[4, 32\]"), ((4,), torch.float32, r"fp32\[4\]")])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "got"),
+    [((4, 1), torch.float32, r"fp32\[4, 1\]"), ((4, 32), torch.float64, r"fp64\[4, 32\]"), ((4,), torch.float32, r"fp32\[4\]")],
+)
 def test_inputs_of_another_kind_are_refused_and_never_broadcast(graph: Graph, shape: tuple[int, ...], dtype: torch.dtype, got: str) -> None:
     with pytest.raises(QCompileError, match=rf"x: expected fp32\[.*, 32\], got {got}; compile again with example_inputs of that kind"):
         graph(torch.randn(shape, dtype=dtype))
@@ -91,7 +94,7 @@ def test_broken_order_constants_and_outputs_are_refused(graph: Graph) -> None:
         broken.verify()
     missing = graph.clone()
     del missing.constants["down.weight"]
-    with pytest.raises(VerifyError, match="expected the constant 'down.weight', got none of that name"):
+    with pytest.raises(VerifyError, match=r"expected the constant 'down\.weight', got none of that name"):
         missing.verify()
     bare = graph.clone()
     bare.output.args = (bare.output.args[0][0],)  # type: ignore[index]

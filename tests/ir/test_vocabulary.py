@@ -11,7 +11,17 @@ from torch import fx
 
 from qcompile.errors import ArtifactError, QCompileError, UnboundConstantError
 from qcompile.ir import size
-from qcompile.ir.constants import Cast, Constant, Permute, Reshape, SafetensorsSource, UnboundSource, rounded_constants, tensor_constant, uncast
+from qcompile.ir.constants import (
+    Cast,
+    Constant,
+    Permute,
+    Reshape,
+    SafetensorsSource,
+    UnboundSource,
+    rounded_constants,
+    tensor_constant,
+    uncast,
+)
 from qcompile.ir.matcher import Either, Var, call, first_match
 from qcompile.ir.structure import flatten, template_of, unflatten
 from qcompile.quant.element import INT4
@@ -29,7 +39,10 @@ def test_size_expressions_evaluate_print_and_survive_json() -> None:
     assert size.from_json([["mul"][0], ["ceildiv", "sequence", 16], ["add", "batch", 1]]) == expression
 
 
-@pytest.mark.parametrize(("expression", "message"), [("rows", "unknown name 'rows'"), (("exec", 1, 2), "expected .operator, left, right."), (True, "expected an integer")])
+@pytest.mark.parametrize(
+    ("expression", "message"),
+    [("rows", "unknown name 'rows'"), (("exec", 1, 2), "expected .operator, left, right."), (True, "expected an integer")],
+)
 def test_size_expressions_refuse_what_they_do_not_know(expression: size.Size, message: str) -> None:
     with pytest.raises(ArtifactError, match=message):
         size.evaluate(expression, {"batch": 1})

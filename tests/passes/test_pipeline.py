@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from qcompile.errors import PassError, PipelineError, VerifyError
 from qcompile.ir.graph import Graph
+from qcompile.ir.memory import Lifetime, assign_offsets
 from qcompile.passes.base import Pass, PassContext, parse_pipeline
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.instruments import NumericCheck
 from qcompile.passes.manager import run_pipeline
-from qcompile.passes.memory import Lifetime, assign_offsets
 from qcompile.passes.pipelines import choose_passes, default_pipeline, insert, pipeline_text, registry
 from qcompile.target import known_targets, parse_target
 from tests.passes.helpers import Gated, capture, context

@@ -32,7 +32,9 @@ def test_the_graph_computes_with_exactly_the_rounded_weights(target: str) -> Non
     assert form is not None
     for linear in (module.gate, module.up, module.down):
         q = quantize(linear.weight.detach(), form)
-        linear.weight.data = dequantize(q.codes, q.scale, q.zero, form.element.bits, form.granularity.group_size, linear.in_features, torch.float32)
+        linear.weight.data = dequantize(
+            q.codes, q.scale, q.zero, form.element.bits, form.granularity.group_size, linear.in_features, torch.float32
+        )
     assert names(graph).count("quantized_linear") == 3
     torch.testing.assert_close(graph(x), module(x), atol=1e-5, rtol=0)
 
@@ -76,7 +78,10 @@ def test_what_is_ignored_stays_float_and_is_noted() -> None:
     ctx = run(graph, Canonicalize())
     ctx.target = resolve("cpu", W4A16.with_options(ignore=("down", "re:gate")))
     assert QuantizeWeights().run(graph, ctx)
-    assert [(reason, chosen) for _, _, reason, chosen in ctx.notes] == [("ignored by pattern 're:gate'", True), ("ignored by pattern 'down'", True)]
+    assert [(reason, chosen) for _, _, reason, chosen in ctx.notes] == [
+        ("ignored by pattern 're:gate'", True),
+        ("ignored by pattern 'down'", True),
+    ]
     assert sum(name.endswith(".codes") for name in graph.constants) == 1
 
 

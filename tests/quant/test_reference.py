@@ -94,7 +94,7 @@ def test_values_that_are_not_finite_are_refused_by_place(bad: float) -> None:
 
 
 def test_a_scale_beyond_its_storage_type_is_refused() -> None:
-    with pytest.raises(WeightError, match="does not fit torch.float16; choose scale_dtype=float32"):
+    with pytest.raises(WeightError, match=r"does not fit torch\.float16; choose scale_dtype=float32"):
         quantize(torch.full((1, 8), 1e9), QuantFormat(ELEMENTS["int4"]))
 
 

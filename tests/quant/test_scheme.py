@@ -62,5 +62,5 @@ def test_a_group_size_that_no_format_holds_says_which_it_can(size: int) -> None:
 def test_unknown_elements_and_scale_types_are_refused() -> None:
     with pytest.raises(FormatError, match="element type 'int9': expected one of int2, int3"):
         element("int9")
-    with pytest.raises(FormatError, match="scale_dtype=torch.int8: expected float16, bfloat16 or float32"):
+    with pytest.raises(FormatError, match=r"scale_dtype=torch\.int8: expected float16, bfloat16 or float32"):
         QuantFormat(element("int4"), scale_dtype=torch.int8)

@@ -67,8 +67,15 @@ def assets() -> Assets:
     fast.decoder = decoders.ByteLevel()
     fast.add_special_tokens(["<eos>"])
     assert len(alphabet) == 256
-    template = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
-    files = {"tokenizer.json": fast.to_str().encode(), "chat_template.jinja": template.encode(), "tokenizer_config.json": json.dumps({"eos_token": {"content": "<eos>"}}).encode()}
+    template = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}[{{ m.role "
+        "}}]{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    files = {
+        "tokenizer.json": fast.to_str().encode(),
+        "chat_template.jinja": template.encode(),
+        "tokenizer_config.json": json.dumps({"eos_token": {"content": "<eos>"}}).encode(),
+    }
     return Assets(files, (EOS,), name="bytes")
 
 
@@ -104,7 +111,9 @@ def test_a_stream_equals_decoding_at_once(assets: Assets) -> None:
     assert "".join(stream.push(token) for token in tokens) + stream.finish() == tokenizer.decode(tokens)
 
 
-@pytest.mark.parametrize(("stop", "expected"), [("END", "one two "), (["two", "END"], "one "), ("ENDLESS", "one two END three"), ("one", "")])
+@pytest.mark.parametrize(
+    ("stop", "expected"), [("END", "one two "), (["two", "END"], "one "), ("ENDLESS", "one two END three"), ("one", "")]
+)
 def test_stop_strings_cut_across_tokens_and_are_not_given_out(assets: Assets, stop: str | list[str], expected: str) -> None:
     assert generator(assets, "one two END three")("x", stop=stop) == expected
     assert "".join(generator(assets, "one two END three")("x", stop=stop, stream=True)) == expected
@@ -151,9 +160,9 @@ def test_a_template_cannot_reach_the_interpreter(assets: Assets) -> None:
 def test_what_cannot_be_served_says_so(assets: Assets) -> None:
     with pytest.raises(CapacityError, match=r"expected a prompt of at most 64 tokens, got 65; shorten it, or load with max_context=193"):
         generator(assets, "a")([[1] * 65])
-    with pytest.raises(TokenizerError, match="expected a model with tokenizer.json for text"):
+    with pytest.raises(TokenizerError, match=r"expected a model with tokenizer\.json for text"):
         Generator(Script("a"), None, [])("text")
-    with pytest.raises(TokenizerError, match="expected tokenizer.json, got none"):
+    with pytest.raises(TokenizerError, match=r"expected tokenizer\.json, got none"):
         Tokenizer(Assets(name="bare"))
     with pytest.raises(TokenizerError, match="expected a chat template, got none"):
         Tokenizer(Assets({"tokenizer.json": assets.files["tokenizer.json"]}, name="bare")).render_chat([])

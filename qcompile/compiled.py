@@ -1,0 +1,251 @@
+"""A compiled model: called, generating, saved, reported; each verb is served by the room that does it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompile.errors import CapacityError, QCompileError
+from qcompile.ir.graph import Graph
+from qcompile.ir.lowered import Engine
+from qcompile.ir.memory import with_batch
+from qcompile.ir.records import Assets, CoverageRow, PassRecord
+from qcompile.ir.structure import flatten, unflatten
+from qcompile.runtime.artifact import ArtifactContents, load_artifact, save_artifact
+from qcompile.target import Target, parse_target
+
+DEFAULT_CONTEXT = 2048
+CACHED = "cached_lm"
+
+
+class CompiledModel:
+    """A model that runs without its code. Made by `qcompile.compile` and `qcompile.load`."""
+
+    def __init__(
+        self, contents: ArtifactContents, *, max_batch: int = 1, max_context: int | None = None, kv_bytes: int | None = None,
+        device: str | None = None, engine: str | None = None,
+    ) -> None:  # fmt: skip
+        """Hold an artifact's contents; the engine is made when it is first needed.
+
+        Args:
+            contents: graph, plan, kernels and weights.
+            max_batch: sequences that are served at once.
+            max_context: tokens per sequence in the cache; by default what the model was made for, at most 2048.
+            kv_bytes: size of the cache in bytes in place of `max_context`.
+            device: such as `cuda:0` or `cpu`; by default what the target asks for, if it is here.
+            engine: `reference`, `torch_cpu` or `cuda` in place of the target's own.
+        """
+        self.contents = contents
+        self.max_batch = max_batch
+        self.max_context = self._context(max_context, kv_bytes)
+        self._device, self._engine_name = device, engine
+        self._engine: Engine | None = None
+
+    def _context(self, max_context: int | None, kv_bytes: int | None) -> int:
+        if max_context is not None and kv_bytes is not None:
+            raise CapacityError("load: expected max_context or kv_bytes, got both; give one")
+        if kv_bytes is None:
+            return max_context or min(self.assets.max_positions or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+        per_token = self.kv_bytes_per_token
+        tokens = kv_bytes // (per_token * self.max_batch) if per_token else 0
+        if tokens < 1:
+            raise CapacityError(
+                f"load: expected kv_bytes of at least {per_token * self.max_batch} (one token for each of {self.max_batch} "
+                f"sequences), got {kv_bytes}"
+            )
+        return tokens
+
+    @property
+    def graph(self) -> Graph:
+        """The final graph, before lowering."""
+        return self.contents.graph
+
+    @property
+    def target(self) -> Target:
+        """What it was compiled for."""
+        return parse_target(self.contents.target)
+
+    @property
+    def assets(self) -> Assets:
+        """Tokenizer files, end-of-sequence ids, and such."""
+        return self.contents.assets
+
+    @property
+    def records(self) -> list[PassRecord]:
+        """What each pass did."""
+        return self.contents.records
+
+    @property
+    def coverage(self) -> list[CoverageRow]:
+        """Format and kernel of every linear, embedding and attention, or why it was left alone."""
+        return self.contents.coverage
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all constants."""
+        return self.contents.weight_bytes
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Everything stored for the quantized matrices over their elements; None if nothing is quantized."""
+        stored = elements = 0
+        for name, constant in self.contents.constants.items():
+            if constant.format is None:
+                continue
+            stored += constant.nbytes * 8
+            if name.endswith(".codes"):
+                elements += self._elements[name]
+        return stored / elements if elements else None
+
+    @property
+    def _elements(self) -> dict[str, int]:
+        """Codes -> elements of the matrix, from the steps that read them."""
+        from qcompile.runtime.accounting import elements_of_codes
+
+        return elements_of_codes(self.contents.plan)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of cache that one token of one sequence takes over all layers."""
+        from qcompile.runtime.accounting import cache_bytes_per_token
+
+        return cache_bytes_per_token(self.contents.plan)
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the plan, made on first use."""
+        if self._engine is None:
+            from qcompile.runtime.engines import make_engine
+
+            contents = self.contents
+            contents.plan = with_batch(contents.plan, self.max_batch)
+            self._engine = make_engine(
+                contents, name=self._engine_name, device=self._device, max_batch=self.max_batch, max_context=self.max_context
+            )
+        return self._engine
+
+    @property
+    def is_causal_lm(self) -> bool:
+        """Whether it has a cache and can generate."""
+        return "decode" in self.contents.plan.entries
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward pass: what the model was traced with goes in, what it returned comes out, a ModelOutput as a plain dict.
+
+        A language model takes `input_ids` [B, S] and optionally `attention_mask` and `position_ids`, and returns {"logits": [B, S, V]}.
+        """
+        if self.is_causal_lm:
+            return {"logits": self.engine.forward(lm_inputs(*args, **kwargs))[0]}
+        leaves = flatten(self.graph.interface.inputs, (args, kwargs))
+        self.graph.require_inputs(leaves)
+        names = [node.name for node in self.graph.placeholders]
+        return unflatten(self.graph.interface.outputs, self.engine.forward(dict(zip(names, leaves, strict=True))))
+
+    def generate(self, prompt: Any, *, max_new_tokens: int = 128, stream: bool = False, **options: Any) -> Any:
+        """Continue a text, a conversation, or token ids.
+
+        Args:
+            prompt: a text (gives a text), a list of texts (a list), chat messages `[{"role": …, "content": …}]` (a text), or ids
+                [B, S] or ragged lists (a list of lists of new tokens).
+            max_new_tokens: at most so many per sequence.
+            stream: yield pieces of text as they come (one text or conversation).
+            **options: `stop` (strings), `stop_tokens`, `ignore_eos`, and `temperature`, `top_k`, `top_p`, `min_p`,
+                `repetition_penalty`, `seed` of `qcompile.runtime.sampling.SamplingParameters`.
+
+        Raises:
+            CapacityError: for a prompt longer than the cache.
+            TokenizerError: for text where the model carries no tokenizer or chat template.
+        """
+        if not self.is_causal_lm:
+            raise QCompileError(f"generate: expected a causal language model, got {self.assets.model_type or 'a module'}; call it instead")
+        from qcompile.runtime.generate import Generator
+        from qcompile.runtime.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer(self.assets) if "tokenizer.json" in self.assets.files else None
+        run = Generator(self.engine, tokenizer, self.assets.eos_token_ids)
+        result: str | list[Any] | Iterator[str] = run(prompt, max_new_tokens=max_new_tokens, stream=stream, **options)
+        return result
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write the artifact to the directory `path`, whole or not at all.
+
+        Raises:
+            ArtifactError: if `path` exists and `overwrite` is not set.
+        """
+        save_artifact(path, self.contents, overwrite=overwrite)
+
+    def export_onnx(self, path: str | os.PathLike[str]) -> None:
+        """Write an ONNX file; not part of this version.
+
+        Raises:
+            QCompileError: always, with what can be done instead.
+        """
+        raise QCompileError(
+            f"export_onnx: {os.fspath(path)}: expected a version of qcompile with an ONNX exporter, got one without; use save()"
+        )
+
+    def report(self) -> str:
+        """Passes, size, bits, error per step, and what was left alone and why, as text."""
+        from qcompile.dump.tables import report
+
+        return report(self.contents.target, self.contents.pipeline, self.records, self.coverage, self.weight_bytes, self.bits_per_weight)
+
+
+def lm_inputs(input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> dict[str, Tensor]:
+    """What a cached graph takes for a plain forward pass: positions count real tokens, padding is -1.
+
+    Raises:
+        QCompileError: for tensors that are not integers [B, S] of one shape.
+    """
+    given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+    for name, tensor in given.items():
+        if tensor is None:
+            continue
+        if tensor.dim() != 2 or tensor.is_floating_point() or tensor.shape != input_ids.shape:
+            raise QCompileError(f"{name}: expected integers [B, S] like input_ids, got {tensor.dtype} {tuple(tensor.shape)}")
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    positions = mask.long().cumsum(-1) - 1 if position_ids is None else position_ids.long()
+    return {"input_ids": input_ids.long(), "positions": positions.masked_fill(mask == 0, -1)}
+
+
+def load(
+    path: str | os.PathLike[str], *, device: str | None = None, max_batch: int = 1, max_context: int | None = None,
+    kv_bytes: int | None = None, allow_native: bool = False, engine: str | None = None,
+) -> CompiledModel:  # fmt: skip
+    """Load an artifact; nothing is unpickled, and weights are mapped and verified as they are read.
+
+    Args:
+        path: the directory that `save` wrote.
+        device: such as `cuda:0`; by default what the target asks for, if it is here.
+        max_batch: sequences served at once.
+        max_context: tokens per sequence in the cache.
+        kv_bytes: size of the cache in bytes in place of `max_context`.
+        allow_native: run native code that was not built on this machine.
+        engine: `reference`, `torch_cpu` or `cuda` in place of the target's own.
+
+    Raises:
+        ArtifactError: for a missing, damaged, foreign or hostile artifact, naming the file.
+    """
+    contents = load_artifact(path, allow_native=allow_native)
+    if engine in (None, "cuda") and parse_target(contents.target).is_cuda:
+        contents, engine = _native_or_reference(contents, engine)
+    return CompiledModel(contents, max_batch=max_batch, max_context=max_context, kv_bytes=kv_bytes, device=device, engine=engine)
+
+
+def _native_or_reference(contents: ArtifactContents, engine: str | None) -> tuple[ArtifactContents, str | None]:
+    """A GPU artifact without its GPU, or with kernels nobody vouched for, is served by reference, and the caller is told."""
+    if engine == "cuda":
+        contents.require_native()
+        return contents, engine
+    reason = None if torch.cuda.is_available() else "there is no CUDA device here"
+    if reason is None and not contents.native_allowed:
+        reason = f"{len(contents.untrusted)} kernels were not built on this machine (allow_native=True runs them)"
+    if reason is None:
+        return contents, "cuda"
+    warnings.warn(f"{contents.path}: compiled for {contents.target}, served by reference: {reason}", stacklevel=3)
+    return contents, "reference"

@@ -1,0 +1,99 @@
+"""`torch.compile(model, backend="qcompile", options={"target": …})`: a forward pass through the same compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qcompile.errors import QCompileError
+
+Compiled = Callable[..., Any]
+
+
+class _Bound(nn.Module):
+    """A captured program whose weights are attributes instead of arguments."""
+
+    def __init__(self, program: fx.GraphModule, weights: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self.program = program
+        self.count = len(list(program.graph.find_nodes(op="placeholder")))
+        for index, tensor in weights.items():
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(f"weight_{index}", tensor)
+            else:
+                self.register_buffer(f"weight_{index}", tensor)
+        self.places = tuple(weights)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        given = iter(inputs)
+        return self.program(*(getattr(self, f"weight_{index}") if index in self.places else next(given) for index in range(self.count)))
+
+
+def backend(program: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, **_: Any) -> Compiled:
+    """Compile what torch.compile captured; one artifact per combination of input shapes, made when it is first seen.
+
+    Args:
+        program: torch.compile's graph.
+        example_inputs: its arguments: weights, tensors, and sizes.
+        options: `target` (required) and any other option of `qcompile.compile` that concerns passes.
+
+    Raises:
+        QCompileError: without a target, or inside a training step.
+    """
+    settings = dict(options or {})
+    if "target" not in settings:
+        raise QCompileError(
+            'torch.compile: expected options={"target": "cpu-int4"} or another target, got none; `qcompile targets` lists them'
+        )
+    weights = {index: value for index, value in enumerate(example_inputs) if _is_weight(value)}
+    made: dict[tuple[Any, ...], Compiled] = {}
+
+    def run(*arguments: Any) -> Any:
+        shapes = tuple(tuple(value.shape) if isinstance(value, Tensor) else value for value in arguments)
+        if shapes not in made:
+            made[shapes] = _compile(program, weights, arguments, settings)
+        return made[shapes](*arguments)
+
+    return run
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, nn.Parameter) or (isinstance(value, Tensor) and getattr(value, "_dynamo_static_input_type", None) is not None)
+
+
+def _compile(program: fx.GraphModule, weights: Mapping[int, Tensor], arguments: Sequence[Any], settings: dict[str, Any]) -> Compiled:
+    from qcompile.compiler import compile as compile_model
+
+    fixed = dict(weights)
+    tensors = [index for index, value in enumerate(arguments) if isinstance(value, Tensor) and index not in fixed]
+    numbers = {index: value for index, value in enumerate(arguments) if not isinstance(value, Tensor)}
+    if any(arguments[index].requires_grad for index in tensors) and torch.is_grad_enabled():
+        raise QCompileError(
+            "torch.compile: expected a forward pass for inference, got inputs that need gradients; wrap the call in torch.no_grad()"
+        )
+    module = _Bound(_with_numbers(program, numbers), fixed)
+    inputs = tuple(arguments[index].detach().contiguous() for index in tensors)
+    compiled = compile_model(module, example_inputs=inputs, dynamic_shapes=tuple(None for _ in inputs), **settings)
+
+    def run(*given: Any) -> Any:
+        return compiled(*(given[index].detach() for index in tensors))
+
+    return run
+
+
+def _with_numbers(program: fx.GraphModule, numbers: Mapping[int, Any]) -> fx.GraphModule:
+    """The program with its size arguments replaced by their values; the placeholders stay, so that places are kept."""
+    copy = fx.GraphModule(program, fx.Graph())
+    mapping: dict[fx.Node, fx.Node] = {}
+    copy.graph.graph_copy(program.graph, mapping)
+    outputs = next(iter(program.graph.find_nodes(op="output"))).args[0]
+    copy.graph.output(fx.node.map_arg(outputs, lambda node: mapping[node]))
+    for index, node in enumerate(program.graph.find_nodes(op="placeholder")):
+        if index in numbers:
+            for user in list(mapping[node].users):
+                user.args = fx.node.map_arg(user.args, lambda used, old=mapping[node], value=numbers[index]: value if used is old else used)
+    copy.recompile()
+    return copy

@@ -1,0 +1,34 @@
+"""What a plan takes: cache bytes per token, elements of quantized matrices."""
+
+from __future__ import annotations
+
+import math
+
+from qcompile.ir.lowered import Plan
+from qcompile.ir.memory import dtype_of
+
+_CODES_ARGUMENT = {"qcompile.quantized_linear.default": 1, "qcompile.quantized_embedding.default": 1, "qcompile.dequantize.default": 0}
+"""Operator -> place of its codes among the arguments."""
+
+
+def cache_bytes_per_token(plan: Plan) -> int:
+    """Bytes that one token of one sequence takes in the cache, over all layers; 0 without a cache."""
+    entry = plan.entries.get("decode")
+    if entry is None:
+        return 0
+    states = [buffer for buffer in entry.buffers.values() if buffer.kind == "state"]
+    # State [P, L, R, D]: one row of a page holds L·D numbers.
+    return sum(int(state.shape[1]) * int(state.shape[3]) * dtype_of(state.dtype).itemsize for state in states)  # type: ignore[arg-type]
+
+
+def elements_of_codes(plan: Plan) -> dict[str, int]:
+    """For each buffer of codes [N, ceil(K·b/8)] the elements N·K of the matrix, K from the step that reads it."""
+    entry = plan.entries["forward"]
+    found: dict[str, int] = {}
+    for step in entry.steps:
+        if step.operator not in _CODES_ARGUMENT:
+            continue
+        name = step.args[_CODES_ARGUMENT[step.operator]]["buffer"]
+        wide = step.args[0]["buffer"] if step.operator == "qcompile.quantized_linear.default" else step.outputs[0]
+        found[name] = math.prod((int(entry.buffers[name].shape[0]), int(entry.buffers[wide].shape[-1])))  # type: ignore[arg-type]
+    return found
