@@ -97,7 +97,7 @@ def drop_full_slice(graph: Graph, node: fx.Node) -> bool:
     if node.target is not aten.slice.Tensor:
         return False
     argument, dim, start, end, step = (*node.args, *(0, 0, None, 1)[len(node.args) - 1 :])[:5]
-    size = argument.meta["val"].shape[dim]  # type: ignore[union-attr, index]
+    size = argument.meta["val"].shape[dim]  # type: ignore[union-attr]
     whole = end is None or (isinstance(end, int) and (end >= 1 << 62 or (isinstance(size, int) and end >= size)))
     if start in (None, 0) and whole and step == 1:
         graph.replace(node, argument)  # type: ignore[arg-type]
@@ -126,7 +126,8 @@ def _sizes(node: fx.Node) -> list[str]:
 
 def drop_neutral(graph: Graph, node: fx.Node) -> bool:
     """`x + 0`, `x · 1`, `x / 1` are x where the dtype agrees."""
-    neutral = {aten.add.Tensor: 0, aten.sub.Tensor: 0, aten.mul.Tensor: 1, aten.div.Tensor: 1}.get(node.target)
+    target: Any = node.target
+    neutral = {aten.add.Tensor: 0, aten.sub.Tensor: 0, aten.mul.Tensor: 1, aten.div.Tensor: 1}.get(target)
     if neutral is None or len(node.args) != 2 or node.kwargs:
         return False
     left, right = node.args

@@ -52,7 +52,7 @@ def _fold(graph: Graph, node: fx.Node) -> None:
     def widen(value: Any) -> Any:
         return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
 
-    args, kwargs = fx.node.map_aggregate(fx.node.map_arg((node.args, node.kwargs), real), widen)  # type: ignore[misc]
+    args, kwargs = fx.node.map_aggregate(fx.node.map_arg((node.args, node.kwargs), real), widen)
     with real_tensors():
         value = node.target(*args, **kwargs)  # type: ignore[operator]
     constant = tensor_constant(value.contiguous())

@@ -61,6 +61,6 @@ def _run_one(graph: Graph, step: Pass, ctx: PassContext, index: int, check: Nume
             "graph; mend its return value"
         )
     graph.verify()
-    error = check.measure(before, graph, step, ctx) if check is not None and before is not None and changed else None
+    measured = check.measure(before, graph, step, ctx) if check is not None and before is not None and changed else None
     size = sum(constant.nbytes for constant in graph.constants.values())
-    return PassRecord(index, step.name, step.spec, changed, nodes, len(graph.fx.nodes), seconds, size, error)
+    return PassRecord(index, step.name, step.spec, changed, nodes, len(graph.fx.nodes), seconds, size, measured)

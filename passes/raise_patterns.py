@@ -164,13 +164,14 @@ def _shared_table(graph: Graph, position: fx.Node, frequency: fx.Node, scaling: 
     return graph.insert(after, qcompile.rotary_table.default, wanted, source=angle)
 
 
-_ACTIVATION_NAMES = {aten.silu.default: "silu", aten.relu.default: "relu", aten.gelu.default: "gelu"}
+_ACTIVATION_NAMES: dict[Any, str] = {aten.silu.default: "silu", aten.relu.default: "relu", aten.gelu.default: "gelu"}
 _GATE = call(_MUL, call(tuple(_ACTIVATION_NAMES), _node("gate"), rest=True, name="activation"), _node("up"), commutes=True)
 
 
 def activation_name(node: fx.Node) -> str | None:
     """The name in `ops.ACTIVATIONS` of an activation call, or None."""
-    name = _ACTIVATION_NAMES.get(node.target)
+    target: Any = node.target
+    name = _ACTIVATION_NAMES.get(target)
     if name == "gelu":
         approximate = node.kwargs.get("approximate", node.args[1] if len(node.args) > 1 else "none")
         return "gelu_tanh" if approximate == "tanh" else "gelu"
@@ -203,7 +204,7 @@ def _tanh_gelu(graph: Graph, node: fx.Node, bound: Bindings) -> fx.Node | None:
 def _attention(graph: Graph, node: fx.Node, bound: Bindings) -> fx.Node | None:
     """A fused attention call; a boolean mask becomes the bias 0 or -inf, dropout must be off."""
     del bound
-    options = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False)) | node.kwargs
+    options: dict[str, Any] = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False)) | node.kwargs
     q, k, v, mask = options["query"], options["key"], options["value"], options.get("attn_mask")
     values = [item.meta["val"] for item in (q, k, v)]
     if options.get("dropout_p") or any(value.dim() != 4 for value in values) or not isinstance(values[0].shape[-1], int):

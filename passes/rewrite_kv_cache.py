@@ -72,7 +72,7 @@ def _new_inputs(graph: Graph) -> tuple[fx.Node, fx.Node, dict[str, Any]]:
     names = {node.name: node for node in graph.placeholders}
     ids = names["input_ids"]
     probe = torch.empty(5, 3, 7, device="meta")
-    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 3)
+    context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 3)
     from torch._dynamo.source import ConstantSource
 
     sizes = graph.mode.from_tensor(probe, symbolic_context=context, source=ConstantSource("cache")).shape
@@ -136,10 +136,12 @@ def _require_no_mask(graph: Graph) -> None:
     graph.remove_dead()
     mask = next((node for node in graph.placeholders if node.name == "attention_mask"), None)
     ids = next(node for node in graph.placeholders if node.name == "input_ids")
-    for user in list(mask.users) if mask is not None else ():
+    if mask is None:
+        return
+    for user in list(mask.users):
         if user.target is torch.ops.aten.sym_size.int:  # the same batch and sequence as the token ids
             user.replace_input_with(mask, ids)
-    if mask is not None and mask.users:
+    if mask.users:
         user = next(iter(mask.users))
         raise UnsupportedModelError(
             f"rewrite-kv-cache: {where(user)}: expected attention_mask to be read by attention only, got {user.target}; "
@@ -156,7 +158,7 @@ def _new_interface(graph: Graph, states: list[tuple[fx.Node, fx.Node]]) -> None:
     names = [node.name for node in graph.placeholders]
     layers = range(len(states))
     leaf = {name: {"leaf": index} for index, name in enumerate(names)}
-    inputs = {"input_ids": leaf["input_ids"], "positions": leaf["positions"], "page_table": leaf["page_table"]}
+    inputs: dict[str, Any] = {"input_ids": leaf["input_ids"], "positions": leaf["positions"], "page_table": leaf["page_table"]}
     inputs |= {part: {"list": [leaf[f"{part}_{index}"] for index in layers]} for part in ("keys", "values")}
     outputs, _ = template_of({"logits": logits, "keys": [keys for keys, _ in states], "values": [values for _, values in states]})
     examples = _examples(graph)

@@ -67,10 +67,11 @@ class StepBuilder:
             self._visit_call(node)
 
     def _visit_call(self, node: fx.Node) -> None:
-        value = node.meta.get("val")
+        value: Any = node.meta.get("val")
         if node.target is operator.getitem:
-            self.values[node] = self.values[node.args[0]][node.args[1]]  # type: ignore[index]
-            self.fakes[node] = self.fakes[node.args[0]][node.args[1]]  # type: ignore[index]
+            held: Any = node.args
+            self.values[node] = self.values[held[0]][held[1]]
+            self.fakes[node] = self.fakes[held[0]][held[1]]
         elif isinstance(value, int | float | torch.SymInt):
             self.values[node] = {"size": self._size(value, node)}
         elif node.target is qcompile.cache_append.default:
@@ -104,7 +105,7 @@ class StepBuilder:
         source = node.args[0]
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda item: self.fakes.get(item, item.meta["val"]))
         with self.graph.mode:
-            result = node.target(*args, **kwargs)  # type: ignore[operator]
+            result = node.target(*args, **kwargs)
         first = result[0] if isinstance(result, tuple | list) else result
         shared = first.untyped_storage()._cdata == self.fakes[source].untyped_storage()._cdata  # type: ignore[index]
         return (self.values[source], result) if shared else ("", None)  # type: ignore[index]

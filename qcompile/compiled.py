@@ -191,9 +191,10 @@ class CompiledModel:
 
     def report(self) -> str:
         """Passes, size, bits, error per step, and what was left alone and why, as text."""
-        from qcompile.dump.tables import report
+        from qcompile.dump.tables import coverage_table, pass_table, readable, value_table, written
 
-        return report(self.contents.target, self.contents.pipeline, self.records, self.coverage, self.weight_bytes, self.bits_per_weight)
+        sizes = {"target": self.contents.target, "weight_bytes": self.weight_bytes, "bits_per_weight": self.bits_per_weight}
+        return written([pass_table(self.records), coverage_table(self.coverage), value_table(readable(sizes)), self.contents.pipeline])
 
 
 def lm_inputs(input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> dict[str, Tensor]:

@@ -110,8 +110,10 @@ def _goal(
     """The target with the caller's scheme and weight options in it."""
     goal = parse_target(target)
     chosen = scheme or goal.scheme
-    options = {"group_size": group_size, "symmetric": symmetric, "ignore": None if ignore is None else tuple(ignore)}
-    chosen = chosen.with_options(**options, quantize_head=quantize_head, quantize_embedding=quantize_embedding)
+    chosen = chosen.with_options(
+        group_size=group_size, symmetric=symmetric, ignore=None if ignore is None else tuple(ignore),
+        quantize_head=quantize_head, quantize_embedding=quantize_embedding,
+    )  # fmt: skip
     return resolve(goal.arch, chosen, chosen.cache if scheme else goal.scheme.cache)
 
 

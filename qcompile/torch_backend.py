@@ -93,7 +93,17 @@ def _with_numbers(program: fx.GraphModule, numbers: Mapping[int, Any]) -> fx.Gra
     copy.graph.output(fx.node.map_arg(outputs, lambda node: mapping[node]))
     for index, node in enumerate(program.graph.find_nodes(op="placeholder")):
         if index in numbers:
-            for user in list(mapping[node].users):
-                user.args = fx.node.map_arg(user.args, lambda used, old=mapping[node], value=numbers[index]: value if used is old else used)
+            _substitute(mapping[node], numbers[index])
     copy.recompile()
     return copy
+
+
+def _substitute(node: fx.Node, value: Any) -> None:
+    """Give the users of `node` the value in its place."""
+
+    def swap(used: fx.Node) -> Any:
+        return value if used is node else used
+
+    for user in list(node.users):
+        user.args = fx.node.map_arg(user.args, swap)
+        user.kwargs = fx.node.map_arg(user.kwargs, swap)

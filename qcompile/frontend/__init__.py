@@ -1,1 +1,80 @@
-"""Where a model becomes a graph: torch.export, Hugging Face, GGUF."""
+"""Front ends: from what a user calls a model to a Graph and its assets."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from qcompile.errors import SourceError, TraceError
+from qcompile.frontend.capture import capture_exported, capture_module
+from qcompile.frontend.loaded import Loaded
+from qcompile.ir.records import Assets
+
+__all__ = ["Loaded", "capture_exported", "capture_module", "load"]
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def load(
+    model: nn.Module | ExportedProgram | str | Path, *, example_inputs: Any = None, dynamic_shapes: Any = None,
+    revision: str | None = None, trust_remote_code: bool = False,
+) -> Loaded:  # fmt: skip
+    """Capture a model.
+
+    Args:
+        model: a module, an exported program, a Hugging Face directory, the name of a model on the hub, or a .gguf file.
+        example_inputs: a tensor, a tuple of positional inputs or a mapping of keyword inputs; a Hugging Face model of text or
+            images needs none.
+        dynamic_shapes: see `capture_module`.
+        revision: branch, tag or commit of a model on the hub.
+        trust_remote_code: run the code that a model directory brings along; never implied.
+
+    Raises:
+        TraceError: if a module cannot be traced, or needs example inputs.
+        SourceError: if a path is none of these, or damaged.
+        UnsupportedModelError: if the model is understood and cannot be served.
+    """
+    if isinstance(model, ExportedProgram):
+        return Loaded(capture_exported(model), Assets(model_type="exported", name="exported"))
+    if isinstance(model, nn.Module):
+        return _load_module(model, example_inputs, dynamic_shapes)
+    path = Path(model)
+    if path.suffix == ".onnx":
+        raise SourceError(
+            f"{path}: expected a module, a Hugging Face directory or a .gguf file, got ONNX, which a later version reads; "
+            "pass the original model"
+        )
+    if path.suffix == ".gguf":
+        from qcompile.frontend.gguf import load_gguf
+
+        return load_gguf(path)
+    from qcompile.frontend import huggingface
+
+    if path.is_dir():
+        return huggingface.load_directory(path, trust_remote_code, example_inputs, dynamic_shapes)
+    if path.exists() or not _HUB_NAME.fullmatch(str(model)):
+        raise SourceError(
+            f"{path}: expected a Hugging Face directory, a .gguf file or the name of a model on the hub, "
+            f"got {'another file' if path.exists() else 'a path that does not exist'}"
+        )
+    return huggingface.load_hub(str(model), revision, trust_remote_code, example_inputs, dynamic_shapes)
+
+
+def _load_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> Loaded:
+    name = type(model).__name__
+    if _is_pretrained(model):
+        from qcompile.frontend import huggingface
+
+        return huggingface.load_model(model, example_inputs, dynamic_shapes)  # type: ignore[arg-type]
+    if example_inputs is None:
+        raise TraceError(f"{name}: expected example_inputs for a plain module, got none; pass a tensor, a tuple or a dict of them")
+    return Loaded(capture_module(model, example_inputs, dynamic_shapes, name=name), Assets(model_type=name, name=name))
+
+
+def _is_pretrained(model: nn.Module) -> bool:
+    """Whether it is a transformers model, without importing transformers for one that is not."""
+    return any(base.__module__ == "transformers.modeling_utils" and base.__name__ == "PreTrainedModel" for base in type(model).__mro__)

@@ -26,7 +26,9 @@ from qcompile.ir.graph import Graph
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def capture_module(module: nn.Module, example_inputs: Any, dynamic_shapes: Any = None, *, name: str = "", bind: Binder | None = None) -> Graph:
+def capture_module(
+    module: nn.Module, example_inputs: Any, dynamic_shapes: Any = None, *, name: str = "", bind: Binder | None = None
+) -> Graph:
     """Trace `module` in evaluation mode; its weights are not copied, and half precision is traced (and bound) as float32.
 
     Args:
@@ -53,7 +55,9 @@ def capture_module(module: nn.Module, example_inputs: Any, dynamic_shapes: Any =
     values = iter(graph.placeholders)
     nodes = [next(values) if isinstance(leaf, Tensor) else None for _, leaf, _ in leaves]
     graph.interface.symbols = shapes.symbols(leaves, [node and node.meta["val"] for node in nodes])
-    graph.interface.examples = {node.name: leaf.detach().cpu() for node, (_, leaf, _) in zip(nodes, leaves, strict=True) if node is not None}
+    graph.interface.examples = {
+        node.name: leaf.detach().cpu() for node, (_, leaf, _) in zip(nodes, leaves, strict=True) if node is not None
+    }
     return graph
 
 
@@ -106,6 +110,14 @@ def _untouched(tensor: Tensor) -> Tensor:
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
+def stand_in(module: nn.Module) -> None:
+    """Replace every weight of `module`, in place, by one on the CPU that takes address space and no memory; tied ones stay tied."""
+    memo: dict[int, Any] = {id(tensor): _untouched(tensor) for tensor in (*module.parameters(), *module.buffers())}
+    for part in module.modules():
+        part._parameters.update({name: memo[id(tensor)] for name, tensor in part._parameters.items() if tensor is not None})
+        part._buffers.update({name: memo[id(tensor)] for name, tensor in part._buffers.items() if tensor is not None})
+
+
 @contextlib.contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
     training = [part for part in module.modules() if part.training]
@@ -122,12 +134,11 @@ def _export(module: nn.Module, inputs: shapes.Inputs, asked: Any, name: str, lea
     if any(tensor.is_meta for tensor in _tensors(module)):
         inputs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), inputs)
     args, kwargs = inputs
-    combined = dict(zip(_parameters(module), asked[0], strict=False)) | asked[1] if len(args) <= len(_parameters(module)) else asked[0]
     try:
-        with torch.no_grad(), _evaluating(module):
-            # torch prints the unfinished graph of a failed trace, which helps nobody beside the error.
-            with contextlib.redirect_stderr(io.StringIO()):
-                return torch.export.export(module, args, kwargs, dynamic_shapes=combined, strict=False)
+        combined = inspect.signature(module.forward).bind(*asked[0], **asked[1]).arguments
+        # torch prints the unfinished graph of a failed trace, which helps nobody beside the error.
+        with torch.no_grad(), _evaluating(module), contextlib.redirect_stderr(io.StringIO()):
+            return torch.export.export(module, args, kwargs, dynamic_shapes=combined, strict=False)
     except QCompileError:
         raise
     # Tracing runs the model's own code: any exception can come out of it, and each one is a model that cannot be traced.
@@ -139,13 +150,18 @@ def _explain(error: Exception, name: str, leaves: list[shapes.Leaf]) -> str:
     first = (str(error).strip().splitlines() or [type(error).__name__])[0].split(" For more information")[0]
     violated = re.search(r"Constraints violated \((.*?)\)!", str(error)) if isinstance(error, UserError) else None
     if violated:
-        where = [f"dimension {axis} of {leaf}" for leaf, _, spec in leaves for axis, dim in shapes.dynamic_axes(spec).items() if _is_named(violated[1], leaf, axis, dim)]
+        where = [
+            f"dimension {axis} of {leaf}"
+            for leaf, _, spec in leaves
+            for axis, dim in shapes.dynamic_axes(spec).items()
+            if _is_named(violated[1], leaf, axis, dim)
+        ]
         fixed = re.search(r"specialized it to be a constant \((\d+)\)", str(error))
         bound = re.search(r"satisfy the generated guard (.*)", str(error))
         became = f"the model fixed it to {fixed[1]}" if fixed else f"the model needs {bound[1]}" if bound else first
         return (
-            f"{name}: expected {' and '.join(where) or violated[1]} to vary freely, but {became}; remove the code that depends on this size, "
-            "or pass dynamic_shapes with such a Dim or without it (`{}` fixes every dimension)"
+            f"{name}: expected {' and '.join(where) or violated[1]} to vary freely, but {became}; "
+            "remove the code that depends on this size, or pass dynamic_shapes with such a Dim or without it (`{}` fixes every dimension)"
         )
     place = user_frame((frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__))
     return (

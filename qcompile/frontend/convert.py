@@ -49,6 +49,8 @@ class Converter:
         self.mapping: dict[fx.Node, Any] = {}
         self.constants: dict[str, Constant] = {}
         self._shared: dict[object, fx.Node] = {}
+        # A tied weight goes by the first of its names, such as the embedding's rather than the head's.
+        self._names = {identity(tensor): name for name, tensor in reversed(program.state_dict.items())}
 
     def graph(self) -> Graph:
         """The program as a Graph without dead nodes, every operator of it allowed."""
@@ -57,13 +59,17 @@ class Converter:
         inputs = [self._input(node, spec) for node, spec in entries if spec.kind is InputKind.USER_INPUT]
         for node, spec in entries:
             if spec.kind in _HELD:
-                self.mapping[node] = self._constant(spec)
+                self.mapping[node] = self._constant(spec) if node.users else None
             elif spec.kind is not InputKind.USER_INPUT:
-                raise UnsupportedModelError(f"{self.name}: {node.name}: expected tensors, got a {spec.kind.name.lower()}; pass plain tensors instead")
+                raise UnsupportedModelError(
+                    f"{self.name}: {node.name}: expected tensors, got a {spec.kind.name.lower()}; pass plain tensors instead"
+                )
         for node in self.program.graph.find_nodes(op="output"):
             self._body(self.program.graph_module)
             results = self._results(node)
-        interface = Interface(self._template(self.program.call_spec.in_spec, inputs), self._template(self.program.call_spec.out_spec, results))
+        interface = Interface(
+            self._template(self.program.call_spec.in_spec, inputs), self._template(self.program.call_spec.out_spec, results)
+        )
         self.nodes.output(tuple(item for item in results if isinstance(item, fx.Node)))
         graph = Graph(self.nodes, self.constants, interface, self.mode)
         graph.output.meta.update({"val": tuple(node.meta["val"] for node in graph.output.all_input_nodes), "source": "", "passes": ()})
@@ -75,7 +81,9 @@ class Converter:
         if isinstance(spec.arg, ConstantArgument):
             return spec.arg.value
         if not isinstance(spec.arg, TensorArgument):
-            raise TraceError(f"{self.name}: input {node.name}: expected a tensor, got a number that varies; pass it as a tensor, or leave it fixed")
+            raise TraceError(
+                f"{self.name}: input {node.name}: expected a tensor, got a number that varies; pass it as a tensor, or leave it fixed"
+            )
         self.mapping[node] = self._place(self.nodes.placeholder(node.name), node)
         return self.mapping[node]
 
@@ -84,6 +92,7 @@ class Converter:
         tensor = self.program.state_dict[name] if name in self.program.state_dict else self.program.constants[name]
         key = identity(tensor)
         if key not in self._shared:
+            name = self._names.get(key, name)
             self.constants[name] = self.bind(name, tensor)
             node = self._shared[key] = self.nodes.get_attr(name)
             with self.mode:
@@ -109,18 +118,24 @@ class Converter:
             return args[0][args[1]]
         if node.target in IDENTITIES:
             return args[0]
-        target = counterpart(node) if writes(node) else node.target
+        target = counterpart(node) if writes(node) else self._plain(node)
         copied = self._place(self.nodes.create_node("call_function", target, tuple(args), dict(kwargs), node.name), node)  # type: ignore[arg-type]
         if writes(node):
             self.mapping[node.args[0]] = copied  # type: ignore[index]  # later users of what was written see the new value
         return copied
+
+    @staticmethod
+    def _plain(node: fx.Node) -> Any:
+        """`x.T` of a matrix is spelled `t`."""
+        is_matrix_transpose = node.target is torch.ops.aten.numpy_T.default and node.meta["val"].dim() <= 2
+        return torch.ops.aten.t.default if is_matrix_transpose else node.target
 
     def _inline(self, body: fx.GraphModule, operands: tuple[Any, ...]) -> tuple[Any, ...]:
         """A region of `torch.no_grad()`, of which only the body matters."""
         self.mapping.update(zip(body.graph.find_nodes(op="placeholder"), map(self._operand, operands), strict=True))
         self._body(body)
         results = next(iter(body.graph.find_nodes(op="output"))).args[0]
-        return tuple(self._operand(item) for item in results)  # type: ignore[union-attr]
+        return tuple(map(self._operand, results))
 
     def _operand(self, item: Any) -> Any:
         if isinstance(item, fx.Node):
@@ -155,7 +170,10 @@ class Converter:
         template, leaves = template_of(pytree.tree_unflatten(flat, tree))
         order = [node for node in flat if isinstance(node, fx.Node)]
         if leaves != order:
-            raise TraceError(f"expected containers that keep the order of their values, got {[node.name for node in leaves]} for {[node.name for node in order]}")
+            raise TraceError(
+                f"expected containers that keep the order of their values, got {[node.name for node in leaves]}, "
+                f"in the trace {[node.name for node in order]}; use tuples, lists and dicts"
+            )
         return template
 
 
@@ -176,7 +194,9 @@ def refuse_operators(graph: Graph, name: str) -> None:
     if refused:
         shown = "; ".join(f"{node.name} ({node.meta['source']}): {operator_name(node.target)}" for node in refused[:5])
         more = f" and {len(refused) - 5} more" if len(refused) > 5 else ""
-        raise UnsupportedModelError(f"{name}: expected operators of the allow-list, got {shown}{more}; rewrite these lines with ordinary tensor operators")
+        raise UnsupportedModelError(
+            f"{name}: expected operators of the allow-list, got {shown}{more}; rewrite these lines with ordinary tensor operators"
+        )
 
 
 def _source(node: fx.Node) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx
 from torch.export import ExportedProgram
@@ -23,27 +25,38 @@ _FRESH = (
 
 def writes(node: fx.Node) -> bool:
     """Whether the node changes one of its arguments in a way that matters."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable and node.target not in (*ASSERTIONS, *IDENTITIES)
+    return (
+        isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable and node.target not in (*ASSERTIONS, *IDENTITIES)
+    )
 
 
 def counterpart(node: fx.Node) -> torch._ops.OpOverload | None:
     """The functional operator for a write that nothing else can see: `add.Tensor` for an `add_.Tensor` on a new tensor; else None."""
     written = node.args[0] if node.args else None
-    if not isinstance(written, fx.Node) or not _is_fresh(written) or not all(_is_fresh(user) or not _before(user, node) for user in written.users):
+    if (
+        not isinstance(written, fx.Node)
+        or not _is_fresh(written)
+        or not all(_is_fresh(user) or not _before(user, node) for user in written.users)
+    ):
         return None
     assert isinstance(node.target, torch._ops.OpOverload)
-    name, _, overload = node.target.name().removeprefix("aten::").partition(".")
-    return getattr(getattr(_aten, name.removesuffix("_"), None), overload or "default", None) if name.endswith("_") else None
+    name, _, overload = str(node.target).removeprefix("aten.").partition(".")
+    found = getattr(getattr(_aten, name.removesuffix("_"), None), overload, None) if name.endswith("_") else None
+    return found if isinstance(found, torch._ops.OpOverload) else None
 
 
 def _is_fresh(node: fx.Node) -> bool:
     """Whether the result shares no memory with an argument."""
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return _is_fresh(node.args[0])
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     if writes(node) or node.target in _FRESH:
         return True
-    composite = torch._C._dispatch_has_kernel_for_dispatch_key(node.target.name(), "CompositeImplicitAutograd")
-    return not composite and all(value.alias_info is None for value in node.target._schema.returns)
+    schema = node.target._schema
+    name = f"{schema.name}.{schema.overload_name}".rstrip(".")
+    composite: bool = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
+    return not composite and all(value.alias_info is None for value in schema.returns)
 
 
 def _before(user: fx.Node, node: fx.Node) -> bool:
@@ -54,4 +67,5 @@ def functional(program: ExportedProgram) -> ExportedProgram:
     """The program itself if each of its writes has a counterpart, else what torch's own functionalization makes of it (slower)."""
     if all(counterpart(node) is not None for node in program.graph.nodes if writes(node)):
         return program
-    return program.run_decompositions({})
+    decomposed: ExportedProgram = program.run_decompositions({})
+    return decomposed

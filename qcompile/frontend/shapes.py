@@ -17,7 +17,7 @@ Leaf = tuple[str, Any, Any]
 
 
 def as_inputs(example_inputs: Any) -> Inputs:
-    """A tensor or a tuple as positional arguments, a mapping as keyword arguments; tensors are copied, so that none is merged with another."""
+    """A tensor or a tuple as positional arguments, a mapping as keyword arguments; copied, so that no two are one tensor."""
     if isinstance(example_inputs, Mapping):
         given: Inputs = (), {str(key): value for key, value in example_inputs.items()}
     elif isinstance(example_inputs, Tensor):
@@ -59,7 +59,9 @@ def given_shapes(dynamic_shapes: Any, inputs: Inputs, parameters: Sequence[str])
         positional = [named.get(parameter) for parameter in parameters[: len(args)]]
         return (*positional, *[None] * (len(args) - len(positional))), {key: named.get(key) for key in kwargs}
     if len(named) != len(args):
-        raise TraceError(f"dynamic_shapes: expected {len(args)} entries, one per positional input, got {len(named)}; name keyword inputs in a dict")
+        raise TraceError(
+            f"dynamic_shapes: expected {len(args)} entries, one per positional input, got {len(named)}; name keyword inputs in a dict"
+        )
     return tuple(named), dict.fromkeys(kwargs)
 
 
@@ -88,7 +90,7 @@ def dynamic_axes(spec: Any) -> dict[int, Any]:
 
 
 def grown(inputs: Inputs, shapes: Any) -> Inputs:
-    """Inputs whose dynamic axes have at least two elements, repeated where they have one: torch.export takes a size of 1 for a fixed one."""
+    """Inputs whose dynamic axes have at least two elements, repeated where they have one: torch.export fixes a size of 1."""
 
     def grow(leaf: Any, spec: Any) -> Any:
         for axis in dynamic_axes(spec) if isinstance(leaf, Tensor) else ():

@@ -1,4 +1,4 @@
-"""The one place that touches transformers' semi-private interfaces: attention, its masks, and experts become single operators while a model is traced."""
+"""The one place that touches transformers' semi-private interfaces: attention and experts become single operators in a trace."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def classify(mask_function: Callable[..., Any]) -> tuple[bool, int] | None:
         return True, 0
     if mask_function is masking_utils.bidirectional_mask_function:
         return False, 0
-    parts = _closure(mask_function, "mask_functions", "and_masks") or ()
-    windows = [_closure(part, "sliding_window", "sliding_window_overlay") for part in parts]
-    if len(parts) == 2 and isinstance(windows[0], int) and parts[1] is masking_utils.causal_mask_function:
-        return True, windows[0]
-    return None
+    parts: tuple[Callable[..., Any], ...] = _closure(mask_function, "mask_functions", "and_masks") or ()
+    if len(parts) != 2 or parts[1] is not masking_utils.causal_mask_function:
+        return None
+    window = _closure(parts[0], "sliding_window", "sliding_window_overlay")
+    return (True, window) if isinstance(window, int) else None
 
 
 def _closure(function: Callable[..., Any], variable: str, maker: str) -> Any:
@@ -75,12 +75,10 @@ class Hooks(TorchFunctionMode):
         if kind is None or not (isinstance(q_offset, int) and q_offset == 0 and isinstance(kv_offset, int) and kv_offset == 0):
             shown = getattr(mask_function, "__qualname__", str(mask_function))
             raise UnsupportedModelError(
-                f"{self.name}: expected a full, causal or causal sliding-window attention mask, got {shown}; such attention is not served yet"
+                f"{self.name}: expected a full, causal or causal sliding-window attention mask, got {shown}; not served yet"
             )
-        if attention_mask is None:
-            token = torch.ones((batch_size, kv_length), dtype=torch.bool, device=device)
-        else:
-            token = attention_mask.detach()
+        ones = torch.ones((batch_size, kv_length), dtype=torch.bool, device=device)
+        token = ones if attention_mask is None else attention_mask.detach()
         self.masks[id(token)] = token, Mask(attention_mask, *kind)
         return token
 
@@ -93,8 +91,8 @@ class Hooks(TorchFunctionMode):
         unknown = [name for name, item in others.items() if isinstance(item, Tensor) and name not in _IGNORED]
         if unknown or dropout:
             raise UnsupportedModelError(
-                f"{self.name}: {type(module).__name__}: expected attention of queries, keys, values and a mask, got also {unknown or 'dropout'}; "
-                "such attention is not served yet"
+                f"{self.name}: {type(module).__name__}: expected attention of queries, keys, values and a mask, "
+                f"got also {unknown or 'dropout'}; not served yet"
             )
         causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
         mask, bias = self._meaning(module, attention_mask, position_bias, causal)
@@ -126,7 +124,8 @@ class Hooks(TorchFunctionMode):
         )  # fmt: skip
         if activation is None or not plain or type(module)._apply_gate.__qualname__ != "_default_apply_gate":
             raise UnsupportedModelError(
-                f"{self.name}: {type(module).__name__}: expected experts `down(act(gate(x)) * up(x))` without biases, got others; not served yet"
+                f"{self.name}: {type(module).__name__}: expected experts `down(act(gate(x)) * up(x))` without biases, "
+                "got others; not served yet"
             )
         result: Tensor = torch.ops.qcompile.moe_experts(
             hidden_states, top_k_index, top_k_weights, module.gate_up_proj, module.down_proj, activation
@@ -136,7 +135,11 @@ class Hooks(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Catch the models that call `scaled_dot_product_attention` by themselves with a mask that came from `mask`."""
         options = dict(kwargs or {})
-        if func is not nn.functional.scaled_dot_product_attention or id(options.get("attn_mask")) not in self.masks or options.get("dropout_p"):
+        if (
+            func is not nn.functional.scaled_dot_product_attention
+            or id(options.get("attn_mask")) not in self.masks
+            or options.get("dropout_p")
+        ):
             return func(*args, **options)
         query, key, value = args
         mask = self.masks[id(options["attn_mask"])][1]
@@ -156,13 +159,15 @@ def tracing(model: PreTrainedModel, name: str) -> Iterator[Hooks]:
         for config in {id(config): config for config in _configs(model)}.values():
             stack.enter_context(_entry(vars(config), "_attn_implementation_internal", _NO_MASK if direct else NAME))
             stack.enter_context(_entry(vars(config), "_experts_implementation_internal", NAME))
-        stack.enter_context(hooks)
+            stack.enter_context(_entry(vars(config), "use_cache", value=False))
+        if direct:
+            stack.enter_context(hooks)
         yield hooks
 
 
 def _configs(model: PreTrainedModel) -> Iterator[Any]:
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if hasattr(config, "_attn_implementation_internal"):
             yield config
             yield from (part for part in (getattr(config, key, None) for key in config.sub_configs) if part is not None)

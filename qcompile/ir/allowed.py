@@ -65,7 +65,7 @@ def _table() -> dict[str, Callable[..., Any]]:
         if overload is not None:
             table[f"aten.{name}"] = overload
     for name in _QCOMPILE.split():
-        table[f"qcompile.{name}.default"] = _find(torch.ops.qcompile, name)
+        table[f"qcompile.{name}.default"] = getattr(torch.ops.qcompile, name).default
     table |= {f"operator.{function.__name__}": function for function in _PYTHON}
     table |= {f"torch.{name}": getattr(torch, name) for name in _SYMBOLIC}
     table |= {f"math.{function.__name__}": function for function in (math.ceil, math.floor, math.trunc)}

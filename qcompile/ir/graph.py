@@ -67,7 +67,8 @@ class Graph:
     @property
     def output(self) -> fx.Node:
         """The output node; its single argument is the tuple of outputs."""
-        return next(iter(self.fx.find_nodes(op="output")))
+        found: fx.Node = next(iter(self.fx.find_nodes(op="output")))
+        return found
 
     def calls(self, *operators: Operator) -> list[fx.Node]:
         """The call nodes of any of `operators`, in order."""
@@ -200,7 +201,7 @@ class Graph:
                         remaining[used] -= 1
                         if not remaining[used]:
                             del values[used]
-        return [values[node] for node in self.output.args[0]]  # type: ignore[union-attr, index, misc]
+        return [values[node] for node in self.output.args[0]]  # type: ignore[union-attr, index]
 
     def _materialize(self, name: str, memo: dict[str, Tensor] | None) -> Tensor:
         if memo is None:

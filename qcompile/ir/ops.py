@@ -7,6 +7,7 @@ D head size, K input columns, N output rows, G groups, P pages, R tokens in a pa
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,16 +16,17 @@ from torch.nn import functional
 from qcompile.quant import reference
 
 NAMESPACE = "qcompile"
-_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
+Reference = TypeVar("Reference", bound=Callable[..., object])
 
 
-def _define(schema: str, fake: Callable[..., object]) -> Callable[[Callable[..., object]], Callable[..., object]]:
+def _define(schema: str, fake: Callable[..., object]) -> Callable[[Reference], Reference]:
     """Register the decorated reference under `schema`, with `fake` for shapes."""
 
-    def register(implementation: Callable[..., object]) -> Callable[..., object]:
+    def register(implementation: Reference) -> Reference:
         name = schema.split("(")[0]
-        _LIBRARY.define(schema)
-        _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+        _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
+        _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
         return implementation
 
@@ -296,7 +298,7 @@ def moe_experts(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, do
     indices [M, n] expert numbers, weights [M, n], gate_up [E, 2I, K] (gate rows first), down [E, K, I]; result [M, K].
     """
     result = torch.zeros_like(x)
-    for expert in indices.unique().tolist():
+    for expert in sorted({int(number) for number in indices.flatten().tolist()}):
         token, choice = (indices == expert).nonzero(as_tuple=True)
         gate, up = functional.linear(x[token], gate_up[expert]).chunk(2, dim=-1)
         hidden = functional.linear(gated_activation(gate, up, activation), down[expert])

@@ -60,6 +60,8 @@ def flatten(template: Template, tree: Any, where: str = "input") -> list[Tensor]
 
 
 def _collect(template: Template, tree: Any, where: str, found: dict[int, Tensor]) -> None:
+    kind: str
+    content: Any
     kind, content = next(iter(template.items())) if template is not None else ("none", None)
     if kind in ("dict", "tuple", "list"):
         for key, item in _children(kind, content, tree, where):

@@ -1,0 +1,5 @@
+"""`python -m qcompile.cli`."""
+
+from qcompile.cli import main
+
+main()

@@ -1,0 +1,90 @@
+"""`qcompile compile`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.status import Status
+
+import qcompile
+from qcompile.cli.output import JsonOption, emit, stderr
+from qcompile.dump.tables import coverage_rows, coverage_table, pass_table, readable, value_table
+from qcompile.dump.writer import record_row
+from qcompile.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from qcompile.compiled import CompiledModel
+    from qcompile.ir.graph import Graph
+    from qcompile.ir.records import PassRecord
+
+
+class StatusInstrument:
+    """Shows which pass is running."""
+
+    def __init__(self, status: Status) -> None:
+        """Speak through `status`, which says nothing in a pipe."""
+        self.status = status
+
+    def before(self, name: str, graph: Graph) -> None:
+        """Say which pass begins."""
+        self.status.update(f"{name} ({len(graph.fx.nodes)} nodes)")
+
+    def after(self, record: PassRecord, graph: Graph) -> None:
+        """What follows the last pass is code generation."""
+        del record, graph
+        self.status.update("generating code")
+
+
+def compile_model(
+    model: Annotated[str, typer.Argument(help="A Hugging Face directory or hub id, or a .gguf file.")],
+    target: Annotated[str, typer.Option("--target", "-t", help="ARCH-SCHEME[-KV], such as cpu-int4; see `qcompile targets`.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the artifact.")],
+    recipe: Annotated[str, typer.Option(help="How hard to try at the same bits.")] = "nearest",
+    dump: Annotated[Path | None, typer.Option(help="Directory for the listing after every pass.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Run the graph before and after every pass and compare.")] = False,
+    group_size: Annotated[int | None, typer.Option(help="Input columns per scale; -1 is one scale per output channel.")] = None,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Give weights a zero point.")] = False,
+    ignore: Annotated[list[str] | None, typer.Option(help="Leave weights of this name alone (re: for a pattern); repeatable.")] = None,
+    quantize_head: Annotated[bool, typer.Option("--quantize-head", help="Also quantize the output head.")] = False,
+    quantize_embedding: Annotated[bool, typer.Option("--quantize-embedding", help="Also quantize token embeddings.")] = False,
+    disable_pass: Annotated[list[str] | None, typer.Option(help="Leave a pass out; repeatable.")] = None,
+    passes: Annotated[str | None, typer.Option(help="A pipeline, such as `canonicalize,raise-patterns`, in place of the default.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail if an operator is left alone or a kernel refused.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing artifact.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with a checkpoint.")] = False,
+    max_batch: Annotated[int, typer.Option(help="Sequences that plans and caches are made for.")] = 1,
+    max_context: Annotated[int | None, typer.Option(help="Tokens per sequence that the cache holds.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compile MODEL for a target into a self-contained artifact."""
+    if out.exists() and not overwrite:
+        # Said before the work, not after it; `save` checks again.
+        raise ArtifactError(f"{out}: expected a directory that does not exist yet; choose another, or replace it with --overwrite")
+    console = stderr()
+    # A status in a pipe would print one line; quiet there.
+    console.quiet = not console.is_terminal
+    with console.status(f"reading {model}") as status:
+        compiled = qcompile.compile(
+            model, target, recipe=recipe, passes=passes, disable=disable_pass or (), strict=strict, dump=dump, check=check or None,
+            group_size=group_size, symmetric=False if asymmetric else None, ignore=ignore, quantize_head=quantize_head or None,
+            quantize_embedding=quantize_embedding or None, max_batch=max_batch, max_context=max_context, revision=revision,
+            trust_remote_code=trust_remote_code, instruments=[StatusInstrument(status)],
+        )  # fmt: skip
+        status.update(f"writing {out}")
+        compiled.save(out, overwrite=overwrite)
+    summary = {"artifact": str(out), **sizes(compiled)}
+    tables = [pass_table(compiled.records), coverage_table(compiled.coverage), value_table(readable(summary))]
+    emit({**summary, **details(compiled)}, tables, as_json=as_json)
+
+
+def sizes(compiled: CompiledModel) -> dict[str, Any]:
+    """Target and sizes, as JSON values."""
+    return {"target": str(compiled.target), "weight_bytes": compiled.weight_bytes, "bits_per_weight": compiled.bits_per_weight}
+
+
+def details(compiled: CompiledModel) -> dict[str, Any]:
+    """Passes and coverage, as JSON values."""
+    return {"passes": [record_row(record) for record in compiled.records], "coverage": coverage_rows(compiled.coverage)}

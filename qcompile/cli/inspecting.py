@@ -1,0 +1,39 @@
+"""`qcompile inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import qcompile
+from qcompile.cli.compiling import details, sizes
+from qcompile.cli.output import JsonOption, emit
+from qcompile.dump.tables import coverage_table, pass_table, readable, value_table
+from qcompile.dump.writer import read_summary, record_row
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="An artifact, or a directory written by --dump.")],
+    as_json: JsonOption = False,
+) -> None:
+    """What was done to a model: passes, sizes, and the format and kernel of every operator, or why it was left alone."""
+    if (path / "passes.json").is_file() and not (path / "manifest.json").is_file():
+        _inspect_dump(path, as_json=as_json)
+    else:
+        _inspect_artifact(path, as_json=as_json)
+
+
+def _inspect_dump(path: Path, *, as_json: bool) -> None:
+    pipeline, records = read_summary(path)
+    values = {"pipeline": pipeline, "passes": [record_row(record) for record in records]}
+    emit(values, [pass_table(records, title=str(path)), value_table({"pipeline": pipeline})], as_json=as_json)
+
+
+def _inspect_artifact(path: Path, *, as_json: bool) -> None:
+    model = qcompile.load(path)
+    summary = sizes(model)
+    name = model.assets.name or model.assets.model_type
+    tables = [pass_table(model.records), coverage_table(model.coverage), value_table(readable({"model": name, **summary}))]
+    emit({**summary, **details(model)}, tables, as_json=as_json)
