@@ -9,8 +9,8 @@ from torch import Tensor
 
 from qcompile.errors import CapacityError
 from qcompile.ir.lowered import Buffer, Entry
+from qcompile.ir.memory import dtype_of
 from qcompile.ir.size import Size
-from qcompile.runtime.cuda.memory import torch_dtype
 
 
 def state_buffers(entry: Entry) -> list[Buffer]:
@@ -60,12 +60,12 @@ class KVCache:
 
     def _allocate(self, state: Buffer, device: torch.device | str) -> Tensor:
         heads, size = _static(state.shape[1]), _static(state.shape[3])
-        return torch.zeros((self.pages, heads, self.page_tokens, size), dtype=torch_dtype(state.dtype), device=device)
+        return torch.zeros((self.pages, heads, self.page_tokens, size), dtype=dtype_of(state.dtype), device=device)
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of one token's keys and values in all layers."""
-        return sum(_static(state.shape[1]) * _static(state.shape[3]) * torch_dtype(state.dtype).itemsize for state in self._states)
+        return sum(_static(state.shape[1]) * _static(state.shape[3]) * dtype_of(state.dtype).itemsize for state in self._states)
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,110 @@
+"""What kernel parameters point to: memory described by tensors, under the names that an operator's schema gives its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, dtype
+
+_FIRST_IS_X = {"self": "x", "input": "x", "other": "y"}
+RENAMED: dict[str, dict[str, str]] = {"aten.argmax.default": {"self": "logits"}, "aten.topk.default": {"self": "logits"}}
+"""Operator -> schema argument -> operand name, where that is neither its own name nor x (self, input) or y (other)."""
+
+_LEADING = ("logits", "gate", "x")
+"""Operands over rows of features: the axes before the last count the rows."""
+
+_BATCHED = {
+    "qcompile.rope.default": "x",
+    "qcompile.cache_append_.default": "k",
+    "qcompile.cache_append.default": "k",
+    "qcompile.cache_attend.default": "q",
+}
+"""Operators over [B, heads, S, D] -> the operand that has these axes."""
+
+_INDEXED = {
+    "aten.embedding.default": "indices",
+    "qcompile.quantized_embedding.default": "indices",
+    "qcompile.rotary_table.default": "positions",
+}
+"""Operators over [B, S] integers -> that operand."""
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Memory a parameter may point to; `strides` are in elements, `dtype` is None for a workspace's raw bytes.
+
+    `owner` is what keeps the memory alive: whoever holds the operand holds it too.
+    """
+
+    address: int
+    dtype: dtype | None
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    owner: object = None
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Operand:
+        """The memory of a tensor."""
+        return cls(tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), tensor)
+
+    @classmethod
+    def workspace(cls, tensor: Tensor) -> Operand:
+        """Raw bytes: whatever type the kernel reads in them."""
+        return cls(tensor.data_ptr(), None, tuple(tensor.shape), tuple(tensor.stride()), tensor)
+
+
+def bind_arguments(name: str, operator: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Operand name -> argument of a call of the operator stored as `name`; arguments left to their default are absent."""
+    names: list[str] = [argument.name for argument in operator._schema.arguments]  # type: ignore[attr-defined]
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
+    renamed: dict[str, str] = RENAMED.get(name, _FIRST_IS_X)
+    return {renamed.get(key, key): value for key, value in given.items()}
+
+
+def output_name(index: int) -> str:
+    """The operand name of result `index`: out, out1, out2 …."""
+    return f"out{index}" if index else "out"
+
+
+def local_sizes(name: str, operands: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, int]:
+    """The entry's sizes with `batch`, `sequence` and `rows` as this one call has them, and the cache's `pages` and `page_tokens`.
+
+    A head that is applied to the last token only has fewer rows than the entry; its own operand says how many.
+    """
+    local = dict(sizes)
+    if name in _BATCHED:
+        lead = operands[_BATCHED[name]]
+        local |= {"batch": lead.shape[0], "sequence": lead.shape[2], "rows": lead.shape[0] * lead.shape[2]}
+    elif name in _INDEXED:
+        local["rows"] = operands[_INDEXED[name]].numel()
+    elif (lead := next((operands[key] for key in _LEADING if isinstance(operands.get(key), Tensor)), None)) is not None:
+        local["rows"] = lead.numel() // max(1, lead.shape[-1])
+    if isinstance(table := operands.get("page_table"), Tensor):
+        local["pages"] = table.shape[1]
+    if isinstance(keys := operands.get("keys"), Tensor):
+        local["page_tokens"] = keys.shape[2]
+    return local
+
+
+def bucket_count(name: str, local: Mapping[str, int]) -> int:
+    """What `BUCKETS` counts for an operator: tokens of each sequence for attention over the cache, else rows."""
+    return local["sequence" if name == "qcompile.cache_attend.default" else "rows"]
+
+
+def is_dense(shape: Sequence[int], strides: Sequence[int], covered: frozenset[int]) -> bool:
+    """Whether every axis whose stride no parameter carries lies where a kernel that was not told assumes it.
+
+    The last such axis has stride 1, each other one the stride of the axis to its right times that one's size: so [B, S, K] with
+    the stride of axis 1 carried may be walked as B·S rows.
+    """
+    expected = 1
+    for axis in reversed(range(len(shape))):
+        if axis in covered:
+            expected = strides[axis] * shape[axis]
+        elif shape[axis] != 1:
+            if strides[axis] != expected:
+                return False
+            expected *= shape[axis]
+    return True

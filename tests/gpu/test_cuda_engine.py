@@ -1,0 +1,74 @@
+"""On a real GPU: a small model through the CUDA engine, against the same plan run by references on the same device."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qcompile import frontend
+from qcompile.codegen.select import backend_for, build
+from qcompile.passes.base import PassContext
+from qcompile.passes.manager import run_pipeline
+from qcompile.passes.pipelines import default_pipeline
+from qcompile.runtime.artifact import ArtifactContents
+from qcompile.runtime.engines.cuda import CudaEngine
+from qcompile.target import parse_target
+from tests.models import tiny
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU with a driver")]
+PROMPTS = [list(range(3, 24)), [40, 41, 42], [7]]
+
+
+@pytest.fixture(scope="module", params=["bf16", "int8", "int4"])
+def contents(request: pytest.FixtureRequest) -> ArtifactContents:
+    """A two-layer llama with heads of 64, compiled for the GPU at hand."""
+    major, minor = torch.cuda.get_device_capability()
+    goal = parse_target(f"sm{major}{minor}-{request.param}")
+    model = tiny("llama", hidden_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=64, intermediate_size=192)
+    loaded = frontend.load(model)
+    ctx = PassContext(goal, backend_for(goal), max_batch=4, max_context=64, prefill_chunk=16)
+    run_pipeline(loaded.graph, default_pipeline(goal), ctx)
+    kernels, binaries = build(ctx.products["kernels"], goal)
+    return ArtifactContents(loaded.graph, ctx.products["plan"], kernels, binaries, loaded.assets, str(goal), "")
+
+
+def engines(contents: ArtifactContents) -> tuple[CudaEngine, CudaEngine]:
+    """With kernels, and the same plan without."""
+    plain = copy.copy(contents)
+    steps = {name: tuple(replace(step, kernels={}) for step in entry.steps) for name, entry in contents.plan.entries.items()}
+    plain.plan = replace(contents.plan, entries={name: replace(entry, steps=steps[name]) for name, entry in contents.plan.entries.items()})
+    return CudaEngine(contents, max_batch=4, max_context=64), CudaEngine(plain, max_batch=4, max_context=64)
+
+
+def test_kernels_and_references_agree(contents: ArtifactContents) -> None:
+    """Both round to bfloat16 at the same places but sum in another order: 3e-2 is eight bfloat16 steps at the largest logit."""
+    fast, slow = engines(contents)
+    fast.prepare()
+    assert fast.captured_buckets == [1, 2, 4]
+    with pytest.warns(RuntimeWarning, match="the CUDA graph is off"):
+        slow.prepare()
+    ours, theirs = fast.prefill(PROMPTS), slow.prefill(PROMPTS)
+    for _ in range(8):
+        assert float((ours - theirs).float().abs().max() / theirs.float().abs().max()) <= 3e-2
+        tokens = theirs.argmax(-1).cpu()
+        ours, theirs = fast.decode(tokens), slow.decode(tokens)
+
+
+def test_a_sequence_does_not_depend_on_the_rows_beside_it(contents: ArtifactContents) -> None:
+    fast, _ = engines(contents)
+    together = [fast.prefill(PROMPTS), fast.decode([1, 2, 3]), fast.decode([4, -1, 6])]
+    alone = [fast.prefill(PROMPTS[:1]), fast.decode([1]), fast.decode([4])]
+    for both, one in zip(together, alone, strict=True):
+        assert float((both[0] - one[0]).float().abs().max() / one.float().abs().max()) <= 3e-2
+
+
+def test_replays_are_deterministic(contents: ArtifactContents) -> None:
+    fast, _ = engines(contents)
+    runs = []
+    for _ in range(2):
+        fast.prefill(PROMPTS)
+        runs.append(torch.stack([fast.decode([token] * 3) for token in range(1, 6)]))
+    assert torch.equal(runs[0], runs[1])

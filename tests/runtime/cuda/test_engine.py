@@ -1,0 +1,289 @@
+"""The engine over the stub: toy plans for order and capture, real plans for every operand of every kernel."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from qcompile import frontend
+from qcompile.codegen.triton.backend import TritonBackend
+from qcompile.errors import CapacityError, EngineError, UntrustedCodeError
+from qcompile.ir.constants import Constant, tensor_constant
+from qcompile.ir.lowered import Entry, Kernel, Plan
+from qcompile.passes.base import PassContext
+from qcompile.passes.manager import run_pipeline
+from qcompile.passes.pipelines import default_pipeline
+from qcompile.runtime.cuda.driver import Driver
+from qcompile.runtime.engines.cuda import CudaEngine, batch_buckets, bucket_of, chunk_of, require_architecture
+from qcompile.target import parse_target
+from tests.models import tiny
+from tests.runtime.cuda.plans import BINARIES, buffer, entry, integer, kernel, launch, pointer, step
+from tests.runtime.cuda.stubbed import Stub
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the engine takes from an artifact."""
+
+    plan: Plan
+    kernels: Mapping[str, Kernel]
+    binaries: Mapping[str, bytes]
+    constants: Mapping[str, Constant]
+    target: str = "sm90-int4"
+    trusted: bool = True
+
+    def require_native(self) -> None:
+        if not self.trusted:
+            raise UntrustedCodeError("expected kernels built on this machine")
+
+
+APPEND = kernel("append", "cache_append_", launch("append_i64", pointer("positions", "i64"), pointer("keys", "i64"), integer("n", "rows")))
+EMBED = kernel("embed", "embedding", launch("gather", pointer("indices", "i64"), pointer("weight"), pointer("out"), grid=("rows", 1, 1)))
+TABLE = torch.arange(40, dtype=torch.float32).view(10, 4)
+
+
+def toy_plan(chunk: int, embed: str = "embed") -> Plan:
+    """Logits are rows of a table; the only sequence's positions are written into the cache by a kernel that computes."""
+
+    def build(name: str, sequence: int) -> Entry:
+        states = [buffer(f"{part}_0", "state", ("pages", 1, "page_tokens", 1), "int64") for part in ("keys", "values")]
+        tokens = [buffer(part, "input", ("batch", "sequence"), "int64") for part in ("input_ids", "positions")]
+        table = [buffer("page_table", "input", ("batch", "pages_per_sequence"), "int32"), buffer("w", "constant", (10, 4))]
+        news = [buffer("k", "intermediate", ("batch", 1, "sequence", 1), "int64", alias="positions")]
+        steps = [
+            step("aten.unflatten.int", "positions", 0, [-1, 1], out="u"),
+            step("aten.unsqueeze.default", "u", -1, out="k"),
+            step("qcompile.cache_append_.default", "keys_0", "values_0", "k", "k", "page_table", "positions", kernels={"": "append"}),
+            step("aten.embedding.default", "w", "input_ids", out="rows", kernels={"": embed} if embed else {}, node="embedding_0"),
+        ]
+        news.append(buffer("u", "intermediate", ("batch", 1, "sequence"), "int64", alias="positions"))
+        news.append(buffer("rows", "output" if name == "decode" else "intermediate"))
+        if name == "prefill":
+            news.append(buffer("last", "output", ("batch", 1, 4)))
+            steps.append(step("qcompile.gather_last.default", "rows", "positions", out="last"))
+        made = entry([*tokens, *table, *states, *news], steps, ("rows" if name == "decode" else "last",), name)
+        return replace(made, limits={"batch": 4, "sequence": sequence})
+
+    return Plan({name: build(name, size) for name, size in (("prefill", chunk), ("decode", 1))}, ("append", "embed"))
+
+
+def toy_engine(stub: Stub, *, chunk: int = 4, embed: str = "embed", max_batch: int = 1, max_context: int = 16) -> CudaEngine:
+    parts = Parts(toy_plan(chunk, embed), {"append": APPEND, "embed": EMBED}, BINARIES, {"w": tensor_constant(TABLE)})
+    return CudaEngine(parts, max_batch=max_batch, max_context=max_context, device="cpu", driver=Driver(stub.path))
+
+
+def keys(engine: CudaEngine) -> list[int]:
+    return engine.cache.tensors["keys_0"].flatten().tolist()
+
+
+def test_prefill_goes_in_chunks_and_stores_no_padding(stub: Stub) -> None:
+    engine = toy_engine(stub)
+    engine.prepare()
+    before = len(stub.calls("cuLaunchKernel"))
+    engine.prefill([[7, 8, 9, 1, 2, 3]])
+    launches = stub.calls("cuLaunchKernel")[before:]
+    assert [call.detail for call in launches] == [b"append_i64", b"gather"] * 2, "two chunks of four for six tokens"
+    assert keys(engine) == [*range(6), *[0] * 10]
+    assert engine.state == [6]
+
+
+def test_decode_replays_one_graph_per_bucket(stub: Stub) -> None:
+    engine = toy_engine(stub, max_batch=6)
+    engine.prepare()
+    assert engine.captured_buckets == [1, 2, 4, 6]
+    assert len(stub.calls("cuGraphInstantiateWithFlags")) == 4
+    engine.prefill([[1], [2], [3]])
+    before = len(stub.calls())
+    engine.decode([4, 5, 6])
+    names = [call.name for call in stub.calls()[before:] if call.name != b"cuCtxSetCurrent"]
+    assert names == [b"cuGraphLaunch"]
+    program = engine._decode[4].program  # type: ignore[union-attr]
+    assert program.inputs["input_ids"].flatten().tolist() == [4, 5, 6, 0]
+    assert program.inputs["positions"].flatten().tolist() == [1, 1, 1, -1], "the row that fills the bucket is padding"
+    assert program.inputs["page_table"].flatten().tolist() == [0, 1, 2, 0], "page 0 is never read for padding"
+    assert engine.state == [2, 2, 2]
+
+
+def test_the_replayed_graph_reads_new_positions(stub: Stub) -> None:
+    engine = toy_engine(stub)
+    engine.prefill([[5, 6]])
+    for token in (1, 2, 3):
+        engine.decode([token])
+    assert keys(engine) == [0, 1, 2, 3, 4, *[0] * 11]
+
+
+def test_capture_writes_nothing_into_the_cache(stub: Stub) -> None:
+    engine = toy_engine(stub)
+    engine.prepare()
+    assert stub.launched().count("append_i64") == 2, "a warm-up and a recording"
+    assert keys(engine) == [0] * 16
+
+
+def test_a_step_that_cannot_be_captured_turns_graphs_off_and_is_named(stub: Stub) -> None:
+    engine = toy_engine(stub, embed="", max_batch=2)
+    with pytest.warns(
+        RuntimeWarning,
+        match=r"the CUDA graph is off .* embedding_0 \(aten.embedding.default\): it is computed on cpu",
+    ) as caught:
+        engine.prepare()
+    assert len(caught) == 1
+    assert engine.captured_buckets == []
+    logits = engine.prefill([[7, 3], [2]])
+    assert torch.equal(logits, TABLE[[3, 2]])
+    assert torch.equal(engine.decode([4, 9]), TABLE[[4, 9]])
+    assert stub.calls("cuGraphLaunch") == []
+
+
+def test_a_capture_that_fails_is_survived(stub: Stub) -> None:
+    engine = toy_engine(stub)
+    stub.fail("cuLaunchKernel", 900, nth=3)
+    with pytest.warns(RuntimeWarning, match=r"got kernel append: .*CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"):
+        engine.prepare()
+    engine.prefill([[5, 6]])
+    engine.decode([1])
+    assert keys(engine)[:4] == [0, 1, 2, 0]
+
+
+def test_a_finished_sequence_takes_no_part(stub: Stub) -> None:
+    engine = toy_engine(stub, max_batch=2, max_context=3)
+    engine.prefill([[1, 2, 3], [4]])
+    engine.decode([-1, 5])
+    program = engine.program(2)
+    assert program.inputs["positions"].flatten().tolist() == [-1, 1]
+    assert program.inputs["input_ids"].flatten().tolist() == [0, 5]
+    assert engine.state == [3, 2]
+
+
+def test_untrusted_binaries_are_never_loaded(stub: Stub) -> None:
+    parts = Parts(toy_plan(4), {"append": APPEND, "embed": EMBED}, BINARIES, {}, trusted=False)
+    with pytest.raises(UntrustedCodeError, match="expected kernels built on this machine"):
+        CudaEngine(parts, device="cpu", driver=Driver(stub.path))
+    with pytest.raises(EngineError, match="device: expected one that runs sm100, got sm90"):
+        CudaEngine(replace(parts, trusted=True, target="sm100-bf16"), device="cpu", driver=Driver(stub.path))
+    assert stub.calls("cuModuleLoadData") == []
+
+
+def test_everything_is_given_back(stub: Stub) -> None:
+    engine = toy_engine(stub, max_batch=2)
+    engine.prepare()
+    engine.close()
+    for made, freed in (
+        ("cuGraphInstantiateWithFlags", "cuGraphExecDestroy"),
+        ("cuModuleLoadData", "cuModuleUnload"),
+        ("cuStreamCreate", "cuStreamDestroy_v2"),
+    ):
+        assert len(stub.calls(made)) == len(stub.calls(freed)) > 0
+    assert len(stub.calls("cuModuleLoadData")) == 1, "one binary, one module"
+    assert stub.calls()[-1].name == b"cuDevicePrimaryCtxRelease_v2"
+
+
+def test_capacity_and_misuse(stub: Stub) -> None:
+    engine = toy_engine(stub, max_batch=2, max_context=4)
+    with pytest.raises(CapacityError, match=r"row 2: expected at most 2 sequences at once; load with max_batch=3"):
+        engine.prefill([[1]] * 3)
+    with pytest.raises(
+        CapacityError, match=r"sequence 1: expected at most 4 tokens, the capacity of the cache, got 5; load with max_context=5"
+    ):
+        engine.prefill([[1], [1] * 5])
+    with pytest.raises(EngineError, match=r"prefill: sequence 0: expected at least one token, got none"):
+        engine.prefill([[]])
+    engine.prefill([[1, 2, 3]])
+    with pytest.raises(EngineError, match=r"decode: expected one token for each of the 1 sequences of the last prefill, got 2"):
+        engine.decode([1, 2])
+    engine.decode([1])
+    with pytest.raises(CapacityError, match=r"sequence 0: expected at most 4 tokens, the capacity of the cache, got 1 after 4 held"):
+        engine.decode([1])
+    assert engine.state == [4]
+
+
+@pytest.mark.parametrize(
+    ("arch", "device", "runs"), [("sm90", "sm90", True), ("sm80", "sm89", True), ("sm90", "sm100", False), ("sm80", "sm90", False)]
+)
+def test_binaries_run_on_their_architecture_only(arch: str, device: str, runs: bool) -> None:
+    if runs:
+        require_architecture(arch, device)
+        return
+    with pytest.raises(EngineError, match=f"device: expected one that runs {arch}, got {device}; compile with target={device}-"):
+        require_architecture(arch, device)
+
+
+def test_buckets_are_powers_of_two_and_the_greatest_batch() -> None:
+    assert batch_buckets(1) == [1]
+    assert batch_buckets(8) == [1, 2, 4, 8]
+    assert batch_buckets(12) == [1, 2, 4, 8, 12]
+    assert [bucket_of(count, 12) for count in (1, 3, 8, 9, 12)] == [1, 4, 8, 12, 12]
+
+
+def test_a_chunk_masks_the_tail_and_the_rows_that_fill_the_bucket() -> None:
+    ids, positions = chunk_of([[1, 2, 3, 4, 5], [6]], 4, 4, 4)
+    assert ids.tolist() == [[5, 0, 0, 0], [0] * 4, [0] * 4, [0] * 4]
+    assert positions.tolist() == [[4, -1, -1, -1], [-1] * 4, [-1] * 4, [-1] * 4]
+
+
+def compiled(target: str, family: str, triton: bool) -> tuple[Parts, torch.nn.Module]:
+    """A tiny model through the default pipeline; every launch comes from the toy binary, where it has no effect."""
+    model, goal = tiny(family), parse_target(target)
+    graph = frontend.load(model).graph
+    ctx = PassContext(goal, TritonBackend(goal.arch) if triton else None, max_batch=2, max_context=32, prefill_chunk=8)
+    run_pipeline(graph, default_pipeline(goal), ctx)
+    kernels = {
+        name: replace(item, launches=tuple(replace(launch, binary="toy.cubin") for launch in item.launches))
+        for name, item in ctx.products.get("kernels", {}).items()
+    }
+    return Parts(ctx.products["plan"], kernels, BINARIES, graph.constants), model
+
+
+def real_engine(stub: Stub, parts: Parts) -> CudaEngine:
+    return CudaEngine(parts, max_batch=2, max_context=32, device="cpu", driver=Driver(stub.path))
+
+
+def greedy(engine: CudaEngine, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    tokens = [engine.prefill(prompts).argmax(-1)]
+    while len(tokens) < count:
+        tokens.append(engine.decode(tokens[-1]).argmax(-1))
+    return torch.stack(tokens, dim=1).tolist()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_references_alone_give_the_models_own_tokens(stub: Stub, family: str) -> None:
+    parts, model = compiled("reference-fp32", family, triton=False)
+    engine = real_engine(stub, parts)
+    prompts = [list(range(3, 14)), [20, 21, 22]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        found = greedy(engine, prompts, 6)
+    for prompt, tokens in zip(prompts, found, strict=True):
+        ids = torch.tensor([prompt])
+        for token in tokens:
+            assert int(model(ids).logits[0, -1].argmax()) == token
+            ids = torch.cat((ids, torch.tensor([[token]])), dim=1)
+
+
+def test_forward_gives_every_position(stub: Stub) -> None:
+    parts, model = compiled("reference-fp32", "llama", triton=False)
+    engine = real_engine(stub, parts)
+    ids = torch.tensor([[3, 4, 5, 6, 7], [9, 8, 7, 6, 5]])
+    logits = engine.forward({"input_ids": ids})[0]
+    torch.testing.assert_close(logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(EngineError, match=r"forward: expected the inputs input_ids, positions, page_table, .*, got none called input_ids"):
+        engine.forward({})
+    with pytest.raises(EngineError, match=r"forward: positions: expected 5 along axis 1 \(sequence\), got 4"):
+        engine.forward({"input_ids": ids, "positions": torch.arange(4).expand(2, 4)})
+    with pytest.raises(EngineError, match=r"forward: positions: expected 2 axes, got shape \(5,\)"):
+        engine.forward({"input_ids": ids, "positions": torch.arange(5)})
+
+
+@pytest.mark.parametrize("target", ["sm90-int4", "sm90-int8", "sm90-bf16"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_every_emitted_kernel_gets_what_it_assumes(stub: Stub, target: str, family: str) -> None:
+    """Alignments, strides, dtypes, operand names and grids of a whole model, for decode and prefill."""
+    parts, _ = compiled(target, family, triton=True)
+    engine = real_engine(stub, parts)
+    engine.prepare()
+    launched = set(stub.launched())
+    linear = "linear" if target == "sm90-bf16" else "quantized_linear"
+    assert {"cache_append_", "cache_attend", "merge_shares", "rope", "rotary_table", "gated_activation", "embedding", linear} <= launched
