@@ -40,7 +40,11 @@ def _config(family: str) -> transformers.PretrainedConfig:
             _GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
         ),
         "bert": ("BertConfig", _HEADS | {"intermediate_size": 64}),
-        "vit": ("ViTConfig", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "image_size": 32, "patch_size": 8}),
+        "vit": (
+            "ViTConfig",
+            {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+            | {"image_size": 32, "patch_size": 8},
+        ),
         "resnet": ("ResNetConfig", {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 2], "layer_type": "basic"}),
     }  # fmt: skip
     name, options = made[family]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,27 +51,32 @@ def load(
             "pass the original model"
         )
     if path.suffix == ".gguf":
-        from qcompile.frontend.gguf import load_gguf
-
-        return load_gguf(path)
-    from qcompile.frontend import huggingface
-
+        return _reader("gguf", "load_gguf", path)(path)
     if path.is_dir():
-        return huggingface.load_directory(path, trust_remote_code, example_inputs, dynamic_shapes)
+        return _reader("huggingface", "load_directory", path)(path, trust_remote_code, example_inputs, dynamic_shapes)
     if path.exists() or not _HUB_NAME.fullmatch(str(model)):
         raise SourceError(
             f"{path}: expected a Hugging Face directory, a .gguf file or the name of a model on the hub, "
             f"got {'another file' if path.exists() else 'a path that does not exist'}"
         )
-    return huggingface.load_hub(str(model), revision, trust_remote_code, example_inputs, dynamic_shapes)
+    return _reader("huggingface", "load_hub", path)(str(model), revision, trust_remote_code, example_inputs, dynamic_shapes)
+
+
+def _reader(module: str, function: str, model: object) -> Callable[..., Loaded]:
+    """A function of one of the front ends whose packages plain modules do without."""
+    try:
+        found: Callable[..., Loaded] = getattr(importlib.import_module(f"qcompile.frontend.{module}"), function)
+    except ModuleNotFoundError as error:
+        raise SourceError(
+            f"{model}: expected the packages that read this model, got no {error.name}; pip install 'qcompile[huggingface]'"
+        ) from error
+    return found
 
 
 def _load_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> Loaded:
     name = type(model).__name__
     if _is_pretrained(model):
-        from qcompile.frontend import huggingface
-
-        return huggingface.load_model(model, example_inputs, dynamic_shapes)  # type: ignore[arg-type]
+        return _reader("huggingface", "load_model", name)(model, example_inputs, dynamic_shapes)
     if example_inputs is None:
         raise TraceError(f"{name}: expected example_inputs for a plain module, got none; pass a tensor, a tuple or a dict of them")
     return Loaded(capture_module(model, example_inputs, dynamic_shapes, name=name), Assets(model_type=name, name=name))

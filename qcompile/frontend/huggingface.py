@@ -28,7 +28,6 @@ from qcompile.ir.graph import Graph, fake_value
 _aten = torch.ops.aten
 _CASTS = (_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten._to_copy.default, _aten.view.default, _aten.reshape.default)
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "spiece.model", "*.py")
-_RECURRENT = "a state that is no key/value cache"
 
 
 def load_model(model: PreTrainedModel, example_inputs: Any = None, dynamic_shapes: Any = None) -> Loaded:
@@ -112,7 +111,7 @@ def refuse(config: PreTrainedConfig, name: str) -> None:
     elif getattr(text, "alibi", False):
         reason = "attention with ALiBi biases"
     elif "mamba" in text.model_type or text.model_type in ("rwkv", "recurrent_gemma", "jamba"):
-        reason = _RECURRENT
+        reason = "a state that is no key/value cache"
     elif "deepseek" in text.model_type:
         reason = "latent attention"
     else:
@@ -176,10 +175,15 @@ def trace(model: PreTrainedModel, name: str, bind: Binder | None, example_inputs
     for node in graph.calls(torch.ops.qcompile.attention.default):
         _simplify_padding(node)
     graph.remove_dead()
-    attentions = graph.calls(torch.ops.qcompile.attention.default)
-    if causal and attentions and all(node.args[6] for node in attentions):
+    if causal and _is_causal_throughout(graph, model):
         graph.interface.kind = "causal_lm"
     return graph
+
+
+def _is_causal_throughout(graph: Graph, model: PreTrainedModel) -> bool:
+    """Whether a key/value cache holds all that a token needs of earlier ones: a hybrid's convolutions or recurrences are no attention."""
+    causal = [bool(node.args[6]) for node in graph.calls(torch.ops.qcompile.attention.default)]
+    return all(causal) and len(causal) == getattr(model.config.get_text_config(), "num_hidden_layers", 0)
 
 
 def _causal_inputs(model: PreTrainedModel, name: str) -> dict[str, Tensor]:

@@ -73,9 +73,11 @@ class Hooks(TorchFunctionMode):
         """A stand-in for the mask: a tensor whose identity tells `attention` what it means."""
         kind = classify(mask_function)
         if kind is None or not (isinstance(q_offset, int) and q_offset == 0 and isinstance(kv_offset, int) and kv_offset == 0):
+            # transformers takes positions without a mask for several sequences in one row.
+            remedy = "; pass an attention_mask" if attention_mask is None else ""
             shown = getattr(mask_function, "__qualname__", str(mask_function))
             raise UnsupportedModelError(
-                f"{self.name}: expected a full, causal or causal sliding-window attention mask, got {shown}; not served yet"
+                f"{self.name}: expected a full, causal or causal sliding-window attention mask, got {shown}; not served yet{remedy}"
             )
         ones = torch.ones((batch_size, kv_length), dtype=torch.bool, device=device)
         token = ones if attention_mask is None else attention_mask.detach()

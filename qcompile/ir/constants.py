@@ -62,8 +62,8 @@ class TensorSource:
         return f"memory:{self.tensor.data_ptr():x}"
 
     def load(self) -> Tensor:
-        """The tensor itself."""
-        return self.tensor.detach()
+        """The tensor itself, or its copy on the CPU."""
+        return self.tensor.detach().cpu()
 
 
 @dataclass(frozen=True)
