@@ -76,7 +76,11 @@ def test_every_scheme_agrees_with_its_own_graph(target: str) -> None:
     compiled = qcompile.compile(tiny("llama"), target, max_batch=3, max_context=32)
     ids = torch.tensor([PROMPTS[0], PROMPTS[2][:6]])
     graph = compiled.graph
-    inputs: dict[str, Any] = {"input_ids": ids, "positions": torch.arange(6).repeat(2, 1), "page_table": torch.tensor([[0], [1]], dtype=torch.int32)}
+    inputs: dict[str, Any] = {
+        "input_ids": ids,
+        "positions": torch.arange(6).repeat(2, 1),
+        "page_table": torch.tensor([[0], [1]], dtype=torch.int32),
+    }
     states = {node.name: torch.zeros(2, 2, 6, 8, dtype=node.meta["val"].dtype) for node in graph.placeholders if node.name not in inputs}
     expected = graph.run([(inputs | states)[node.name] for node in graph.placeholders])[0]
     got = compiled(ids)["logits"]
@@ -157,7 +161,9 @@ def test_head_and_embedding_are_quantized_by_option() -> None:
 
 def test_strict_accepts_choices_and_refuses_what_had_to_be_left_alone() -> None:
     qcompile.compile(tiny("llama"), "cpu-int4", strict=True, ignore=["down_proj"])
-    with pytest.raises(CoverageError, match=r"strict: expected a kernel for every operator, got 2 left alone:\n  moe_experts .*three dimensions"):
+    with pytest.raises(
+        CoverageError, match=r"strict: expected a kernel for every operator, got 2 left alone:\n  moe_experts .*three dimensions"
+    ):
         qcompile.compile(tiny("mixtral"), "cpu-int4", strict=True)
 
 
@@ -252,11 +258,17 @@ def test_a_dump_has_a_listing_for_every_pass_that_changed_something(tmp_path: Pa
         records = json.loads((tmp_path / name / "passes.json").read_text())
         for record in records:
             record["seconds"] = 0
-        files = {path.name: path.read_text() for path in sorted((tmp_path / name).iterdir()) if path.is_file() and path.name != "passes.json"}
+        files = {
+            path.name: path.read_text() for path in sorted((tmp_path / name).iterdir()) if path.is_file() and path.name != "passes.json"
+        }
         texts.append((files, records))
     assert texts[0] == texts[1]
     files, records = texts[0]
-    assert {f"{record['index']:03d}" for record in records if record["changed"]} <= {name[:3] for name in files if name.endswith(".txt")} | {"000"}
-    assert all(record["max_error"] <= 1e-9 for record in records if record["changed"] and record["name"] in ("canonicalize", "raise-patterns", "rewrite-kv-cache"))
-
-
+    assert {f"{record['index']:03d}" for record in records if record["changed"]} <= {
+        name[:3] for name in files if name.endswith(".txt")
+    } | {"000"}
+    assert all(
+        record["max_error"] <= 1e-9
+        for record in records
+        if record["changed"] and record["name"] in ("canonicalize", "raise-patterns", "rewrite-kv-cache")
+    )
