@@ -26,7 +26,7 @@ def build(kernels: Mapping[str, Kernel], target: Target) -> tuple[dict[str, Kern
     """
     if not target.is_cuda:
         return {name: kernel for name, kernel in kernels.items() if kernel.source}, {}
-    from qcompile.codegen.triton.build import build_kernels
+    from qcompile.codegen.triton.build import build_kernels, kernel_cache
 
-    built, binaries = build_kernels(list(kernels.values()), target.arch)
+    built, binaries = build_kernels(list(kernels.values()), target.arch, cache=kernel_cache())
     return {kernel.name: kernel for kernel in built}, binaries

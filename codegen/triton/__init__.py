@@ -1,0 +1,1 @@
+"""The Triton backend: one complete, readable source file per kernel, built ahead of time without a GPU."""

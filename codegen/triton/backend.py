@@ -1,0 +1,60 @@
+"""The Triton backend: which operators there are, and the `Backend` protocol over them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from qcompile.codegen.triton import attention, cache, elementwise, embedding, linear, norm, rotary, sampling
+from qcompile.codegen.triton.contract import Operator
+from qcompile.codegen.triton.tiles import architecture
+from qcompile.errors import CoverageError
+from qcompile.ir.lowered import Kernel, KernelSpec
+
+OPERATORS: Mapping[str, Operator] = MappingProxyType(
+    {
+        "linear": linear.LINEAR,
+        "quantized_linear": linear.QUANTIZED_LINEAR,
+        "rms_norm": norm.RMS_NORM,
+        "add_rms_norm": norm.ADD_RMS_NORM,
+        "layer_norm": norm.LAYER_NORM,
+        "rotary_table": rotary.ROTARY_TABLE,
+        "rope": rotary.ROPE,
+        "gated_activation": elementwise.GATED_ACTIVATION,
+        "activation": elementwise.ACTIVATION,
+        "add": elementwise.ADD,
+        "cache_append_": cache.APPEND,
+        "cache_attend": attention.ATTEND,
+        "embedding": embedding.EMBEDDING,
+        "quantized_embedding": embedding.QUANTIZED_EMBEDDING,
+        "argmax": sampling.ARGMAX,
+        "topk": sampling.TOPK,
+    }
+)
+
+
+class TritonBackend:
+    """Emits complete Triton sources for one architecture; needs no Triton (only building does)."""
+
+    name = "triton"
+
+    def __init__(self, arch: str) -> None:
+        self.arch = architecture(arch)
+
+    def refuses(self, spec: KernelSpec) -> str | None:
+        """Why `spec` cannot be served, or None if it can."""
+        operator = OPERATORS.get(spec.operator)
+        if operator is None:
+            return f"operator {spec.operator!r} has no Triton kernel: expected one of {', '.join(OPERATORS)}"
+        return operator.objection(spec)
+
+    def emit(self, spec: KernelSpec) -> Kernel:
+        """The kernel for a specification that is not refused.
+
+        Raises:
+            CoverageError: if it is.
+        """
+        reason = self.refuses(spec)
+        if reason is not None:
+            raise CoverageError(f"{spec.operator} on {self.arch.name}: {reason}; ask refuses() before emit()")
+        return OPERATORS[spec.operator].emit(spec, self.arch)
