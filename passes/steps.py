@@ -76,8 +76,9 @@ class StepBuilder:
             self.values[node] = {"size": self._size(value, node)}
         elif node.target is qcompile.cache_append.default:
             self._step(node, qcompile.cache_append_.default, ())
-            self.values[node] = tuple(self.values[state] for state in node.args[:2])
-            self.fakes[node] = tuple(self.fakes[state] for state in node.args[:2])
+            states: Any = node.args[:2]
+            self.values[node] = tuple(self.values[state] for state in states)
+            self.fakes[node] = tuple(self.fakes[state] for state in states)
         elif isinstance(value, tuple | list):
             self._results(node, value)
         else:

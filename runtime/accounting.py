@@ -6,6 +6,7 @@ import math
 
 from qcompile.ir.lowered import Plan
 from qcompile.ir.memory import dtype_of
+from qcompile.ir.size import Size
 
 _CODES_ARGUMENT = {"qcompile.quantized_linear.default": 1, "qcompile.quantized_embedding.default": 1, "qcompile.dequantize.default": 0}
 """Operator -> place of its codes among the arguments."""
@@ -18,7 +19,12 @@ def cache_bytes_per_token(plan: Plan) -> int:
         return 0
     states = [buffer for buffer in entry.buffers.values() if buffer.kind == "state"]
     # State [P, L, R, D]: one row of a page holds L·D numbers.
-    return sum(int(state.shape[1]) * int(state.shape[3]) * dtype_of(state.dtype).itemsize for state in states)  # type: ignore[arg-type]
+    return sum(math.prod(map(_static, (state.shape[1], state.shape[3]))) * dtype_of(state.dtype).itemsize for state in states)
+
+
+def _static(size: Size) -> int:
+    assert isinstance(size, int)  # plan-memory makes only pages, batch and sequence symbolic
+    return size
 
 
 def elements_of_codes(plan: Plan) -> dict[str, int]:
@@ -30,5 +36,5 @@ def elements_of_codes(plan: Plan) -> dict[str, int]:
             continue
         name = step.args[_CODES_ARGUMENT[step.operator]]["buffer"]
         wide = step.args[0]["buffer"] if step.operator == "qcompile.quantized_linear.default" else step.outputs[0]
-        found[name] = math.prod((int(entry.buffers[name].shape[0]), int(entry.buffers[wide].shape[-1])))  # type: ignore[arg-type]
+        found[name] = _static(entry.buffers[name].shape[0]) * _static(entry.buffers[wide].shape[-1])
     return found

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import qcompile
 from qcompile.errors import CapacityError, CoverageError, FormatError, PipelineError, QCompileError, TargetError, WeightError
@@ -188,7 +188,7 @@ def test_nan_weights_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-class Interrupted(Exception):
+class Interruption(KeyboardInterrupt):
     """Stands in for Ctrl-C in the middle of writing."""
 
 
@@ -196,10 +196,10 @@ def test_an_interrupted_save_leaves_nothing_that_loads(tmp_path: Path, monkeypat
     compiled = qcompile.compile(tiny("llama"), "cpu-int4")
 
     def interrupt(*_: object) -> None:
-        raise Interrupted
+        raise Interruption
 
     monkeypatch.setattr("qcompile.ir.constants.RoundedSource.load", interrupt)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interruption):
         compiled.save(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -185,7 +185,9 @@ class Plan:
 class Backend(Protocol):
     """Turns specifications into kernels, or says why not."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What coverage tables call it."""
 
     def refuses(self, spec: KernelSpec) -> str | None:
         """Why `spec` cannot be served, or None if it can."""

@@ -1,0 +1,37 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEMO_OUT ?= demo-out
+# One thread per test process: on few cores more threads only fight.
+TEST_ENV := OMP_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test lint demo bench clean
+
+help: ## print this text
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,huggingface,triton]'
+	touch $@
+
+venv: $(INSTALLED) ## create .venv with the package (editable) and everything development needs
+
+test: $(INSTALLED) ## everything CI needs: lint and all tests
+	$(MAKE) lint
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+lint: $(INSTALLED) ## ruff and mypy (strict)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+demo: $(INSTALLED) ## compile a real language model, let it speak, and show what each pass did
+	$(BIN)/python examples/demo.py --out $(DEMO_OUT)
+
+bench: $(INSTALLED) ## decode speed beside llama.cpp on the same model (needs llama-cpp-python)
+	$(BIN)/python benchmarks/decode_cpu.py
+
+clean: ## remove build outputs and caches; .venv stays
+	rm -rf build dist *.egg-info $(DEMO_OUT) .mypy_cache .pytest_cache .ruff_cache

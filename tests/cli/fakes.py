@@ -1,0 +1,46 @@
+"""A compiled model that only remembers what it was asked; it speaks the public interface of the real one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompile.ir.records import Assets, CoverageRow, PassRecord
+from qcompile.target import Target, parse_target
+
+RECORDS = [
+    PassRecord(0, "canonicalize", "canonicalize", True, 20, 12, 0.5, 4_000_000),
+    PassRecord(1, "idle", "idle", False, 12, 12, 0.1, 4_000_000),
+]
+COVERAGE = [CoverageRow("linear_1", "linear", "q.weight", "int4 g64 sym fp16", "torch_cpu.linear", "", "m.py:1")]
+
+
+@dataclass
+class FakeModel:
+    """Logits of a fixed bigram table; generates the words of `says`."""
+
+    says: tuple[str, ...] = ("Par", "is")
+    asked: dict[str, Any] = field(default_factory=dict)
+    target: Target = field(default_factory=lambda: parse_target("cpu-int4"))
+    assets: Assets = field(default_factory=lambda: Assets(vocab_size=5, name="fake"))
+    records: list[PassRecord] = field(default_factory=lambda: RECORDS)
+    coverage: list[CoverageRow] = field(default_factory=lambda: COVERAGE)
+    weight_bytes: int = 1_000_000
+    bits_per_weight: float = 4.25
+    scale: float = 1.0
+
+    def __call__(self, input_ids: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.scale * torch.eye(5)[input_ids]}
+
+    def generate(self, prompt: Any, **options: Any) -> Iterator[str]:
+        self.asked |= {"prompt": prompt, **options}
+        yield from self.says
+
+    def save(self, path: Path, *, overwrite: bool = False) -> None:
+        path.mkdir(exist_ok=overwrite)
+        (path / "manifest.json").write_text("{}")

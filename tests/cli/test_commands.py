@@ -1,0 +1,154 @@
+"""Each command: what it hands on and what it prints."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import qcompile
+from qcompile.dump import writer
+from tests.cli.fakes import RECORDS, FakeModel
+
+Invoke = Callable[..., Any]
+
+
+def test_compile_hands_every_option_on(model: FakeModel, invoke: Invoke, tmp_path: Path) -> None:
+    result = invoke(
+        "compile", "m.gguf", "--target", "cpu-int4", "-o", tmp_path / "out", "--group-size", "32", "--asymmetric", "--ignore", "a",
+        "--ignore", "re:b", "--quantize-head", "--quantize-embedding", "--disable-pass", "fold-constants", "--passes", "canonicalize",
+        "--strict", "--check", "--dump", tmp_path / "d", "--revision", "v1", "--trust-remote-code", "--max-batch", "2", "--max-context", "64",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    instruments = model.asked.pop("instruments")
+    assert model.asked == {
+        "arguments": ("m.gguf", "cpu-int4"), "recipe": "nearest", "passes": "canonicalize", "disable": ["fold-constants"], "strict": True,
+        "dump": tmp_path / "d", "check": True, "group_size": 32, "symmetric": False, "ignore": ["a", "re:b"], "quantize_head": True,
+        "quantize_embedding": True, "max_batch": 2, "max_context": 64, "revision": "v1", "trust_remote_code": True,
+    }  # fmt: skip
+    assert [type(item).__name__ for item in instruments] == ["StatusInstrument"]
+    assert (tmp_path / "out" / "manifest.json").exists()
+    assert "canonicalize" in result.stdout
+    assert "4.25" in result.stdout
+
+
+def test_compile_leaves_defaults_to_the_library(model: FakeModel, invoke: Invoke, tmp_path: Path) -> None:
+    result = invoke("compile", "m", "-t", "cpu-fp32", "-o", tmp_path / "out", "--json")
+    assert {model.asked[key] for key in ("check", "symmetric", "ignore", "group_size", "quantize_head", "dump", "max_context")} == {None}
+    printed = json.loads(result.stdout)
+    assert printed["weight_bytes"] == 1_000_000
+    assert [row["name"] for row in printed["passes"]] == ["canonicalize", "idle"]
+    assert printed["coverage"][0]["kernel"] == "torch_cpu.linear"
+
+
+def test_compile_refuses_an_existing_folder_before_the_work(model: FakeModel, invoke: Invoke, tmp_path: Path) -> None:
+    result = invoke("compile", "m", "-t", "cpu-fp32", "-o", tmp_path)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {tmp_path}: expected a directory that does not exist yet; choose another, or replace it with")
+    assert not model.asked
+    assert invoke("compile", "m", "-t", "cpu-fp32", "-o", tmp_path, "--overwrite").exit_code == 0
+
+
+def test_status_is_quiet_in_a_pipe(model: FakeModel, invoke: Invoke, tmp_path: Path) -> None:
+    assert invoke("compile", "m", "-t", "cpu-fp32", "-o", tmp_path / "out").stderr == ""
+
+
+def test_run_streams_text(model: FakeModel, invoke: Invoke) -> None:
+    options = ("-n", "5", "--temperature", "0.5", "--stop", "x", "--engine", "reference")
+    result = invoke("run", "out", "--prompt", "The capital of France is", *options)
+    assert result.stdout == "Paris\n"
+    assert model.asked == {
+        "arguments": (Path("out"),), "engine": "reference", "prompt": "The capital of France is", "max_new_tokens": 5, "stream": True,
+        "temperature": 0.5, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": None, "stop": ("x",),
+    }  # fmt: skip
+
+
+def test_run_chat_wraps_the_prompt(model: FakeModel, invoke: Invoke) -> None:
+    invoke("run", "out", "--chat", "--prompt", "Hello")
+    assert model.asked["prompt"] == [{"role": "user", "content": "Hello"}]
+
+
+def test_eval_prints_the_four_keys(model: FakeModel, invoke: Invoke, tmp_path: Path) -> None:
+    np.save(tmp_path / "t.npy", np.array([[0, 0, 1], [2, 2, 2]], dtype=np.int32))
+    (tmp_path / "manifest.json").write_text("{}")
+    result = invoke("eval", "out", "--tokens", tmp_path / "t.npy", "--reference", tmp_path, "--json")
+    printed = json.loads(result.stdout)
+    assert printed["tokens"] == 4
+    assert (printed["kl"], printed["top1"]) == (0.0, 1.0)
+    # Three of four next tokens repeat (logit 1 against four zeros), one does not.
+    nll = math.log(math.e + 4) - 3 / 4
+    assert printed["perplexity"] == pytest.approx(math.exp(nll), rel=1e-6)
+
+
+def test_eval_compiles_a_reference_model_in_float(
+    model: FakeModel, invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.save(tmp_path / "t.npy", np.zeros((1, 3), dtype=np.int64))
+    seen: list[Any] = []
+
+    def compiled(*arguments: Any) -> FakeModel:
+        seen.append(arguments)
+        return FakeModel(scale=2.0)
+
+    monkeypatch.setitem(vars(qcompile), "compile", compiled)
+    result = invoke("eval", "out", "--tokens", tmp_path / "t.npy", "--reference", "m.gguf", "--json")
+    assert seen == [("m.gguf", "cpu-fp32")]
+    assert json.loads(result.stdout)["kl"] > 0.01
+
+
+@pytest.mark.parametrize("content", [b"", b"no array", np.array([[{}]], dtype=object).dumps()])
+def test_eval_never_unpickles(model: FakeModel, invoke: Invoke, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "t.npy").write_bytes(content)
+    result = invoke("eval", "out", "--tokens", tmp_path / "t.npy")
+    assert result.exit_code == 2
+    assert "t.npy: expected an integer array [windows, length] saved by numpy.save, got" in result.stderr
+
+
+def test_eval_without_tokenizer_or_tokens_is_named(model: FakeModel, invoke: Invoke) -> None:
+    result = invoke("eval", "out")
+    assert result.exit_code == 2
+    assert "tokenizer" in result.stderr
+    assert "--tokens" in result.stderr
+
+
+def test_inspect_artifact(model: FakeModel, invoke: Invoke) -> None:
+    printed = json.loads(invoke("inspect", "out", "--json").stdout)
+    assert printed["target"] == "cpu-int4"
+    assert printed["passes"][0]["nodes_after"] == 12
+    assert "fake" in invoke("inspect", "out").stdout
+
+
+def test_inspect_dump(invoke: Invoke, tmp_path: Path) -> None:
+    writer.write_summary(tmp_path, "canonicalize,idle", RECORDS, {})
+    printed = json.loads(invoke("inspect", tmp_path, "--json").stdout)
+    assert printed["pipeline"] == "canonicalize,idle"
+    assert [row["changed"] for row in printed["passes"]] == [True, False]
+    assert "12 (-8)" in invoke("inspect", tmp_path).stdout
+
+
+def test_bench_measures_prompt_and_what_follows(model: FakeModel, invoke: Invoke) -> None:
+    printed = json.loads(invoke("bench", "out", "--prompt-tokens", "16", "--new-tokens", "3", "--json").stdout)
+    assert printed["prefill_tokens_per_second"] > 0
+    assert printed["decode_tokens_per_second"] > 0
+    assert printed["peak_memory_bytes"] > 10_000_000
+    assert tuple(model.asked["prompt"].shape) == (1, 16)
+    assert model.asked["max_new_tokens"] == 3
+
+
+def test_passes_lists_each_with_a_line(invoke: Invoke) -> None:
+    rows = {row["name"]: row for row in json.loads(invoke("passes", "--json").stdout)}
+    assert {"canonicalize", "quantize-weights", "plan-memory"} <= set(rows)
+    assert all(row["description"].endswith(".") for row in rows.values())
+    assert "canonicalize" in invoke("passes").stdout
+
+
+def test_targets_lists_each_with_its_formats(invoke: Invoke) -> None:
+    rows = {row["target"]: row for row in json.loads(invoke("targets", "--json").stdout)}
+    assert rows["sm90-int4"] == {"target": "sm90-int4", "compute": "bf16", "weights": "int4 g64 sym fp16"}
+    assert rows["cpu-fp32"]["weights"] == "fp32"
+    assert "reference-int8" in invoke("targets").stdout
