@@ -1,0 +1,269 @@
+"""The default of `cpu-*`: torch's own CPU operators into buffers that stand, everything resolved before the first token.
+
+int4 and int8 weights are multiplied as float weights made once at load. Torch's packed matmuls were measured beside them
+(one thread, 1536 x 576, one row): float32 [K, N] 39 us; `_weight_int4pack_mm_for_cpu` 25 us with bfloat16 activations, at an
+error of 3e-3 that a float32 graph does not allow, and 1314 us with float32; `_weight_int8pack_mm` 26 us and 590 us alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qcompile.ir.lowered import Step
+from qcompile.ir.ops import ACTIVATIONS, masked_attention
+from qcompile.runtime.engines.base import PlanEngine
+from qcompile.runtime.engines.program import Call, Kernels, Operands, by_operator
+from qcompile.runtime.engines.weights import float_weights
+from qcompile.runtime.kv_cache import KVCache
+
+
+class TorchCpuEngine(PlanEngine):
+    """Fast torch on the CPU."""
+
+    name = "torch_cpu"
+
+    def prepared_constants(self) -> Sequence[tuple[str, Tensor]]:
+        """Float weights, float32 ones transposed in memory."""
+        return float_weights(self.contents, transposed=True)
+
+    def kernels(self, cache: KVCache | None) -> Kernels:
+        """A function of `KERNELS` where there is one, else the operator's reference."""
+        del cache
+        runs = Runs()
+
+        def choose(step: Step, operands: Operands) -> Call | None:
+            make = KERNELS.get(step.operator)
+            return make(operands, runs) if make is not None else None
+
+        return choose
+
+
+@dataclass(frozen=True)
+class Run:
+    """Tokens `start`..`stop` of a row of the batch, at consecutive positions from `first`."""
+
+    row: int
+    start: int
+    stop: int
+    first: int
+
+
+class Runs:
+    """The real tokens of the step that is running, read once for all layers."""
+
+    def __init__(self) -> None:
+        """Nothing is read yet."""
+        self.found: list[Run] = []
+        self.pages: list[list[int]] = []
+        self.regular = True
+        self.claimed = False
+
+    def claim(self) -> bool:
+        """True for the first append of a program, which runs before every other use and so does the reading."""
+        first, self.claimed = not self.claimed, True
+        return first
+
+    def read(self, positions: Tensor, page_table: Tensor) -> None:
+        """Take in the positions [B, S] and the page table of this step."""
+        self.pages = page_table.tolist()
+        self.found, self.regular = [], True
+        for row, places in enumerate(positions.tolist()):
+            real = [index for index, place in enumerate(places) if place >= 0]
+            if real:
+                start, stop, first = real[0], real[-1] + 1, places[real[0]]
+                self.regular &= places[start:stop] == list(range(first, first + stop - start))
+                self.found.append(Run(row, start, stop, first))
+
+
+def linear(operands: Operands, runs: Runs) -> Call:
+    """`x Wᵀ + b` through one matmul over all rows."""
+    del runs
+    return _matmul(operands.args[0], operands.args[1], operands.args[2] if len(operands.args) > 2 else None, operands.out)
+
+
+def quantized_linear(operands: Operands, runs: Runs) -> Call:
+    """The same: the codes' buffer holds the float weights they stand for."""
+    del runs
+    return _matmul(operands.args[0], operands.args[1], operands.args[4], operands.out)
+
+
+def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Call:
+    if not x.is_contiguous():
+        return lambda: out.copy_(functional.linear(x, weight, bias))
+    rows, result, turned = x.view(-1, x.shape[-1]), out.view(-1, out.shape[-1]), weight.t()
+    if bias is None:
+        return lambda: torch.mm(rows, turned, out=result)
+    return lambda: torch.addmm(bias, rows, turned, out=result)
+
+
+def embedding(operands: Operands, runs: Runs) -> Call:
+    """Rows of the table."""
+    del runs
+    table, indices, out = operands.args[0], operands.args[1], operands.out
+    result = out.view(-1, out.shape[-1])
+    return lambda: torch.index_select(table, 0, indices.reshape(-1), out=result)
+
+
+def rms_norm(operands: Operands, runs: Runs) -> Call:
+    """One fused call; a gain of 1 + weight is added up once."""
+    del runs
+    return _norm(operands.args[0], *_norm_options(operands.args[1:]), operands.out)
+
+
+def add_rms_norm(operands: Operands, runs: Runs) -> Call:
+    """The sum into its buffer, then the norm of it."""
+    del runs
+    x, residual = operands.args[:2]
+    total, normed = operands.outputs
+    norm = _norm(total, *_norm_options(operands.args[2:]), normed)
+
+    def run() -> None:
+        torch.add(x, residual, out=total)
+        norm()
+
+    return run
+
+
+def _norm_options(args: Sequence[object]) -> tuple[Tensor | None, float]:
+    weight, eps, offset = (*args, 0.0)[:3]
+    assert isinstance(eps, float)
+    if not isinstance(weight, Tensor):
+        return None, eps
+    return (weight + offset if offset else weight), eps
+
+
+def _norm(x: Tensor, weight: Tensor | None, eps: float, out: Tensor) -> Call:
+    shape = (x.shape[-1],)
+    return lambda: out.copy_(functional.rms_norm(x, shape, weight, eps))
+
+
+def rope(operands: Operands, runs: Runs) -> Call:
+    """Three calls over both halves in place of a concatenation."""
+    del runs
+    x, cos, sin = operands.args
+    out, half = operands.out, x.shape[-1] // 2
+    wide, fine = cos.unsqueeze(1), sin.unsqueeze(1)
+    low, high = out[..., :half], out[..., half:]
+    x_low, x_high, sin_low, sin_high = x[..., :half], x[..., half:], fine[..., :half], fine[..., half:]
+
+    def run() -> None:
+        torch.mul(x, wide, out=out)
+        low.addcmul_(x_high, sin_low, value=-1)
+        high.addcmul_(x_low, sin_high)
+
+    return run
+
+
+def gated_activation(operands: Operands, runs: Runs) -> Call:
+    """The activation into its buffer, times the other branch."""
+    del runs
+    gate, up, name = operands.args
+    out = operands.out
+    if name == "silu":
+        return lambda: torch.ops.aten.silu.out(gate, out=out).mul_(up)
+    activation = ACTIVATIONS[name]
+    return lambda: torch.mul(activation(gate), up, out=out)
+
+
+def add(operands: Operands, runs: Runs) -> Call | None:
+    """Plain sums of tensors."""
+    del runs
+    x, y, out = operands.args[0], operands.args[1], operands.out
+    if operands.kwargs or not isinstance(y, Tensor) or x.dtype != out.dtype or y.dtype != out.dtype:
+        return None
+    return lambda: torch.add(x, y, out=out)
+
+
+def cache_append(operands: Operands, runs: Runs) -> Call:
+    """Copy each run of tokens into its pages; the first layer reads where they go."""
+    keys, values, k, v, page_table, positions = operands.args
+    slow = by_operator("qcompile.cache_append_.default", operands)
+    first = runs.claim()
+
+    def run() -> None:
+        if first:
+            runs.read(positions, page_table)
+        if not runs.regular:
+            slow()
+            return
+        size = keys.shape[2]
+        for part in runs.found:
+            done = part.start
+            while done < part.stop:
+                place = part.first + done - part.start
+                page, row = runs.pages[part.row][place // size], place % size
+                count = min(size - row, part.stop - done)
+                keys[page, :, row : row + count].copy_(k[part.row, :, done : done + count])
+                values[page, :, row : row + count].copy_(v[part.row, :, done : done + count])
+                done += count
+
+    return run
+
+
+def cache_attend(operands: Operands, runs: Runs) -> Call:
+    """Each row over its own length: no padding is computed, nothing is masked that can be left out."""
+    q, keys, values, _, _, scale, *rest = operands.args
+    window, softcap, sinks = (*rest, *(0, 0.0, None)[len(rest) :])
+    slow = by_operator("qcompile.cache_attend.default", operands)
+    out = operands.out
+
+    def run() -> None:
+        if not runs.regular:
+            slow()
+            return
+        if len(runs.found) < q.shape[0] or any(part.stop - part.start < q.shape[2] for part in runs.found):
+            out.zero_()  # padding attends to nothing
+        for part in runs.found:
+            stop = part.first + part.stop - part.start
+            least = max(0, part.first + 1 - window) if window else 0
+            k, v = (_pages(cache, runs.pages[part.row], stop)[:, :, least:] for cache in (keys, values))
+            rows = q[part.row : part.row + 1, :, part.start : part.stop]
+            mixed = _attend(rows, k, v, part.first - least, window, scale, softcap, sinks)
+            out[part.row : part.row + 1, :, part.start : part.stop].copy_(mixed)
+
+    return run
+
+
+def _pages(cache: Tensor, pages: list[int], stop: int) -> Tensor:
+    """The first `stop` tokens [1, L, stop, D] of a row: a view of one page, or a copy of several."""
+    size = cache.shape[2]
+    if stop <= size:
+        return cache[pages[0] : pages[0] + 1, :, :stop]
+    used = cache[torch.tensor(pages[: -(-stop // size)])]
+    return used.transpose(0, 1).reshape(1, cache.shape[1], -1, cache.shape[3])[:, :, :stop]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, before: int, window: int, scale: float, softcap: float, sinks: Tensor | None) -> Tensor:
+    """q [1, H, S, D] over k, v [1, L, T, D], of which `before` come before the first query."""
+    count, total = q.shape[2], k.shape[2]
+    keep = None
+    if count > 1:
+        row = torch.arange(before, before + count).unsqueeze(1)
+        column = torch.arange(total).unsqueeze(0)
+        keep = column <= row
+        if window:
+            keep &= column > row - window
+    if softcap or sinks is not None or q.dtype != k.dtype:
+        return masked_attention(q, k, v, keep, None, scale, softcap, sinks)
+    causal = keep is not None and count == total and not window
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=None if causal else keep, is_causal=causal, scale=scale, enable_gqa=True)
+
+
+KERNELS: dict[str, Callable[[Operands, Runs], Call | None]] = {
+    "aten.linear.default": linear,
+    "qcompile.quantized_linear.default": quantized_linear,
+    "aten.embedding.default": embedding,
+    "qcompile.rms_norm.default": rms_norm,
+    "qcompile.add_rms_norm.default": add_rms_norm,
+    "qcompile.rope.default": rope,
+    "qcompile.gated_activation.default": gated_activation,
+    "aten.add.Tensor": add,
+    "qcompile.cache_append_.default": cache_append,
+    "qcompile.cache_attend.default": cache_attend,
+}
+"""Operators served otherwise than by their reference."""
