@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ Compiled = Callable[..., Any]
 
 
 class _Bound(nn.Module):
-    """A captured program whose weights are attributes instead of arguments."""
+    """A captured program whose weights are attributes and whose sizes are values, so that tensors are all it takes."""
 
-    def __init__(self, program: fx.GraphModule, weights: Mapping[int, Tensor]) -> None:
+    def __init__(self, program: fx.GraphModule, weights: Mapping[int, Tensor], numbers: Mapping[int, Any]) -> None:
         super().__init__()
         self.program = program
+        self.numbers = dict(numbers)
         self.count = len(list(program.graph.find_nodes(op="placeholder")))
         for index, tensor in weights.items():
             if isinstance(tensor, nn.Parameter):
@@ -29,7 +30,12 @@ class _Bound(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         given = iter(inputs)
-        return self.program(*(getattr(self, f"weight_{index}") if index in self.places else next(given) for index in range(self.count)))
+        return self.program(*[self._argument(index, given) for index in range(self.count)])
+
+    def _argument(self, index: int, given: Iterator[Tensor]) -> Any:
+        if index in self.places:
+            return getattr(self, f"weight_{index}")
+        return self.numbers[index] if index in self.numbers else next(given)
 
 
 def backend(program: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, **_: Any) -> Compiled:
@@ -74,36 +80,12 @@ def _compile(program: fx.GraphModule, weights: Mapping[int, Tensor], arguments: 
         raise QCompileError(
             "torch.compile: expected a forward pass for inference, got inputs that need gradients; wrap the call in torch.no_grad()"
         )
-    module = _Bound(_with_numbers(program, numbers), fixed)
+    module = _Bound(program, fixed, numbers)
     inputs = tuple(arguments[index].detach().contiguous() for index in tensors)
-    compiled = compile_model(module, example_inputs=inputs, dynamic_shapes=tuple(None for _ in inputs), **settings)
+    compiled = compile_model(module, example_inputs=inputs, dynamic_shapes={}, **settings)
 
     def run(*given: Any) -> Any:
         return compiled(*(given[index].detach() for index in tensors))
 
     return run
 
-
-def _with_numbers(program: fx.GraphModule, numbers: Mapping[int, Any]) -> fx.GraphModule:
-    """The program with its size arguments replaced by their values; the placeholders stay, so that places are kept."""
-    copy = fx.GraphModule(program, fx.Graph())
-    mapping: dict[fx.Node, fx.Node] = {}
-    copy.graph.graph_copy(program.graph, mapping)
-    outputs = next(iter(program.graph.find_nodes(op="output"))).args[0]
-    copy.graph.output(fx.node.map_arg(outputs, lambda node: mapping[node]))
-    for index, node in enumerate(program.graph.find_nodes(op="placeholder")):
-        if index in numbers:
-            _substitute(mapping[node], numbers[index])
-    copy.recompile()
-    return copy
-
-
-def _substitute(node: fx.Node, value: Any) -> None:
-    """Give the users of `node` the value in its place."""
-
-    def swap(used: fx.Node) -> Any:
-        return value if used is node else used
-
-    for user in list(node.users):
-        user.args = fx.node.map_arg(user.args, swap)
-        user.kwargs = fx.node.map_arg(user.kwargs, swap)

@@ -80,11 +80,14 @@ def value_table(values: Mapping[str, object], title: str = "") -> Table:
 
 
 def readable(values: Mapping[str, Any]) -> dict[str, object]:
-    """Values for a table: `_bytes` in names becomes a unit, underscores become spaces."""
-    return {
-        key.removesuffix("_bytes").replace("_", " "): format_bytes(value) if key.endswith("_bytes") else value
-        for key, value in values.items()
-    }
+    """Values for a table: byte counts get a unit, nothing becomes a dash, underscores in names become spaces."""
+    return {key.replace("_", " "): _readable_value(key, value) for key, value in values.items()}
+
+
+def _readable_value(key: str, value: Any) -> object:
+    if value is None:
+        return "-"
+    return format_bytes(value) if key.endswith("_bytes") else value
 
 
 def format_bytes(count: int) -> str:
