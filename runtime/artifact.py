@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import tempfile
@@ -21,9 +20,20 @@ from qcompile.ir.graph import Graph
 from qcompile.ir.lowered import Kernel, Plan
 from qcompile.ir.records import Assets, CoverageRow, PassRecord
 from qcompile.ir.serialize import check_graph_json, dtype_of, format_of, graph_to_json
-from qcompile.ir.serialize_plan import kernels_from_json, kernels_to_json, plan_from_json, plan_to_json
+from qcompile.ir.serialize_plan import check_references, kernels_from_json, kernels_to_json, plan_from_json, plan_to_json
 from qcompile.runtime.manifest import (
-    GRAPH, KERNELS, MANIFEST, PLAN, WEIGHTS, canonical, file_entry, parse, read_checked, read_manifest, require_name, seal,
+    GRAPH,
+    KERNELS,
+    MANIFEST,
+    PLAN,
+    WEIGHTS,
+    canonical,
+    file_entry,
+    parse,
+    read_checked,
+    read_manifest,
+    require_name,
+    seal,
 )  # fmt: skip
 from qcompile.runtime.trust import trust, untrusted
 from qcompile.runtime.weights import CHUNK_BYTES, ArtifactSource, WeightsFile, chunk_hashes, write_weights
@@ -80,7 +90,11 @@ class ArtifactContents:
             UntrustedCodeError: naming a binary and the two remedies.
         """
         if self.untrusted:
-            raise UntrustedCodeError(f"{self.path}: expected kernels built on this machine, got {len(self.untrusted)} that were not ({self.untrusted[0]}); if you trust where the artifact came from, load it with allow_native=True, else compile the model here")
+            raise UntrustedCodeError(
+                f"{self.path}: expected kernels built on this machine, got {len(self.untrusted)} that were not "
+                f"({self.untrusted[0]}); if you trust where the artifact came from, load it with allow_native=True, else "
+                "compile the model here"
+            )
 
     @property
     def weight_bytes(self) -> int:
@@ -96,33 +110,49 @@ def save_artifact(path: str | os.PathLike[str], contents: ArtifactContents, *, o
     """
     target = Path(path)
     _require_free(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _temporary_sibling(target) as directory:
-        _write(directory, contents)
-        if target.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-            target.rename(retired / "artifact")
-            directory.rename(target)
-            shutil.rmtree(retired)
-        else:
-            directory.rename(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _temporary_sibling(target, "tmp") as directory:
+            _write(directory, contents)
+            _put(directory, target)
+    except OSError as error:
+        raise ArtifactError(f"{target}: expected a path that can be written, got {error}; choose another or make room") from error
     if contents.path is None:
         trust(contents.binaries.values())
 
 
-def _require_free(target: Path, overwrite: bool) -> None:
+def _put(directory: Path, target: Path) -> None:
+    """Rename `directory` to `target`; what was there before comes back if that fails."""
     if not target.exists():
+        directory.rename(target)
+        return
+    with _temporary_sibling(target, "old") as retired:
+        old = target.rename(retired / "artifact")
+        try:
+            directory.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
+
+
+def _require_free(target: Path, overwrite: bool) -> None:
+    if not os.path.lexists(target):
         return
     if not overwrite:
-        raise ArtifactError(f"{target}: expected a path that does not exist, got an existing one; choose another, or overwrite it (overwrite=True, --overwrite)")
+        raise ArtifactError(
+            f"{target}: expected a path that does not exist, got an existing one; choose another, or overwrite it "
+            "(overwrite=True, --overwrite)"
+        )
     if not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file()):
-        raise ArtifactError(f"{target}: expected an artifact to overwrite, got something without {MANIFEST}; remove it yourself or choose another path")
+        raise ArtifactError(
+            f"{target}: expected an artifact to overwrite, got something without {MANIFEST}; remove it yourself or choose another path"
+        )
 
 
 @contextlib.contextmanager
-def _temporary_sibling(target: Path) -> Iterator[Path]:
+def _temporary_sibling(target: Path, purpose: str) -> Iterator[Path]:
     """A new directory beside `target`, so that renaming it is atomic; it is gone afterwards unless it was renamed."""
-    directory = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
+    directory = Path(tempfile.mkdtemp(prefix=f".{target.name}.{purpose}-", dir=target.parent))
     directory.chmod(0o755)
     try:
         yield directory
@@ -140,7 +170,7 @@ def _write(directory: Path, contents: ArtifactContents) -> None:
     files |= {f"kernels/{require_name(name)}.py": kernel.source.encode() for name, kernel in contents.kernels.items() if kernel.source}
     files |= {f"kernels/{require_name(name)}": binary for name, binary in contents.binaries.items()}
     for name, content in contents.assets.files.items():
-        if require_name(name) in (MANIFEST, GRAPH, PLAN, WEIGHTS):
+        if require_name(name) in (MANIFEST, GRAPH, PLAN, WEIGHTS, "kernels"):
             raise ArtifactError(f"asset {name!r}: expected a name that the artifact does not use itself; rename it")
         files[name] = content
     write_weights(directory / WEIGHTS, contents.constants)
@@ -184,12 +214,23 @@ def load_artifact(path: str | os.PathLike[str], *, allow_native: bool = False) -
     stored = parse(files[GRAPH], root / GRAPH)
     check_graph_json(stored)
     constants = _constants(root, manifest["weights"], stored)
-    sources = {name.removeprefix("kernels/").removesuffix(".py"): content.decode() for name, content in files.items() if _is_source(name)}
-    binaries = {name.removeprefix("kernels/"): content for name, content in files.items() if name.startswith("kernels/") and not _is_source(name) and name != KERNELS}
+    sources = {
+        name.removeprefix("kernels/").removesuffix(".py"): _text(root / name, content)
+        for name, content in files.items()
+        if _is_source(name)
+    }
+    plan = plan_from_json(parse(files[PLAN], root / PLAN))
+    kernels = kernels_from_json(parse(files[KERNELS], root / KERNELS), sources)
+    check_references(plan, constants, kernels)
+    binaries = {
+        name.removeprefix("kernels/"): content
+        for name, content in files.items()
+        if name.startswith("kernels/") and not _is_source(name) and name != KERNELS
+    }
     return ArtifactContents(
         graph=lambda: _graph(stored, constants),
-        plan=plan_from_json(parse(files[PLAN], root / PLAN)),
-        kernels=kernels_from_json(parse(files[KERNELS], root / KERNELS), sources),
+        plan=plan,
+        kernels=kernels,
         binaries=binaries,
         assets=_assets(manifest["assets"], files, root),
         target=decode(str, manifest.get("target"), "manifest.json: target"),
@@ -205,6 +246,13 @@ def load_artifact(path: str | os.PathLike[str], *, allow_native: bool = False) -
 
 def _is_source(name: str) -> bool:
     return name.startswith("kernels/") and name.endswith(".py")
+
+
+def _text(path: Path, content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{path}: expected UTF-8 text, got {error}; compile again") from error
 
 
 def _graph(stored: dict[str, Any], constants: dict[str, Constant]) -> Graph:
@@ -234,7 +282,10 @@ def _constant(file: WeightsFile, name: str, item: Mapping[str, Any]) -> Constant
     form = item.get("format")
     constant = Constant(ArtifactSource(file, name), format=None if form is None else format_of(str(form), where))
     if list(constant.shape) != item.get("shape") or constant.dtype != dtype_of(item.get("dtype"), where):
-        raise ArtifactError(f"{where}: expected {item.get('dtype')} {item.get('shape')}, got {constant.dtype} {list(constant.shape)} in {WEIGHTS}; copy the artifact again")
+        raise ArtifactError(
+            f"{where}: expected {item.get('dtype')} {item.get('shape')}, got {constant.dtype} {list(constant.shape)} in "
+            f"{WEIGHTS}; copy the artifact again"
+        )
     return constant
 
 

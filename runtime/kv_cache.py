@@ -45,11 +45,13 @@ class KVCache:
         """
         self._states = tuple(states)
         self.max_batch = max_batch
-        tokens = max_batch * max_context if kv_bytes is None else min(max_batch * max_context, kv_bytes // max(self.bytes_per_token, 1))
-        self.page_tokens = page_tokens or min(max_context, tokens // max(max_batch, 1))
-        pages = tokens // self.page_tokens if self.page_tokens and kv_bytes is not None else max_batch * -(-max_context // max(self.page_tokens, 1))
-        if max_batch < 1 or self.page_tokens < 1 or pages < max_batch:
-            raise CapacityError(f"cache: expected room for at least a page of {max(self.page_tokens, 1)} tokens in each of {max_batch} rows, got {kv_bytes if kv_bytes is not None else max_context} {'bytes' if kv_bytes is not None else 'tokens'} at {self.bytes_per_token} bytes per token; raise kv_bytes or max_context, or lower max_batch or page_tokens")
+        self.page_tokens, pages = self._layout(max_context, page_tokens, kv_bytes) if max_batch > 0 else (0, 0)
+        if self.page_tokens < 1 or pages < max(max_batch, 1):
+            raise CapacityError(
+                f"cache: expected room for at least a page of {max(self.page_tokens, 1)} tokens in each of {max_batch} rows, "
+                f"got {kv_bytes if kv_bytes is not None else max_context} {'bytes' if kv_bytes is not None else 'tokens'} at "
+                f"{self.bytes_per_token} bytes per token; raise kv_bytes or max_context, or lower max_batch or page_tokens"
+            )
         self.capacity = min(max_context, pages * self.page_tokens)
         self.pages_per_sequence = -(-self.capacity // self.page_tokens)
         self.pages = pages
@@ -57,6 +59,14 @@ class KVCache:
         self._free = list(range(pages - 1, -1, -1))
         self._owned: list[list[int]] = [[] for _ in range(max_batch)]
         self.tensors = {state.name: self._allocate(state, device) for state in self._states}
+
+    def _layout(self, max_context: int, page_tokens: int, kv_bytes: int | None) -> tuple[int, int]:
+        """Tokens of a page and the number of pages: one page per row where `page_tokens` is 0."""
+        affordable = max_context * self.max_batch if kv_bytes is None else kv_bytes // max(self.bytes_per_token, 1)
+        if not page_tokens:
+            return min(max_context, affordable // self.max_batch), self.max_batch
+        wanted = self.max_batch * -(-max_context // page_tokens)
+        return page_tokens, wanted if kv_bytes is None else min(wanted, affordable // page_tokens)
 
     def _allocate(self, state: Buffer, device: torch.device | str) -> Tensor:
         heads, size = _static(state.shape[1]), _static(state.shape[3])
@@ -90,10 +100,16 @@ class KVCache:
             length = self.lengths[row] + count
             if length > self.capacity:
                 held = f" after {self.lengths[row]} held" if self.lengths[row] else ""
-                raise CapacityError(f"sequence {row}: expected at most {self.capacity} tokens, the capacity of the cache, got {count}{held}; load with max_context={length} or more, or shorten the prompt")
-            wanted += -(-length // self.page_tokens) - len(self._owned[row])
+                raise CapacityError(
+                    f"sequence {row}: expected at most {self.capacity} tokens, the capacity of the cache, got {count}{held}; load "
+                    f"with max_context={length} or more, or shorten the prompt"
+                )
+            wanted += max(0, -(-length // self.page_tokens) - len(self._owned[row]))
         if wanted > len(self._free):
-            raise CapacityError(f"cache: expected at most {len(self._free)} more pages of {self.page_tokens} tokens, got a demand for {wanted}; raise kv_bytes, or run fewer sequences at once")
+            raise CapacityError(
+                f"cache: expected at most {len(self._free)} more pages of {self.page_tokens} tokens, got a demand for "
+                f"{wanted}; raise kv_bytes, or run fewer sequences at once"
+            )
 
     def reserve(self, tokens: Sequence[int], rows: Sequence[int]) -> None:
         """Give each row the pages for `tokens[i]` more tokens; `advance` after they are written.

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from qcompile.errors import ArtifactError
 
 SCHEMA_VERSION = 1
 """Raised whenever an older reader would misunderstand what is written; there is no reading across versions."""
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
 MANIFEST, GRAPH, PLAN, WEIGHTS, KERNELS = "manifest.json", "graph.json", "plan.json", "weights.safetensors", "kernels/kernels.json"
 
 
@@ -52,21 +54,38 @@ def read_manifest(root: Path) -> dict[str, Any]:
     """
     path = root / MANIFEST
     if not root.is_dir():
-        raise ArtifactError(f"{root}: expected the directory of an artifact, got {'a file' if root.exists() else 'nothing'}; give the directory that save() or `qcompile compile -o` wrote")
+        raise ArtifactError(
+            f"{root}: expected the directory of an artifact, got {'a file' if root.exists() else 'nothing'}; give the "
+            "directory that save() or `qcompile compile -o` wrote"
+        )
     if not path.is_file():
-        raise ArtifactError(f"{root}: expected an artifact, got a directory without {MANIFEST}; an interrupted save leaves no artifact: save again")
-    data = parse(path.read_bytes(), path)
+        raise ArtifactError(
+            f"{root}: expected an artifact, got a directory without {MANIFEST}; an interrupted save leaves no artifact: save again"
+        )
+    content = path.read_bytes()
+    data = parse(content, path)
     if not isinstance(data, dict) or "schema_version" not in data:
         raise ArtifactError(f"{path}: expected an object with schema_version, got {type(data).__name__}; copy the artifact again")
     if data["schema_version"] != SCHEMA_VERSION:
-        raise ArtifactError(f"{path}: expected schema version {SCHEMA_VERSION}, got {data['schema_version']} (written by qcompile {data.get('qcompile')}); compile the model again, or use that version")
+        raise ArtifactError(
+            f"{path}: expected schema version {SCHEMA_VERSION}, got {data['schema_version']} (written by qcompile "
+            f"{data.get('qcompile')}); compile the model again, or use that version"
+        )
     body = {key: value for key, value in data.items() if key != "sha256"}
-    if hashlib.sha256(canonical(body)).hexdigest() != data.get("sha256"):
+    if _resealed(body) != content:
         raise ArtifactError(f"{path}: damaged: its contents do not have the SHA-256 that it gives for itself; copy the artifact again")
     for key in ("files", "weights"):
         if not isinstance(data.get(key), dict):
             raise ArtifactError(f"{path}: expected an object {key!r}, got {type(data.get(key)).__name__}; compile again")
     return data
+
+
+def _resealed(body: dict[str, Any]) -> bytes:
+    """What `seal` makes of a manifest's values; nothing for values that it never writes."""
+    try:
+        return seal(body)
+    except (ValueError, RecursionError):
+        return b""
 
 
 def require_name(name: str) -> str:
@@ -75,7 +94,7 @@ def require_name(name: str) -> str:
     Raises:
         ArtifactError: for one with separators or other characters that a path gives a meaning to.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", name):
+    if not _NAME.fullmatch(name):
         raise ArtifactError(f"{name!r}: expected a plain file name of letters, digits and _.+-; rename it")
     return name
 
@@ -86,17 +105,20 @@ def read_checked(root: Path, name: str, entry: Any) -> bytes:
     Raises:
         ArtifactError: for a path outside the directory, a missing, truncated or changed file, naming it.
     """
-    parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or "\\" in name or ".." in parts:
+    if not all(map(_NAME.fullmatch, name.split("/"))):
         raise ArtifactError(f"{root / MANIFEST}: expected files inside the artifact, got {name!r}; do not load this artifact")
     path = root / name
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise ArtifactError(f"{root / MANIFEST}: expected files inside the artifact, got {name!r}, a link to {path.resolve()}; do not load this artifact")
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
+        raise ArtifactError(
+            f"{root / MANIFEST}: expected files inside the artifact, got {name!r}, a link to {os.path.realpath(path)}; do not load this artifact"
+        )
     if not path.is_file():
         raise ArtifactError(f"{path}: expected a file of the artifact, got none; copy the artifact again")
     size, digest = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
     if path.stat().st_size != size:
-        raise ArtifactError(f"{path}: expected {size} bytes, got {path.stat().st_size}: it is truncated or was changed; copy the artifact again")
+        raise ArtifactError(
+            f"{path}: expected {size} bytes, got {path.stat().st_size}: it is truncated or was changed; copy the artifact again"
+        )
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != digest:
         raise ArtifactError(f"{path}: damaged: its contents do not have the SHA-256 that the manifest gives; copy the artifact again")

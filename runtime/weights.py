@@ -1,4 +1,4 @@
-"""weights.safetensors: written as a stream, one tensor in memory at a time; read by memory map, each 16 MiB chunk checked before its first use."""
+"""weights.safetensors: written one tensor at a time; read by memory map, each 16 MiB chunk checked before its first use."""
 
 from __future__ import annotations
 
@@ -71,8 +71,10 @@ def _writing_order(constants: Mapping[str, Constant]) -> list[str]:
 def _bytes(constant: Constant, name: str) -> memoryview:
     tensor = constant.materialize().contiguous()
     if tuple(tensor.shape) != constant.shape or tensor.dtype != constant.dtype:
-        raise ArtifactError(f"constant {name}: expected {constant.dtype} {constant.shape} as its log says, got {tensor.dtype} {tuple(tensor.shape)}")
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        raise ArtifactError(
+            f"constant {name}: expected {constant.dtype} {constant.shape} as its log says, got {tensor.dtype} {tuple(tensor.shape)}"
+        )
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def chunk_hashes(path: Path, chunk_bytes: int = CHUNK_BYTES) -> list[str]:
@@ -101,16 +103,20 @@ class WeightsFile:
         Raises:
             ArtifactError: if the header is damaged or points outside the file.
         """
+        if self.path.stat().st_size < 8:
+            raise ArtifactError(
+                f"{self.path}: expected a safetensors header, got {self.path.stat().st_size} bytes; copy the artifact again"
+            )
         with self.path.open("rb") as file:
             # Copy-on-write: torch wants writable memory, and nothing written there reaches the file.
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        if len(self._map) < 8:
-            raise ArtifactError(f"{self.path}: expected a safetensors header, got {len(self._map)} bytes; copy the artifact again")
         self._verify(0, 8)
         (length,) = struct.unpack("<Q", self._map[:8])
         self._start = 8 + length
         if length > MAX_HEADER_BYTES or self._start > len(self._map):
-            raise ArtifactError(f"{self.path}: expected a header inside the file of {len(self._map)} bytes, got one of {length}; copy the artifact again")
+            raise ArtifactError(
+                f"{self.path}: expected a header inside the file of {len(self._map)} bytes, got one of {length}; copy the artifact again"
+            )
         self._verify(8, self._start)
         self.header = self._read_header()
 
@@ -118,8 +124,10 @@ class WeightsFile:
         try:
             parsed = json.loads(self._map[8 : self._start])
             return {name: self._entry(item) for name, item in parsed.items() if name != "__metadata__"}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ArtifactError(f"{self.path}: expected a safetensors header, got {type(error).__name__}: {error}; copy the artifact again") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ArtifactError(
+                f"{self.path}: expected a safetensors header, got {type(error).__name__}: {error}; copy the artifact again"
+            ) from error
 
     def _entry(self, item: Mapping[str, Any]) -> tuple[torch.dtype, tuple[int, ...], int, int]:
         dtype, shape = _DTYPES[item["dtype"]], tuple(int(size) for size in item["shape"])
@@ -156,7 +164,10 @@ class WeightsFile:
             first = index * self.chunk_bytes
             chunk = memoryview(self._map)[first : first + self.chunk_bytes]
             if index >= len(self.hashes) or hashlib.sha256(chunk).hexdigest() != self.hashes[index]:
-                raise ArtifactError(f"{self.path}: damaged: bytes {first} to {first + len(chunk)} do not have the SHA-256 that the manifest gives; copy the artifact again")
+                raise ArtifactError(
+                    f"{self.path}: damaged: bytes {first} to {first + len(chunk)} do not have the SHA-256 that the manifest gives; "
+                    "copy the artifact again"
+                )
             self._verified.add(index)
 
 

@@ -31,7 +31,7 @@ def stderr() -> Console:
 def emit(values: Mapping[str, Any] | Sequence[Any], tables: Sequence[RenderableType], *, as_json: bool) -> None:
     """Print `values` as JSON, or `tables` for people."""
     if as_json:
-        typer.echo(json.dumps(values, indent=2))
+        typer.echo(json.dumps(values, indent=2, allow_nan=False))
         return
     console = stdout()
     for table in tables:

@@ -46,7 +46,7 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
     if kind == Size:
         return _size(data, where)
     if dataclasses.is_dataclass(kind):
-        return _dataclass(cast(type[Any], kind), data, where)
+        return _dataclass(kind, data, where)
     origin = typing.get_origin(kind)
     readers: dict[Any, Callable[[Any, Any, str], Any]] = {tuple: _tuple, dict: _dict, types.UnionType: _union, typing.Union: _union}
     if origin in readers:
@@ -69,19 +69,24 @@ def thaw(value: Any) -> Any:
 
 
 @cache
-def _hints(kind: type[Any]) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
-def _dataclass(kind: type[Any], data: Any, where: str) -> Any:
+def _dataclass(kind: Any, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
         raise _mismatch(where, f"an object ({kind.__name__})", data)
     hints = _hints(kind)
     fields = {item.name: item for item in dataclasses.fields(kind)}
     unknown = sorted(set(data) - set(fields))
     if unknown:
-        raise ArtifactError(f"{where}: expected the keys {', '.join(fields)}, got {unknown[0]!r}; the artifact was written by another version or altered: compile again")
-    required = [name for name, item in fields.items() if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING]
+        raise ArtifactError(
+            f"{where}: expected the keys {', '.join(fields)}, got {unknown[0]!r}; the artifact was written by another "
+            "version or altered: compile again"
+        )
+    required = [
+        name for name, item in fields.items() if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+    ]
     missing = [name for name in required if name not in data]
     if missing:
         raise ArtifactError(f"{where}: expected the key {missing[0]!r} ({kind.__name__}), got {', '.join(data) or 'none'}; compile again")
@@ -98,7 +103,8 @@ def _tuple(kind: Any, data: Any, where: str) -> Any:
         raise _mismatch(where, f"{len(arguments)} items", data)
     # Pairs are options of hashable specifications: a list inside one is a tuple.
     return tuple(
-        _frozen(item) if part is Any else _decode(part, item, f"{where}[{index}]") for index, (part, item) in enumerate(zip(arguments, data, strict=True))
+        _frozen(item) if part is Any else _decode(part, item, f"{where}[{index}]")
+        for index, (part, item) in enumerate(zip(arguments, data, strict=True))
     )
 
 
@@ -131,4 +137,7 @@ def _frozen(value: Any) -> Any:
 
 
 def _mismatch(where: str, expected: str, data: Any) -> ArtifactError:
-    return ArtifactError(f"{where}: expected {expected}, got {type(data).__name__} {str(data)[:60]!r}; the file was altered or written by another version: compile again")
+    return ArtifactError(
+        f"{where}: expected {expected}, got {type(data).__name__} {str(data)[:60]!r}; the file was altered or written "
+        "by another version: compile again"
+    )

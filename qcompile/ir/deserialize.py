@@ -154,8 +154,8 @@ def _symbols(names: list[str]) -> tuple[FakeTensorMode, dict[str, torch.SymInt]]
 
     mode = FakeTensorMode(shape_env=ShapeEnv())
     probe = torch.empty([2 + index for index in range(len(names))], device="meta")
-    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * len(names))
-    sizes = mode.from_tensor(probe, symbolic_context=context, source=ConstantSource("sizes")).shape
+    context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * len(names))
+    sizes: tuple[Any, ...] = mode.from_tensor(probe, symbolic_context=context, source=ConstantSource("sizes")).shape
     return mode, dict(zip(names, sizes, strict=True))
 
 

@@ -98,7 +98,10 @@ def _node_to_json(node: fx.Node, names: dict[str, str]) -> dict[str, Any]:
     elif node.op == "call_function":
         stored = name_of(node.target)
         if stored is None:
-            raise ArtifactError(f"{node.name} ({node.meta.get('source', '')}): expected an operator of the allow-list, got {operator_name(node.target)}; it cannot be stored")
+            raise ArtifactError(
+                f"{node.name} ({node.meta.get('source', '')}): expected an operator of the allow-list, got "
+                f"{operator_name(node.target)}; it cannot be stored"
+            )
         result["target"] = stored
     if node.op in ("call_function", "output"):
         result["args"] = [_argument_to_json(value, node, names) for value in node.args]
@@ -150,7 +153,10 @@ def _object_to_json(value: Any, node: fx.Node, names: dict[str, str]) -> Any:
         return {"layout": "strided"}
     if isinstance(value, torch.device) and value.type in ("cpu", "meta"):
         return {"device": "cpu"}
-    raise ArtifactError(f"{node.name} ({node.meta.get('source', '')}): expected nodes, numbers, strings, dtypes and lists as arguments, got {type(value).__name__} {value}; it cannot be stored")
+    raise ArtifactError(
+        f"{node.name} ({node.meta.get('source', '')}): expected nodes, numbers, strings, dtypes and lists as arguments, "
+        f"got {type(value).__name__} {value}; it cannot be stored"
+    )
 
 
 def check_graph_json(data: Any) -> None:
@@ -165,7 +171,9 @@ def check_graph_json(data: Any) -> None:
         if not isinstance(node, dict) or not isinstance(node.get("name"), str):
             raise ArtifactError(f"graph.json: expected nodes with names, got {str(node)[:60]!r}; compile again")
         if node.get("op") not in ("placeholder", "get_attr", "call_function", "output"):
-            raise ArtifactError(f"graph.json: {node['name']}: expected a placeholder, constant, call or output, got {node.get('op')!r}; compile again")
+            raise ArtifactError(
+                f"graph.json: {node['name']}: expected a placeholder, constant, call or output, got {node.get('op')!r}; compile again"
+            )
         check_operator(node.get("target"), f"graph.json: {node['name']}") if node["op"] == "call_function" else None
 
 
@@ -176,7 +184,10 @@ def check_operator(name: Any, where: str) -> None:
         ArtifactError: naming it.
     """
     if not isinstance(name, str) or name not in ALLOWED:
-        raise ArtifactError(f"{where}: expected an operator of the allow-list (qcompile/ir/allowed.py), got {name!r}; do not run this artifact, compile the model again")
+        raise ArtifactError(
+            f"{where}: expected an operator of the allow-list (qcompile/ir/allowed.py), got {name!r}; do not run this "
+            "artifact, compile the model again"
+        )
 
 
 def memory_format_of(name: Any, where: str) -> torch.memory_format:

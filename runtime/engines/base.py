@@ -72,9 +72,14 @@ class PlanEngine:
             CapacityError: for more sequences or tokens than there is room for, before anything is computed.
         """
         cache, rows = self.cache, list(range(len(prompts)))
+        if not all(map(len, prompts)) or not prompts:
+            raise EngineError(f"prefill: expected at least one token in each sequence, got {[len(prompt) for prompt in prompts]}")
         if len(prompts) > self.max_batch:
-            raise CapacityError(f"prefill: expected at most {self.max_batch} sequences, got {len(prompts)}; load with max_batch={len(prompts)}")
+            raise CapacityError(
+                f"prefill: expected at most {self.max_batch} sequences, got {len(prompts)}; load with max_batch={len(prompts)}"
+            )
         cache.reset()
+        self.state = []
         cache.require([len(prompt) for prompt in prompts], rows)
         chunk = self._entries["prefill"].limits["sequence"]
         last: dict[int, Tensor] = {}
@@ -93,8 +98,10 @@ class PlanEngine:
         Raises:
             CapacityError: when a sequence has filled its part of the cache.
         """
-        if len(tokens) != len(self.state):
-            raise EngineError(f"decode: expected a token for each of the {len(self.state)} sequences of the last prefill, got {len(tokens)}")
+        if not tokens or len(tokens) != len(self.state):
+            raise EngineError(
+                f"decode: expected a token for each of the {len(self.state)} sequences of the last prefill, got {len(tokens)}"
+            )
         logits = self._step("decode", [[token] if token >= 0 else [] for token in tokens])
         self.state = list(self.cache.lengths[: len(tokens)])
         return logits.clone()

@@ -34,7 +34,15 @@ class Operands:
 class Program:
     """The calls of an entry in order, over an arena that they share; `inputs` are written before `run`, `outputs` read after."""
 
-    def __init__(self, entry: Entry, sizes: Mapping[str, int], constants: Mapping[str, Tensor], states: Mapping[str, Tensor], arena: Tensor, kernels: Kernels) -> None:
+    def __init__(
+        self,
+        entry: Entry,
+        sizes: Mapping[str, int],
+        constants: Mapping[str, Tensor],
+        states: Mapping[str, Tensor],
+        arena: Tensor,
+        kernels: Kernels,
+    ) -> None:
         """Bind every buffer and every step.
 
         Args:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,6 +133,7 @@ def add_rms_norm(operands: Operands, runs: Runs) -> Call:
 def _norm_options(args: Sequence[object]) -> tuple[Tensor | None, float]:
     weight, eps, offset = (*args, 0.0)[:3]
     assert isinstance(eps, float)
+    assert isinstance(offset, float | int)
     if not isinstance(weight, Tensor):
         return None, eps
     return (weight + offset if offset else weight), eps
@@ -208,7 +210,8 @@ def cache_append(operands: Operands, runs: Runs) -> Call:
 def cache_attend(operands: Operands, runs: Runs) -> Call:
     """Each row over its own length: no padding is computed, nothing is masked that can be left out."""
     q, keys, values, _, _, scale, *rest = operands.args
-    window, softcap, sinks = (*rest, *(0, 0.0, None)[len(rest) :])
+    options: list[Any] = [0, 0.0, None]
+    window, softcap, sinks = [*rest, *options[len(rest) :]]
     slow = by_operator("qcompile.cache_attend.default", operands)
     out = operands.out
 
@@ -239,7 +242,7 @@ def _pages(cache: Tensor, pages: list[int], stop: int) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, before: int, window: int, scale: float, softcap: float, sinks: Tensor | None) -> Tensor:
-    """q [1, H, S, D] over k, v [1, L, T, D], of which `before` come before the first query."""
+    """Q [1, H, S, D] over k, v [1, L, T, D], of which `before` come before the first query."""
     count, total = q.shape[2], k.shape[2]
     keep = None
     if count > 1:
@@ -251,7 +254,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, before: int, window: int, scale: fl
     if softcap or sinks is not None or q.dtype != k.dtype:
         return masked_attention(q, k, v, keep, None, scale, softcap, sinks)
     causal = keep is not None and count == total and not window
-    return functional.scaled_dot_product_attention(q, k, v, attn_mask=None if causal else keep, is_causal=causal, scale=scale, enable_gqa=True)
+    return functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=None if causal else keep, is_causal=causal, scale=scale, enable_gqa=True
+    )
 
 
 KERNELS: dict[str, Callable[[Operands, Runs], Call | None]] = {

@@ -21,6 +21,23 @@ COVERAGE = [CoverageRow("linear_1", "linear", "q.weight", "int4 g64 sym fp16", "
 
 
 @dataclass
+class FakeEngine:
+    """Counts what it was given; every token follows every other."""
+
+    max_context: int = 64
+    prompts: list[int] = field(default_factory=list)
+    decoded: int = 0
+
+    def prefill(self, prompts: list[list[int]]) -> Tensor:
+        self.prompts += [len(prompt) for prompt in prompts]
+        return torch.zeros(len(prompts), 5)
+
+    def decode(self, tokens: list[int]) -> Tensor:
+        self.decoded += 1
+        return torch.zeros(len(tokens), 5)
+
+
+@dataclass
 class FakeModel:
     """Logits of a fixed bigram table; generates the words of `says`."""
 
@@ -33,6 +50,8 @@ class FakeModel:
     weight_bytes: int = 1_000_000
     bits_per_weight: float = 4.25
     scale: float = 1.0
+    is_causal_lm: bool = True
+    engine: FakeEngine = field(default_factory=FakeEngine)
 
     def __call__(self, input_ids: Tensor) -> dict[str, Tensor]:
         return {"logits": self.scale * torch.eye(5)[input_ids]}

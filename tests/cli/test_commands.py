@@ -136,8 +136,19 @@ def test_bench_measures_prompt_and_what_follows(model: FakeModel, invoke: Invoke
     assert printed["prefill_tokens_per_second"] > 0
     assert printed["decode_tokens_per_second"] > 0
     assert printed["peak_memory_bytes"] > 10_000_000
-    assert tuple(model.asked["prompt"].shape) == (1, 16)
-    assert model.asked["max_new_tokens"] == 3
+    assert model.engine.prompts == [16] * 4  # a warm-up and three that count
+    assert model.engine.decoded == 1 + 3
+
+
+def test_bench_beyond_the_cache_is_named(model: FakeModel, invoke: Invoke) -> None:
+    result = invoke("bench", "out", "--prompt-tokens", "60", "--new-tokens", "5")
+    assert result.exit_code == 2
+    assert "bench: expected at most 64 tokens, got 60 of the prompt and 5 new; ask for fewer" in result.stderr
+
+
+def test_bench_of_a_module_is_named(model: FakeModel, invoke: Invoke) -> None:
+    model.is_causal_lm = False
+    assert "bench: expected a causal language model, got a module; call it instead" in invoke("bench", "out").stderr
 
 
 def test_passes_lists_each_with_a_line(invoke: Invoke) -> None:
