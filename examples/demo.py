@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _demonstrate(out: Path, target: str) -> None:
     model, artifact, dump = str(smollm2_path()), out / "artifact", out / "dump"
     started = time.perf_counter()
-    _qcompile("compile", model, "--target", target, "-o", str(artifact), "--dump", str(dump), "--overwrite")
+    _qcompile("compile", model, "--target", target, "-o", str(artifact), "--dump", str(dump), "--check", "--overwrite")
     _qcompile("run", str(artifact), "--chat", "-n", "64", "--prompt", PROMPT)
     tokens = _save_tokens(artifact, out / "tokens.npy")
     scores = _json("eval", str(artifact), "--tokens", str(tokens), "--reference", model)

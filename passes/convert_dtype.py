@@ -39,8 +39,11 @@ class ConvertDtype(Pass):
         return convert(graph, DTYPE_NAMES[self.to])
 
 
-def convert(graph: Graph, dtype: torch.dtype) -> bool:
-    """Move `graph` to `dtype`; true iff anything had another float dtype."""
+def convert(graph: Graph, dtype: torch.dtype, *, values: bool = True) -> bool:
+    """Move `graph` to `dtype`; true iff anything had another float dtype.
+
+    Without `values` the fake values of calls stay what they were: enough for a graph that is only to be run.
+    """
     kept = set() if dtype == torch.float64 else _position_arithmetic(graph)
     changed = False
     for node in graph.nodes:
@@ -52,7 +55,7 @@ def convert(graph: Graph, dtype: torch.dtype) -> bool:
             changed |= _cast_result(graph, node, kept, dtype)
         elif node.op == "call_function":
             changed |= _convert_arguments(node, dtype)
-    if changed:
+    if changed and values:
         propagate(graph)
     return changed
 

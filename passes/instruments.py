@@ -26,6 +26,7 @@ class NumericCheck:
 
     tolerance: float = EXACT_TOLERANCE
     _last: dict[tuple[str, bool], list[Tensor]] = field(default_factory=dict, repr=False)
+    _constants: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def measure(self, before: Graph, after: Graph, step: Pass, ctx: PassContext) -> float:
         """The relative error max|a-b| / max|b|.
@@ -48,16 +49,24 @@ class NumericCheck:
         if key not in self._last:
             while len(self._last) >= 2:
                 del self._last[next(iter(self._last))]
-            self._last[key] = outputs(graph, wide=wide)
+            self._last[key] = outputs(graph, wide=wide, memo=self._constants)
         return self._last[key]
 
 
-def outputs(graph: Graph, *, wide: bool) -> list[Tensor]:
-    """The outputs on the example inputs, computed in float64 if `wide`."""
+def outputs(graph: Graph, *, wide: bool, memo: dict[str, Tensor] | None = None) -> list[Tensor]:
+    """The outputs on the example inputs, computed in float64 if `wide`.
+
+    `memo` (key of a constant -> its tensor) carries what one call has read to the next and forgets what that does not need.
+    """
     program = graph.clone() if wide else graph
     if wide:
-        convert(program, torch.float64)
-    return program.run([program.interface.examples[node.name] for node in program.placeholders])
+        convert(program, torch.float64, values=False)
+    known = {} if memo is None else memo
+    constants = {name: known[constant.key] for name, constant in program.constants.items() if constant.key in known}
+    result = program.run([program.interface.examples[node.name] for node in program.placeholders], constants)
+    known.clear()
+    known.update({program.constants[name].key: tensor for name, tensor in constants.items()})
+    return result
 
 
 def relative_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -193,7 +193,10 @@ class CompiledModel:
         """Passes, size, bits, error per step, and what was left alone and why, as text."""
         from qcompile.dump.tables import coverage_table, pass_table, readable, value_table, written
 
-        sizes = {"target": self.contents.target, "weight_bytes": self.weight_bytes, "bits_per_weight": self.bits_per_weight}
+        sizes = {
+            "target": self.contents.target, "weight_bytes": self.weight_bytes, "bits_per_weight": self.bits_per_weight,
+            "max_batch": self.max_batch, "max_context": self.max_context, "kv_bytes_per_token": self.kv_bytes_per_token,
+        }  # fmt: skip
         return written([pass_table(self.records), coverage_table(self.coverage), value_table(readable(sizes)), self.contents.pipeline])
 
 

@@ -20,7 +20,7 @@ from qcompile.ir.graph import Graph
 from qcompile.ir.lowered import Kernel, Plan
 from qcompile.ir.records import Assets, CoverageRow, PassRecord
 from qcompile.ir.serialize import check_graph_json, dtype_of, format_of, graph_to_json
-from qcompile.ir.serialize_plan import check_references, kernels_from_json, kernels_to_json, plan_from_json, plan_to_json
+from qcompile.ir.serialize_plan import check_constants, kernels_from_json, kernels_to_json, plan_from_json, plan_to_json
 from qcompile.runtime.manifest import (
     GRAPH,
     KERNELS,
@@ -34,7 +34,7 @@ from qcompile.runtime.manifest import (
     read_manifest,
     require_name,
     seal,
-)  # fmt: skip
+)
 from qcompile.runtime.trust import trust, untrusted
 from qcompile.runtime.weights import CHUNK_BYTES, ArtifactSource, WeightsFile, chunk_hashes, write_weights
 from qcompile.version import __version__
@@ -59,9 +59,10 @@ class ArtifactContents:
     """
 
     def __init__(
-        self, graph: Graph | Callable[[], Graph], plan: Plan, kernels: dict[str, Kernel], binaries: dict[str, bytes], assets: Assets, target: str,
-        pipeline: str, records: Sequence[PassRecord] = (), coverage: Sequence[CoverageRow] = (), *, constants: Mapping[str, Constant] | None = None,
-        path: Path | None = None, untrusted: tuple[str, ...] = (), torch_version: str = torch.__version__,
+        self, graph: Graph | Callable[[], Graph], plan: Plan, kernels: dict[str, Kernel], binaries: dict[str, bytes], assets: Assets,
+        target: str, pipeline: str, records: Sequence[PassRecord] = (), coverage: Sequence[CoverageRow] = (), *,
+        constants: Mapping[str, Constant] | None = None, path: Path | None = None, untrusted: tuple[str, ...] = (),
+        torch_version: str = torch.__version__,
     ) -> None:  # fmt: skip
         """Hold the parts; a graph given as a function is built when it is first asked for."""
         self._graph = graph
@@ -221,7 +222,7 @@ def load_artifact(path: str | os.PathLike[str], *, allow_native: bool = False) -
     }
     plan = plan_from_json(parse(files[PLAN], root / PLAN))
     kernels = kernels_from_json(parse(files[KERNELS], root / KERNELS), sources)
-    check_references(plan, constants, kernels)
+    check_constants(plan, constants)
     binaries = {
         name.removeprefix("kernels/"): content
         for name, content in files.items()

@@ -52,7 +52,7 @@ class KVCache:
                 f"got {kv_bytes if kv_bytes is not None else max_context} {'bytes' if kv_bytes is not None else 'tokens'} at "
                 f"{self.bytes_per_token} bytes per token; raise kv_bytes or max_context, or lower max_batch or page_tokens"
             )
-        self.capacity = min(max_context, pages * self.page_tokens)
+        self.capacity = min(max_context, pages * page_tokens if page_tokens else self.page_tokens)
         self.pages_per_sequence = -(-self.capacity // self.page_tokens)
         self.pages = pages
         self.lengths = [0] * max_batch

@@ -110,7 +110,8 @@ def read_checked(root: Path, name: str, entry: Any) -> bytes:
     path = root / name
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
         raise ArtifactError(
-            f"{root / MANIFEST}: expected files inside the artifact, got {name!r}, a link to {os.path.realpath(path)}; do not load this artifact"
+            f"{root / MANIFEST}: expected files inside the artifact, got {name!r}, a link to {os.path.realpath(path)}; "
+            "do not load this artifact"
         )
     if not path.is_file():
         raise ArtifactError(f"{path}: expected a file of the artifact, got none; copy the artifact again")

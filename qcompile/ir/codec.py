@@ -37,7 +37,10 @@ def decode(kind: type[T], data: Any, where: str) -> T:
     Raises:
         ArtifactError: naming the place in the file, what was expected there and what came.
     """
-    return cast(T, _decode(kind, data, where))
+    try:
+        return cast(T, _decode(kind, data, where))
+    except RecursionError as error:
+        raise ArtifactError(f"{where}: expected values nested a few times, got hundreds of levels; do not run this artifact") from error
 
 
 def _decode(kind: Any, data: Any, where: str) -> Any:

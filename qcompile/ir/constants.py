@@ -55,11 +55,12 @@ class TensorSource:
 
     @property
     def key(self) -> str:
-        """Small tensors by value, so that equal ones are one; large ones by identity."""
+        """Small tensors by value, so that equal ones are one; large ones by place. Shape and dtype tell views of one memory apart."""
+        form = f"{dtype_name(self.tensor.dtype)}{list(self.tensor.shape)}"
         if self.tensor.numel() <= 4096 and self.tensor.device.type == "cpu":
             flat = self.tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-            return "value:" + hashlib.sha256(flat.numpy().tobytes()).hexdigest()[:16]
-        return f"memory:{self.tensor.data_ptr():x}"
+            return f"value:{form}:{hashlib.sha256(flat.numpy().tobytes()).hexdigest()[:16]}"
+        return f"memory:{form}:{self.tensor.data_ptr():x}:{self.tensor.stride()}"
 
     def load(self) -> Tensor:
         """The tensor itself, or its copy on the CPU."""

@@ -37,7 +37,7 @@ def graph_from_json(data: Any, constants: dict[str, Constant]) -> Graph:
     check_graph_json(data)
     try:
         return _Reader(data, constants).graph()
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         raise ArtifactError(f"graph.json: expected what this version writes, got {type(error).__name__}: {error}; compile again") from error
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qcompile.codegen.reference import ReferenceBackend
+from qcompile.codegen.select import backend_for
 from qcompile.errors import UnsupportedModelError
 from qcompile.frontend import load
 from qcompile.ir.graph import Graph
@@ -186,3 +187,18 @@ def test_refused_operators_run_by_reference_and_say_why() -> None:
     assert rows["model.layers.0.mlp.up_proj.weight"].kernel == "refusing.quantized_linear"
     steps = ctx.products["plan"].entries["decode"].steps
     assert all(not step.kernels for step in steps if step.operator == "qcompile.rope.default")
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "fp16", "int8", "int4"])
+@pytest.mark.parametrize("arch", ["sm80", "sm89", "sm90", "sm100"])
+def test_every_operator_of_a_llama_has_a_kernel_on_every_gpu(arch: str, scheme: str) -> None:
+    goal = parse_target(f"{arch}-{scheme}")
+    ctx = PassContext(goal, backend_for(goal))
+    graph = load(tiny("llama")).graph
+    run_pipeline(graph, default_pipeline(goal), ctx)
+    assert [row for row in ctx.coverage if row.reason and not row.chosen] == []
+    entries = ctx.products["plan"].entries
+    bare = {step.operator for entry in entries.values() for step in entry.steps if not step.kernels}
+    # Views, and the choice of each sequence's last row, which is one small copy.
+    assert bare == {"aten.reshape.default", "aten.transpose.int", "qcompile.gather_last.default"}
+    assert set(ctx.products["plan"].kernels) == set(ctx.products["kernels"])

@@ -1,0 +1,565 @@
+"""Artifacts: what is written comes back; what is damaged, foreign or hostile does not load."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import qcompile
+from qcompile.compiled import CompiledModel
+from qcompile.errors import ArtifactError, UntrustedCodeError
+from qcompile.runtime.artifact import ArtifactContents, load_artifact, save_artifact
+from qcompile.runtime.manifest import SCHEMA_VERSION, canonical, file_entry, seal
+from qcompile.runtime.weights import WeightsFile, chunk_hashes, write_weights
+from tests.models import OTHER_FAMILIES, example_inputs, tiny
+
+PROMPTS = [[3, 14, 15, 92, 65, 35], [89, 79, 32], [38, 46, 26, 43, 38, 32, 79, 50, 28, 84, 19]]
+Change = Callable[[Any], None]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that has built nothing yet."""
+    monkeypatch.setenv("QCOMPILE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module")
+def compiled() -> CompiledModel:
+    """A tiny llama with int4 weights."""
+    return qcompile.compile(tiny("llama"), "cpu-int4", max_batch=3, max_context=64)
+
+
+@pytest.fixture(scope="module")
+def saved(compiled: CompiledModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It, saved with an asset that is no ASCII; not to be changed."""
+    path = tmp_path_factory.mktemp("saved") / "tiny"
+    compiled.assets.files["chat_template.jinja"] = "{{ 'größer' }}\n".encode()
+    compiled.save(path)
+    return path
+
+
+@pytest.fixture
+def artifact(saved: Path, tmp_path: Path) -> Path:
+    """A copy to be damaged."""
+    return Path(shutil.copytree(saved, tmp_path / "tiny"))
+
+
+@pytest.fixture(scope="session")
+def sm90(tmp_path_factory: pytest.TempPathFactory) -> tuple[CompiledModel, Path]:
+    """A tiny llama for sm90-int4, compiled in memory, and its artifact; no machine trusts its kernels."""
+    pytest.importorskip("triton")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QCOMPILE_CACHE", str(tmp_path_factory.mktemp("builder")))
+        model = qcompile.compile(tiny("llama"), "sm90-int4", max_batch=3, max_context=64)
+        path = tmp_path_factory.mktemp("sm90") / "tiny"
+        model.save(path)
+    return model, path
+
+
+def reseal(root: Path, *names: str, change: Change | None = None) -> None:
+    """What an attacker can do: hashes of changed files and of the manifest made right again."""
+    manifest = json.loads((root / "manifest.json").read_bytes())
+    for name in names:
+        if name == "weights.safetensors":
+            manifest["weights"] |= {"bytes": (root / name).stat().st_size, "sha256": chunk_hashes(root / name)}
+        else:
+            manifest["files"][name] = file_entry((root / name).read_bytes())
+    if change is not None:
+        change(manifest)
+    (root / "manifest.json").write_bytes(seal({key: value for key, value in manifest.items() if key != "sha256"}))
+
+
+def alter(root: Path, name: str, change: Change) -> None:
+    """Change a JSON file of the artifact and reseal it."""
+    data = json.loads((root / name).read_bytes())
+    change(data)
+    (root / name).write_bytes(canonical(data))
+    reseal(root, name)
+
+
+def flip(path: Path, place: int, bit: int = 1) -> None:
+    """Flip one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= bit
+    path.write_bytes(content)
+
+
+def node_of(graph: Any, target: str) -> Any:
+    return next(node for node in graph["nodes"] if node.get("target") == target)
+
+
+def step_of(plan: Any, operator: str) -> Any:
+    return next(step for step in plan["entries"]["decode"]["steps"] if step["operator"] == operator)
+
+
+# --- what is written comes back
+
+
+def test_everything_comes_back(compiled: CompiledModel, saved: Path) -> None:
+    loaded, made = load_artifact(saved), compiled.contents
+    assert loaded.plan == made.plan
+    assert (loaded.kernels, loaded.binaries) == (made.kernels, made.binaries)
+    assert loaded.assets == made.assets
+    assert loaded.assets.files["chat_template.jinja"].decode() == "{{ 'größer' }}\n"
+    assert (loaded.records, loaded.coverage) == (made.records, made.coverage)
+    assert (loaded.target, loaded.pipeline, loaded.torch_version) == ("cpu-int4", made.pipeline, torch.__version__)
+    assert loaded.graph.text() == made.graph.text()
+    assert set(loaded.constants) == set(made.constants)
+    for name, constant in made.constants.items():
+        assert torch.equal(loaded.constants[name].materialize(), constant.materialize()), name
+        assert loaded.constants[name].format == constant.format
+    assert loaded.weight_bytes == made.weight_bytes
+    loaded.require_native()
+
+
+def test_kernels_and_native_code_come_back(sm90: tuple[CompiledModel, Path]) -> None:
+    model, path = sm90
+    loaded = load_artifact(path)
+    assert len(loaded.kernels) > 5
+    assert len(loaded.binaries) > 5
+    assert (loaded.kernels, loaded.binaries, loaded.plan) == (model.contents.kernels, model.contents.binaries, model.contents.plan)
+    for name, kernel in loaded.kernels.items():
+        assert (path / "kernels" / f"{name}.py").read_text() == kernel.source
+
+
+def test_weights_are_plain_safetensors(compiled: CompiledModel, saved: Path) -> None:
+    tensors = load_file(saved / "weights.safetensors")
+    assert set(tensors) == set(compiled.contents.constants)
+    assert all(torch.equal(tensors[name], constant.materialize()) for name, constant in compiled.contents.constants.items())
+
+
+def test_a_loaded_artifact_saves_again_even_onto_itself(artifact: Path, tmp_path: Path) -> None:
+    before = {path.name: path.read_bytes() for path in artifact.rglob("*") if path.is_file()}
+    loaded = qcompile.load(artifact)
+    loaded.save(tmp_path / "other")
+    loaded.save(artifact, overwrite=True)
+    for root in (artifact, tmp_path / "other"):
+        assert {path.name: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("family", [*OTHER_FAMILIES, "gpt2", "qwen2_moe"])
+def test_families_give_the_same_outputs_after_loading(family: str, tmp_path: Path) -> None:
+    inputs = example_inputs(family)
+    options = {"example_inputs": inputs} if family in OTHER_FAMILIES else {}
+    model = qcompile.compile(tiny(family), "cpu-int8", **options)  # type: ignore[arg-type]
+    model.save(tmp_path / "out")
+    expected, got = model(**inputs), qcompile.load(tmp_path / "out")(**inputs)
+    assert list(got) == list(expected)
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+
+
+# --- damage
+
+
+def test_a_missing_directory_manifest_or_file_is_named(artifact: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"nowhere: expected the directory of an artifact, got nothing; give the directory that save"):
+        qcompile.load(artifact / "nowhere")
+    with pytest.raises(ArtifactError, match=r"graph.json: expected the directory of an artifact, got a file"):
+        qcompile.load(artifact / "graph.json")
+    (artifact / "plan.json").unlink()
+    with pytest.raises(ArtifactError, match=r"plan.json: expected a file of the artifact, got none; copy the artifact again"):
+        qcompile.load(artifact)
+    (artifact / "weights.safetensors").unlink()
+    reseal(artifact, change=lambda manifest: manifest["files"].pop("plan.json"))
+    with pytest.raises(ArtifactError, match=r"manifest.json: expected an entry for plan.json, got none"):
+        qcompile.load(artifact)
+    (artifact / "manifest.json").unlink()
+    with pytest.raises(ArtifactError, match=r"expected an artifact, got a directory without manifest.json; an interrupted save leaves no"):
+        qcompile.load(artifact)
+
+
+def test_missing_and_truncated_weights_are_named(artifact: Path) -> None:
+    path = artifact / "weights.safetensors"
+    size = path.stat().st_size
+    os.truncate(path, size - 1)
+    with pytest.raises(ArtifactError, match=rf"weights.safetensors: expected {size} bytes, got {size - 1}; copy the artifact again"):
+        qcompile.load(artifact)
+    path.unlink()
+    with pytest.raises(ArtifactError, match=r"weights.safetensors: expected the artifact's weights, got no such file"):
+        qcompile.load(artifact)
+
+
+@pytest.mark.parametrize("name", ["graph.json", "plan.json", "config.json", "kernels/kernels.json"])
+def test_one_flipped_bit_in_a_file_is_found(name: str, artifact: Path) -> None:
+    flip(artifact / name, (artifact / name).stat().st_size // 2)
+    with pytest.raises(ArtifactError, match=rf"{name}: damaged: its contents do not have the SHA-256 that the manifest gives; copy"):
+        qcompile.load(artifact)
+
+
+def test_one_flipped_bit_in_a_kernel_is_found(sm90: tuple[CompiledModel, Path], tmp_path: Path) -> None:
+    for suffix in (".py", ".cubin"):
+        root = Path(shutil.copytree(sm90[1], tmp_path / suffix))
+        kernel = sorted((root / "kernels").glob(f"*{suffix}"))[0]
+        flip(kernel, 100)
+        with pytest.raises(ArtifactError, match=rf"{re.escape(kernel.name)}: damaged: its contents do not have the SHA-256"):
+            load_artifact(root, allow_native=True)
+
+
+def test_any_flipped_bit_in_the_manifest_is_found(artifact: Path) -> None:
+    path = artifact / "manifest.json"
+    content = path.read_bytes()
+    for place in range(0, len(content), 31):
+        flip(path, place, 1 << place % 8)
+        with pytest.raises(ArtifactError, match=r"manifest.json: (damaged|expected)"):
+            load_artifact(artifact)
+        path.write_bytes(content)
+    exponent = content.replace(b"e-05", b"E-05", 1)  # the same number, one bit apart
+    if exponent != content:
+        path.write_bytes(exponent)
+        with pytest.raises(ArtifactError, match=r"manifest.json: damaged"):
+            load_artifact(artifact)
+
+
+def test_a_flipped_bit_in_the_weights_is_found_before_the_weight_is_used(artifact: Path) -> None:
+    flip(artifact / "weights.safetensors", -1)
+    with pytest.raises(ArtifactError, match=r"weights.safetensors: damaged: bytes 0 to \d+ do not have the SHA-256 that the manifest"):
+        load_artifact(artifact)
+
+
+def test_weights_are_verified_chunk_by_chunk_when_first_read(compiled: CompiledModel, tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    write_weights(path, compiled.contents.constants)
+    hashes = chunk_hashes(path, 4096)
+    flip(path, -1)
+    file = WeightsFile(path, hashes, 4096)
+    by_end = sorted(file.header, key=lambda name: file.header[name][3])
+    first, last = by_end[0], by_end[-1]
+    assert torch.equal(file.tensor(first), compiled.contents.constants[first].materialize())
+    with pytest.raises(ArtifactError, match=rf"weights.safetensors: damaged: bytes {(len(hashes) - 1) * 4096} to \d+ do not have"):
+        file.tensor(last)
+    with pytest.raises(ArtifactError, match=r"weights.safetensors: damaged"):
+        file.verify_all()
+
+
+def test_what_is_read_can_be_written_to_without_touching_the_file(artifact: Path) -> None:
+    before = (artifact / "weights.safetensors").read_bytes()
+    load_artifact(artifact).constants["lm_head.weight"].materialize().zero_()
+    assert (artifact / "weights.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("version", [SCHEMA_VERSION - 1, SCHEMA_VERSION + 1])
+def test_other_schema_versions_are_refused(version: int, artifact: Path) -> None:
+    manifest = json.loads((artifact / "manifest.json").read_bytes()) | {"schema_version": version, "qcompile": "7.8.9"}
+    (artifact / "manifest.json").write_text(json.dumps(manifest))
+    expected = (
+        rf"expected schema version {SCHEMA_VERSION}, got {version} \(written by qcompile 7.8.9\); compile the model again, or use that"
+    )
+    with pytest.raises(ArtifactError, match=expected):
+        qcompile.load(artifact)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{", b"\xff", b'{"schema_version": 1, "x": NaN}', b'{"schema_version": 1, "x": "\\ud800"}']
+)
+def test_a_manifest_that_is_no_manifest(content: bytes, artifact: Path) -> None:
+    (artifact / "manifest.json").write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"manifest.json: (damaged|expected JSON|expected an object with schema_version)"):
+        qcompile.load(artifact)
+
+
+# --- malice: every hash is right
+
+
+HOSTILE = ["aten.from_file.default", "builtins.eval", "qcompile.run", "", None, ["aten.add.Tensor"]]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_operators_off_the_list_are_refused_in_a_graph(name: Any, artifact: Path) -> None:
+    alter(artifact, "graph.json", lambda graph: node_of(graph, "aten.linear.default").update(target=name))
+    expected = rf"graph.json: linear\w*: expected an operator of the allow-list .*, got {re.escape(repr(name))}; do not run this artifact"
+    with pytest.raises(ArtifactError, match=expected):
+        qcompile.load(artifact)
+
+
+@pytest.mark.parametrize("name", ["aten.from_file.default", "builtins.eval", ""])
+def test_operators_off_the_list_are_refused_in_a_plan(name: str, artifact: Path) -> None:
+    alter(artifact, "plan.json", lambda plan: step_of(plan, "aten.linear.default").update(operator=name))
+    with pytest.raises(ArtifactError, match=rf"plan.json: decode: step linear\w*: expected an operator of the allow-list .*, got '{name}'"):
+        qcompile.load(artifact)
+
+
+def _calls_module(graph: Any) -> None:
+    node_of(graph, "aten.linear.default").update(op="call_method", target="__reduce__")
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (_calls_module, "graph.json: linear.*: expected a placeholder, constant, call or output, got 'call_method'"),
+    (lambda graph: graph.pop("interface"), "graph.json: expected an object with interface, constants and nodes"),
+    (lambda graph: graph["nodes"].append("print()"), "graph.json: expected nodes with names, got 'print"),
+    (lambda graph: graph["constants"].pop("lm_head.weight"), "lm_head.weight: expected a constant of weights.safetensors, got none"),
+    (lambda graph: graph["constants"]["lm_head.weight"].update(shape=[1, 2]), r"lm_head.weight: expected fp32 \[1, 2\], got torch"),
+    (lambda graph: graph["constants"]["lm_head.weight"].update(format="int4 x"), "lm_head.weight: expected a format like 'int4 g64"),
+    (lambda graph: graph["constants"].update(more={"dtype": "fp32"}), "more: expected it in weights.safetensors, got no tensor"),
+])  # fmt: skip
+def test_graphs_of_another_form_are_refused(change: Change, message: str, artifact: Path) -> None:
+    alter(artifact, "graph.json", change)
+    with pytest.raises(ArtifactError, match=message):
+        qcompile.load(artifact)
+
+
+def _argument(value: Any) -> Change:
+    return lambda plan: step_of(plan, "aten.linear.default")["args"].append(value)
+
+
+def _buffers(plan: Any) -> Any:
+    return plan["entries"]["decode"]["buffers"]
+
+
+def _loop(plan: Any) -> None:
+    first, second = [name for name, buffer in _buffers(plan).items() if buffer["kind"] == "intermediate"][:2]
+    _buffers(plan)[first]["alias"], _buffers(plan)[second]["alias"] = second, first
+
+
+def _intermediate(plan: Any) -> Any:
+    return next(buffer for buffer in _buffers(plan).values() if buffer["kind"] == "intermediate" and not buffer["alias"])
+
+
+def _orphan(plan: Any) -> None:
+    _buffers(plan)["orphan"] = _intermediate(plan) | {"name": "orphan"}
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (_argument({"dtype": "load"}), "plan.json: decode: step linear.*: expected a dtype, got 'load'"),
+    (_argument({"eval": "1"}), "step linear.*: expected an argument of buffer, size, dtype, float, got \"{'eval': '1'}\""),
+    (_argument({"size": ["pow", 9, 9]}), "step linear.*: expected an argument of buffer, size, dtype, float"),
+    (_argument({"float": "9"}), "step linear.*: expected an argument of buffer, size, dtype, float"),
+    (_argument({"buffer": "secret"}), "step linear.*: expected buffers of the entry, got 'secret'"),
+    (_loop, "plan.json: decode: .*: expected a view of other memory, got one of itself"),
+    (_orphan, "plan.json: decode: orphan: expected a step that writes it, got none"),
+    (lambda plan: _intermediate(plan).update(offset=1 << 40), r"expected an offset inside the arena of \d+ bytes, got 1099511627776"),
+    (lambda plan: _intermediate(plan).update(kind="file"), "expected a buffer of kind input, constant, .*, got 'file'"),
+    (lambda plan: _intermediate(plan).update(dtype="load"), "expected a dtype, got 'load'"),
+    (lambda plan: _intermediate(plan).update(name="x"), "expected a buffer of that name, got 'x'"),
+    (lambda plan: _buffers(plan)["lm_head.weight"].update(shape=[1 << 40]), r"lm_head.weight: expected fp32 \[1099511627776\], got"),
+    (lambda plan: plan.update(more=1), "plan.json: expected the keys entries, kernels, got 'more'"),
+    (lambda plan: plan.pop("entries"), r"plan.json: expected the key 'entries' \(Plan\), got kernels"),
+    (lambda plan: plan["entries"]["decode"].update(arena_bytes="1"), "plan.json.entries.decode.arena_bytes: expected int, got str '1'"),
+    (lambda plan: plan["entries"]["decode"].update(steps=True), "plan.json.entries.decode.steps: expected a list, got bool 'True'"),
+])  # fmt: skip
+def test_plans_of_another_form_are_refused(change: Change, message: str, artifact: Path) -> None:
+    alter(artifact, "plan.json", change)
+    with pytest.raises(ArtifactError, match=message):
+        qcompile.load(artifact)
+
+
+@pytest.mark.parametrize("depth", [480, 100_000])
+def test_deep_nesting_is_an_error_like_any_other(depth: int, artifact: Path) -> None:
+    text = (artifact / "plan.json").read_text()
+    (artifact / "plan.json").write_text(text.replace('"args":[', '"args":[' + "[" * depth + "]" * depth + ",", 1))
+    reseal(artifact, "plan.json")
+    with pytest.raises(ArtifactError, match=r"plan.json: expected (JSON, got RecursionError|values nested a few times)"):
+        qcompile.load(artifact)
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret", "kernels/../../secret", "/etc/hostname", "a\\b", "", "a//b", "./graph.json", "a\0b", "x" * 300]
+)
+def test_paths_outside_the_artifact_are_refused(name: str, artifact: Path) -> None:
+    (artifact.parent / "secret").write_text("secret")
+    reseal(artifact, change=lambda manifest: manifest["files"].update({name: file_entry(b"secret")}))
+    expected = f"manifest.json: expected files inside the artifact, got {name!r}; do not load this artifact"
+    with pytest.raises(ArtifactError, match=re.escape(expected)):
+        qcompile.load(artifact)
+
+
+@pytest.mark.parametrize("name", ["config.json", "kernels/kernels.json", "weights.safetensors"])
+def test_links_out_of_the_artifact_are_refused(name: str, artifact: Path) -> None:
+    outside = artifact.parent / "outside"
+    (artifact / name).rename(outside)
+    (artifact / name).symlink_to(outside)
+    with pytest.raises(
+        ArtifactError, match=rf"expected files inside the artifact, got '{name}', a link to .*outside|artifact's weights, got no"
+    ):
+        qcompile.load(artifact)
+    (artifact / name).unlink()
+    (artifact / name).symlink_to(artifact / name)
+    with pytest.raises(ArtifactError, match=r"expected a file of the artifact, got none|artifact's weights, got no such file"):
+        qcompile.load(artifact)
+
+
+def _header(change: Change) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        content = path.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length])
+        change(header)
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+    return write
+
+
+@pytest.mark.parametrize(("write", "message"), [
+    (lambda path: path.write_bytes(b""), "expected a safetensors header, got 0 bytes"),
+    (lambda path: path.write_bytes(b"\xff" * 64), "expected a header inside the file of 64 bytes, got one of 18446744073709551615"),
+    (lambda path: path.write_bytes((2).to_bytes(8, "little") + b"[]"), "expected a safetensors header, got AttributeError"),
+    (_header(lambda header: header["lm_head.weight"].update(data_offsets=[0, 1 << 40])), "got ValueError: .*inside"),
+    (_header(lambda header: header["lm_head.weight"].update(data_offsets=[-64, 0])), "does not lie inside the file"),
+    (_header(lambda header: header["lm_head.weight"].update(shape=[-100, -32])), "does not lie inside the file"),
+    (_header(lambda header: header["lm_head.weight"].update(dtype="PICKLE")), "expected a safetensors header, got KeyError"),
+    (_header(lambda header: header["lm_head.weight"].pop("shape")), "expected a safetensors header, got KeyError: 'shape'"),
+])  # fmt: skip
+def test_weights_that_point_elsewhere_are_refused(write: Callable[[Path], None], message: str, artifact: Path) -> None:
+    write(artifact / "weights.safetensors")
+    reseal(artifact, "weights.safetensors")
+    with pytest.raises(ArtifactError, match=rf"weights.safetensors: .*{message}"):
+        qcompile.load(artifact)
+
+
+def test_a_chunk_without_a_hash_is_refused(artifact: Path) -> None:
+    reseal(artifact, change=lambda manifest: manifest["weights"].update(sha256=[]))
+    with pytest.raises(ArtifactError, match=r"weights.safetensors: damaged: bytes 0 to"):
+        qcompile.load(artifact)
+
+
+# --- native code
+
+
+def test_native_code_that_nobody_vouched_for_is_not_run(sm90: tuple[CompiledModel, Path]) -> None:
+    _, path = sm90
+    assert not load_artifact(path).native_allowed
+    with pytest.raises(
+        UntrustedCodeError, match=r"expected kernels built on this machine, got \d+ that were not \(\w+\.cubin\); if you trust"
+    ):
+        qcompile.load(path, engine="cuda")
+    with pytest.warns(
+        UserWarning, match=r"tiny: compiled for sm90-int4, served by reference: .*(no CUDA device|not built on this machine)"
+    ):
+        assert qcompile.load(path).engine.name == "reference"
+
+
+def test_untrusted_kernels_are_served_by_reference_where_there_is_a_device(
+    sm90: tuple[CompiledModel, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.warns(
+        UserWarning, match=r"served by reference: \d+ kernels were not built on this machine \(allow_native=True runs them\)"
+    ):
+        assert qcompile.load(sm90[1]).engine.name == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        qcompile.load(sm90[1], allow_native=True)
+
+
+def test_native_code_is_allowed_by_the_caller_or_because_it_was_built_here(sm90: tuple[CompiledModel, Path], tmp_path: Path) -> None:
+    model, path = sm90
+    allowed = load_artifact(path, allow_native=True)
+    allowed.require_native()
+    save_artifact(tmp_path / "copy", allowed)
+    assert not load_artifact(tmp_path / "copy").native_allowed, "allowed once is not built here"
+    model.save(tmp_path / "own")
+    load_artifact(tmp_path / "own").require_native()
+    load_artifact(path).require_native()
+
+
+def test_a_changed_cubin_is_not_trusted_though_its_hash_is_right(sm90: tuple[CompiledModel, Path], tmp_path: Path) -> None:
+    sm90[0].save(tmp_path / "own")
+    cubin = sorted((tmp_path / "own" / "kernels").glob("*.cubin"))[0]
+    flip(cubin, 100)
+    reseal(tmp_path / "own", f"kernels/{cubin.name}")
+    assert load_artifact(tmp_path / "own").untrusted == (cubin.name,)
+
+
+def test_native_code_in_an_artifact_for_cpus_stays_where_it_is(artifact: Path) -> None:
+    (artifact / "kernels" / "own.cubin").write_bytes(b"\x7fELF")
+    reseal(artifact, "kernels/own.cubin")
+    assert load_artifact(artifact).untrusted == ("own.cubin",)
+    assert qcompile.load(artifact, max_batch=3, max_context=32).generate(PROMPTS, max_new_tokens=1, ignore_eos=True)
+
+
+def test_an_artifact_for_a_gpu_gives_its_tokens_here(sm90: tuple[CompiledModel, Path]) -> None:
+    model, path = sm90
+    with pytest.warns(UserWarning, match="served by reference"):
+        loaded = qcompile.load(path, max_batch=3, max_context=64)
+    in_memory = CompiledModel(model.contents, max_batch=3, max_context=64, engine="reference")
+    same_scheme = qcompile.compile(tiny("llama"), "reference-int4", max_batch=3, max_context=64)
+    got = loaded.generate(PROMPTS, max_new_tokens=12, ignore_eos=True)
+    assert got == in_memory.generate(PROMPTS, max_new_tokens=12, ignore_eos=True)
+    assert {tensor.dtype for tensor in loaded.engine.cache.tensors.values()} == {torch.bfloat16}  # type: ignore[attr-defined]
+    ids = torch.tensor([PROMPTS[0]])
+    ours, theirs = loaded(ids)["logits"].float(), same_scheme(ids)["logits"].float()
+    assert (ours - theirs).abs().max() <= 0.05 * theirs.abs().max()
+
+
+# --- writing
+
+
+def test_existing_folders_are_overwritten_only_on_request_and_only_artifacts(
+    compiled: CompiledModel, artifact: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ArtifactError, match=r"tiny: expected a path that does not exist, got an existing one; choose another, or overwrite"
+    ):
+        compiled.save(artifact)
+    (artifact / "stale").write_text("")
+    compiled.save(artifact, overwrite=True)
+    assert not (artifact / "stale").exists()
+    assert load_artifact(artifact).plan == compiled.contents.plan
+    foreign = tmp_path / "documents"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("years")
+    file = tmp_path / "file"
+    file.write_text("")
+    for path in (foreign, file):
+        with pytest.raises(ArtifactError, match=rf"{path.name}: expected an artifact to overwrite, got something without manifest.json"):
+            compiled.save(path, overwrite=True)
+    assert (foreign / "thesis.txt").read_text() == "years"
+    (tmp_path / "empty").mkdir()
+    compiled.save(tmp_path / "empty", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["documents", "empty", "file", "tiny"]
+
+
+def test_a_path_that_cannot_be_written_is_named(compiled: CompiledModel, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match=r"file/out: expected a path that can be written, got .*; choose another or make room"):
+        compiled.save(tmp_path / "file" / "out")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(ArtifactError, match=r"link: expected a path that does not exist, got an existing one"):
+        compiled.save(tmp_path / "link")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+
+
+def test_an_interrupted_overwrite_leaves_the_old_artifact(compiled: CompiledModel, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (artifact / "manifest.json").read_bytes()
+    rename = Path.rename
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if target == artifact and ".tmp-" in path.name:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compiled.save(artifact, overwrite=True)
+    assert (artifact / "manifest.json").read_bytes() == before
+    assert load_artifact(artifact).plan == compiled.contents.plan
+    assert list(artifact.parent.iterdir()) == [artifact]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "weights.safetensors", "kernels", "../x", "a/b", ".hidden", "", "x\n"])
+def test_assets_have_plain_names_of_their_own(name: str, compiled: CompiledModel, tmp_path: Path) -> None:
+    contents = compiled.contents
+    assets = type(contents.assets)(files={name: b""})
+    own = ArtifactContents(contents.graph, contents.plan, {}, {}, assets, "cpu-int4", "")
+    with pytest.raises(ArtifactError, match=r"expected a (plain file name of letters, digits|name that the artifact does not use itself)"):
+        save_artifact(tmp_path / "out", own)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_manifest_lists_every_file_with_its_hash(saved: Path) -> None:
+    manifest = json.loads((saved / "manifest.json").read_bytes())
+    on_disk = {str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()}
+    assert set(manifest["files"]) | {"manifest.json", "weights.safetensors"} == on_disk
+    for name, entry in manifest["files"].items():
+        assert entry["sha256"] == hashlib.sha256((saved / name).read_bytes()).hexdigest()
