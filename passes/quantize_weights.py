@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -128,30 +128,27 @@ def find_heads(graph: Graph) -> set[fx.Node]:
     """Linears whose results reach a language model's logits through elementwise operators alone."""
     if graph.interface.kind not in ("causal_lm", "cached_lm"):
         return set()
-    heads: set[fx.Node] = set()
-    pending = [graph.output.args[0][0]]  # type: ignore[index]
-    while pending:
-        node = pending.pop()
-        if not isinstance(node, fx.Node) or node.op != "call_function":
-            continue
-        if node.target is aten.linear.default:
-            heads.add(node)
-        elif node.target not in _FORWARD_ONLY:
-            pending += node.all_input_nodes
-    return heads
+    logits: Any = graph.output.args[0]
+    return _first_linears([logits[0]], beyond=_FORWARD_ONLY)
 
 
 def find_routers(graph: Graph) -> set[fx.Node]:
-    """Linears whose results decide, within a few operators, which expert a token goes to."""
-    routers: set[fx.Node] = set()
-    for experts in graph.calls(qcompile.moe_experts.default):
-        pending = [experts.args[1]]
-        while pending:
-            node = pending.pop()
-            if not isinstance(node, fx.Node) or node.op != "call_function":
-                continue
-            if node.target is aten.linear.default:
-                routers.add(node)
-            else:
-                pending += node.all_input_nodes
-    return routers
+    """Linears whose results decide which expert a token goes to."""
+    return _first_linears([experts.args[1] for experts in graph.calls(qcompile.moe_experts.default)])
+
+
+def _first_linears(starts: list[Any], beyond: tuple[Any, ...] = ()) -> set[fx.Node]:
+    """The nearest linears behind `starts`, not looking through operators in `beyond`."""
+    found: set[fx.Node] = set()
+    seen: set[fx.Node] = set()
+    pending = list(starts)
+    while pending:
+        node = pending.pop()
+        if node in seen or not isinstance(node, fx.Node) or node.op != "call_function":
+            continue
+        seen.add(node)
+        if node.target is aten.linear.default:
+            found.add(node)
+        elif node.target not in beyond:
+            pending += node.all_input_nodes
+    return found
