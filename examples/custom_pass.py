@@ -81,7 +81,7 @@ def _is_movable(graph: Graph, node: fx.Node, ctx: PassContext) -> bool:
 def _merge(graph: Graph, group: list[fx.Node]) -> None:
     first, stacked = group[0], []
     for place in (1, 2):
-        operands = [node.args[place] for node in group if isinstance(node.args[place], fx.Node)]
+        operands = [used for node in group if isinstance(used := node.args[place], fx.Node)]
         name = "+".join(str(used.target) for used in operands)
         parts = tuple(graph.constants[str(used.target)] for used in operands)
         stacked.append(graph.add_constant(name, Constant(Stacked(parts)), source=first) if parts else None)
@@ -105,7 +105,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """X [B, S, width] to the same shape."""
         mixed = nn.functional.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x))
-        return x + self.down(nn.functional.silu(self.gate(mixed)) * self.up(mixed))
+        result: Tensor = x + self.down(nn.functional.silu(self.gate(mixed)) * self.up(mixed))
+        return result
 
 
 def main() -> None:
