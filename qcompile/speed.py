@@ -33,7 +33,8 @@ def speed(model: CompiledModel, *, prompt_tokens: int = 128, new_tokens: int = 6
         raise QCompileError(f"bench: expected a causal language model, got {model.assets.model_type or 'a module'}; call it instead")
     if prompt_tokens + new_tokens > model.engine.max_context:
         raise CapacityError(
-            f"bench: expected at most {model.engine.max_context} tokens, got {prompt_tokens} of the prompt and {new_tokens} new; ask for fewer"
+            f"bench: expected at most {model.engine.max_context} tokens, got {prompt_tokens} of the prompt and {new_tokens} new; "
+            "ask for fewer"
         )
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, max(model.assets.vocab_size, 1), (prompt_tokens,), generator=generator).tolist()

@@ -22,7 +22,8 @@ def test_compile_hands_every_option_on(model: FakeModel, invoke: Invoke, tmp_pat
     result = invoke(
         "compile", "m.gguf", "--target", "cpu-int4", "-o", tmp_path / "out", "--group-size", "32", "--asymmetric", "--ignore", "a",
         "--ignore", "re:b", "--quantize-head", "--quantize-embedding", "--disable-pass", "fold-constants", "--passes", "canonicalize",
-        "--strict", "--check", "--dump", tmp_path / "d", "--revision", "v1", "--trust-remote-code", "--max-batch", "2", "--max-context", "64",
+        "--strict", "--check", "--dump", tmp_path / "d", "--revision", "v1", "--trust-remote-code", "--max-batch", "2",
+        "--max-context", "64",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     instruments = model.asked.pop("instruments")
