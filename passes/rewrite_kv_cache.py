@@ -167,13 +167,13 @@ def _new_interface(graph: Graph, states: list[tuple[fx.Node, fx.Node]]) -> None:
 
 
 def _examples(graph: Graph) -> dict[str, Tensor]:
-    """The old example tokens, unpadded, before an empty cache."""
-    ids = graph.interface.examples["input_ids"]
+    """The old example tokens before an empty cache; padding is at position -1."""
+    ids, mask = graph.interface.examples["input_ids"], graph.interface.examples["attention_mask"]
     batch, length = ids.shape
     pages = -(-length // _EXAMPLE_PAGE_TOKENS)
     examples = {
         "input_ids": ids,
-        "positions": torch.arange(length).repeat(batch, 1),
+        "positions": (mask.cumsum(-1) - 1).masked_fill(mask == 0, -1),
         "page_table": torch.arange(batch * pages, dtype=torch.int32).view(batch, pages),
     }
     for node in graph.placeholders:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 
 from qcompile.codegen.reference import ReferenceBackend
 from qcompile.codegen.select import backend_for
-from qcompile.errors import UnsupportedModelError
+from qcompile.errors import PassError, UnsupportedModelError
 from qcompile.frontend import load
 from qcompile.ir.graph import Graph
 from qcompile.ir.lowered import Entry, KernelSpec
 from qcompile.ir.memory import buffers_in, root_of, with_batch
 from qcompile.ir.size import evaluate
-from qcompile.passes.base import PassContext
+from qcompile.passes.base import Pass, PassContext
 from qcompile.passes.instruments import NumericCheck
 from qcompile.passes.manager import run_pipeline
 from qcompile.passes.pipelines import default_pipeline
@@ -202,3 +205,20 @@ def test_every_operator_of_a_llama_has_a_kernel_on_every_gpu(arch: str, scheme: 
     # Views, and the choice of each sequence's last row, which is one small copy.
     assert bare == {"aten.reshape.default", "aten.transpose.int", "qcompile.gather_last.default"}
     assert set(ctx.products["plan"].kernels) == set(ctx.products["kernels"])
+
+
+@dataclass(frozen=True)
+class DropMask(Pass):
+    """A wrong pass: attention no longer sees which tokens are padding."""
+
+    name: ClassVar[str] = "drop-mask"
+
+    def run(self, graph: Graph, ctx: PassContext) -> bool:
+        for node in graph.calls(qcompile.attention.default):
+            node.args = (*node.args[:3], None, *node.args[4:])
+        return True
+
+
+def test_the_check_finds_a_pass_that_loses_the_padding() -> None:
+    with pytest.raises(PassError, match="drop-mask: expected the same function within 1e-09"):
+        run_pipeline(load(tiny("llama")).graph, [DropMask()], PassContext(parse_target("cpu-fp32")), check=NumericCheck())
