@@ -19,7 +19,7 @@ class ReferenceBackend:
     def refuses(self, spec: KernelSpec) -> str | None:
         """Never."""
         del spec
-        return None  # noqa: RET501  the protocol says "a reason or None"
+        return None
 
     def emit(self, spec: KernelSpec) -> Kernel:
         """A kernel without launches: the engine calls the operator."""

@@ -204,7 +204,8 @@ def _tanh_gelu(graph: Graph, node: fx.Node, bound: Bindings) -> fx.Node | None:
 def _attention(graph: Graph, node: fx.Node, bound: Bindings) -> fx.Node | None:
     """A fused attention call; a boolean mask becomes the bias 0 or -inf, dropout must be off."""
     del bound
-    options: dict[str, Any] = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False)) | node.kwargs
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    options: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
     q, k, v, mask = options["query"], options["key"], options["value"], options.get("attn_mask")
     values = [item.meta["val"] for item in (q, k, v)]
     if options.get("dropout_p") or any(value.dim() != 4 for value in values) or not isinstance(values[0].shape[-1], int):

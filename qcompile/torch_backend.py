@@ -88,4 +88,3 @@ def _compile(program: fx.GraphModule, weights: Mapping[int, Tensor], arguments: 
         return compiled(*(given[index].detach() for index in tensors))
 
     return run
-

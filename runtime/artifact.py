@@ -18,8 +18,9 @@ from qcompile.ir.codec import decode, encode
 from qcompile.ir.constants import Constant
 from qcompile.ir.graph import Graph
 from qcompile.ir.lowered import Kernel, Plan
+from qcompile.ir.memory import dtype_of
 from qcompile.ir.records import Assets, CoverageRow, PassRecord
-from qcompile.ir.serialize import check_graph_json, dtype_of, format_of, graph_to_json
+from qcompile.ir.serialize import check_graph_json, format_of, graph_to_json
 from qcompile.ir.serialize_plan import check_constants, kernels_from_json, kernels_to_json, plan_from_json, plan_to_json
 from qcompile.runtime.manifest import (
     GRAPH,

@@ -14,7 +14,8 @@ from qcompile.errors import ArtifactError
 from qcompile.ir.allowed import ALLOWED
 from qcompile.ir.constants import Constant
 from qcompile.ir.graph import Graph, Interface
-from qcompile.ir.serialize import check_graph_json, dtype_of, memory_format_of
+from qcompile.ir.memory import dtype_of
+from qcompile.ir.serialize import check_graph_json, memory_format_of
 
 _SYMBOLIC: dict[str, Callable[[Any, Any], Any]] = {
     "add": lambda a, b: a + b,
@@ -47,8 +48,9 @@ class _Reader:
     def __init__(self, data: Mapping[str, Any], constants: dict[str, Constant]) -> None:
         self.data, self.constants = data, constants
         self.nodes: dict[str, fx.Node] = {}
-        names = sorted({name for node in data["nodes"] for name in _names(node.get("type"))})
-        self.mode, self.symbols = _symbols(names)
+        used = {name for node in data["nodes"] for name in _names(node.get("type"))}
+        ordered = [name for name in data["interface"]["symbols"] if name in used]
+        self.mode, self.symbols = _symbols([*ordered, *sorted(used.difference(ordered))])
 
     def graph(self) -> Graph:
         program = fx.Graph()
@@ -65,7 +67,8 @@ class _Reader:
         elif op == "get_attr":
             node = program.get_attr(self._constant(item))
         elif op == "call_function":
-            node = program.call_function(ALLOWED[item["target"]], args, kwargs)
+            target = ALLOWED[item["target"]]
+            node = program.call_function(target, args, _in_order(target, kwargs))
         else:
             node = program.output(args[0])
         node.name = name
@@ -126,6 +129,13 @@ class _Reader:
         return readers[kind](content)
 
 
+def _in_order(target: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments in the order of the operator's declaration: stored objects are sorted by key."""
+    schema = getattr(target, "_schema", None)
+    declared = [argument.name for argument in schema.arguments] if schema is not None else []
+    return {name: kwargs[name] for name in (*declared, *kwargs) if name in kwargs}
+
+
 def _names(data: Any) -> set[str]:
     """The names that the sizes of a stored type use."""
     if isinstance(data, list):
@@ -145,7 +155,7 @@ def _size_names(data: Any) -> set[str]:
 
 
 def _symbols(names: list[str]) -> tuple[FakeTensorMode, dict[str, torch.SymInt]]:
-    """A fake mode, and one fresh symbolic size per name, no two alike."""
+    """A fake mode, and one fresh symbolic size per name, no two alike; sympy sorts them in the order of `names`."""
     if not names:
         return FakeTensorMode(), {}
     # Heavy (sympy), and needed only by whoever asks for the graph itself: an engine runs the plan.
@@ -156,7 +166,7 @@ def _symbols(names: list[str]) -> tuple[FakeTensorMode, dict[str, torch.SymInt]]
     probe = torch.empty([2 + index for index in range(len(names))], device="meta")
     context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * len(names))
     sizes: tuple[Any, ...] = mode.from_tensor(probe, symbolic_context=context, source=ConstantSource("sizes")).shape
-    return mode, dict(zip(names, sizes, strict=True))
+    return mode, dict(zip(names, sorted(sizes, key=str), strict=True))
 
 
 def _example(data: Mapping[str, Any]) -> Tensor:

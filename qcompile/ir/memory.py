@@ -122,7 +122,13 @@ def _bytes(buffer: Buffer, limits: Mapping[str, int]) -> int | None:
     return count * dtype_of(buffer.dtype).itemsize
 
 
-def dtype_of(name: str) -> torch.dtype:
-    """The dtype that a buffer's dtype name means."""
-    dtype: torch.dtype = DTYPE_NAMES.get(name) or getattr(torch, name)
-    return dtype
+def dtype_of(name: Any, where: str = "dtype") -> torch.dtype:
+    """The dtype called `fp32`, `bf16` … or by torch's own name.
+
+    Raises:
+        ArtifactError: for any other name.
+    """
+    found = DTYPE_NAMES.get(name) or getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(found, torch.dtype):
+        raise ArtifactError(f"{where}: expected a dtype, got {name!r}; compile again")
+    return found

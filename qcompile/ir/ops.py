@@ -224,7 +224,7 @@ def cache_attend(
     A padding query (position -1) sees nothing and gives 0. Result [B, H, S, D].
     """
     page_tokens = keys.shape[2]
-    longest = int(positions.max()) + 1 if positions.numel() else 0
+    longest = max(1, int(positions.max()) + 1) if positions.numel() else 1
     pages = page_table.long()[:, : max(1, -(-longest // page_tokens))]
     k = keys[pages].transpose(1, 2).flatten(2, 3)[:, :, :longest]
     v = values[pages].transpose(1, 2).flatten(2, 3)[:, :, :longest]

@@ -13,29 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qcompile.errors import ArtifactError
+from qcompile.errors import ArtifactError, FormatError
 from qcompile.ir.allowed import ALLOWED, name_of
 from qcompile.ir.constants import Constant
 from qcompile.ir.graph import Graph, Interface, operator_name
+from qcompile.ir.memory import dtype_of
 from qcompile.ir.size import Size
 from qcompile.ir.symbols import size_expression
 from qcompile.quant.element import element
 from qcompile.quant.granularity import Granularity
-from qcompile.quant.scheme import DTYPE_NAMES, QuantFormat, dtype_name
+from qcompile.quant.scheme import QuantFormat, dtype_name
 
 _MEMORY_FORMATS = {str(item).removeprefix("torch."): item for item in (torch.contiguous_format, torch.preserve_format, torch.channels_last)}
-
-
-def dtype_of(name: Any, where: str = "dtype") -> torch.dtype:
-    """The dtype called `fp32`, `bf16` … or by torch's own name.
-
-    Raises:
-        ArtifactError: for any other name.
-    """
-    found = DTYPE_NAMES.get(name) or getattr(torch, name, None) if isinstance(name, str) else None
-    if not isinstance(found, torch.dtype):
-        raise ArtifactError(f"{where}: expected a dtype, got {name!r}; compile again")
-    return found
 
 
 def format_of(text: str, where: str = "format") -> QuantFormat:
@@ -48,8 +37,11 @@ def format_of(text: str, where: str = "format") -> QuantFormat:
     size = parts[1].removeprefix("g") if len(parts) == 4 else ""
     if len(parts) != 4 or parts[2] not in ("sym", "asym") or not (size == "channel" or size.isdecimal()):
         raise ArtifactError(f"{where}: expected a format like 'int4 g64 sym fp16', got {text!r}; compile again")
-    granularity = Granularity(-1 if size == "channel" else int(size))
-    return QuantFormat(element(parts[0]), granularity, parts[2] == "sym", dtype_of(parts[3], where))
+    try:
+        granularity = Granularity(-1 if size == "channel" else int(size))
+        return QuantFormat(element(parts[0]), granularity, parts[2] == "sym", dtype_of(parts[3], where))
+    except FormatError as error:
+        raise ArtifactError(f"{where}: expected a format that exists, got {text!r}: {error}; compile again") from error
 
 
 def graph_to_json(graph: Graph) -> dict[str, Any]:
@@ -77,7 +69,8 @@ def _interface_to_json(interface: Interface) -> dict[str, Any]:
         "inputs": interface.inputs,
         "outputs": interface.outputs,
         "examples": {name: _example_to_json(tensor) for name, tensor in interface.examples.items()},
-        "symbols": sorted(interface.symbols.values()),
+        # In the order of the tracer's own names, by which sympy sorts the terms of a size.
+        "symbols": [name for _, name in sorted(interface.symbols.items())],
         "kind": interface.kind,
     }
 

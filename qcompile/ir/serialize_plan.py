@@ -10,7 +10,8 @@ from qcompile.errors import ArtifactError
 from qcompile.ir.codec import decode, encode
 from qcompile.ir.constants import Constant
 from qcompile.ir.lowered import Buffer, Entry, Kernel, Plan, Step
-from qcompile.ir.serialize import check_operator, dtype_of
+from qcompile.ir.memory import dtype_of
+from qcompile.ir.serialize import check_operator
 from qcompile.ir.size import OPERATORS
 
 BUFFER_KINDS = ("input", "constant", "state", "intermediate", "output")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import CapacityError, EngineError
-from qcompile.ir.lowered import Entry
-from qcompile.ir.memory import plan_entry
+from qcompile.ir.lowered import Entry, Plan
+from qcompile.ir.memory import plan_entry, with_batch
 from qcompile.runtime.artifact import ArtifactContents
 from qcompile.runtime.engines.program import Kernels, Program
 from qcompile.runtime.kv_cache import KVCache, state_buffers
@@ -28,7 +28,7 @@ class PlanEngine:
         """Nothing is read yet; `prepare` does that, or the first call."""
         self.contents, self.max_batch, self.max_context = contents, max_batch, max_context
         self.state: list[int] = []
-        self._entries = contents.plan.entries
+        self._entries = _planned_for(contents.plan, max_batch).entries
         self._constants: dict[str, Tensor] = {}
         self._arena = torch.empty(0, dtype=torch.uint8)
         self._programs: dict[tuple[str, int, int], Program] = {}
@@ -70,6 +70,7 @@ class PlanEngine:
 
         Raises:
             CapacityError: for more sequences or tokens than there is room for, before anything is computed.
+            EngineError: for a sequence without tokens or a token that the model does not know.
         """
         cache, rows = self.cache, list(range(len(prompts)))
         if not all(map(len, prompts)) or not prompts:
@@ -78,6 +79,7 @@ class PlanEngine:
             raise CapacityError(
                 f"prefill: expected at most {self.max_batch} sequences, got {len(prompts)}; load with max_batch={len(prompts)}"
             )
+        self._require_tokens("prefill", prompts)
         cache.reset()
         self.state = []
         cache.require([len(prompt) for prompt in prompts], rows)
@@ -102,9 +104,18 @@ class PlanEngine:
             raise EngineError(
                 f"decode: expected a token for each of the {len(self.state)} sequences of the last prefill, got {len(tokens)}"
             )
-        logits = self._step("decode", [[token] if token >= 0 else [] for token in tokens])
+        parts = [[token] if token >= 0 else [] for token in tokens]
+        self._require_tokens("decode", parts)
+        logits = self._step("decode", parts)
         self.state = list(self.cache.lengths[: len(tokens)])
         return logits.clone()
+
+    def _require_tokens(self, name: str, parts: Sequence[Sequence[int]]) -> None:
+        vocabulary = _vocabulary(self._entries[name])
+        for row, part in enumerate(parts):
+            wrong = [token for token in part if not 0 <= token < vocabulary]
+            if wrong:
+                raise EngineError(f"{name}: sequence {row}: expected tokens of 0 to {vocabulary - 1}, got {wrong[0]}")
 
     def _step(self, name: str, parts: Sequence[Sequence[int]]) -> Tensor:
         """Run the next tokens of every row through an entry; the last logits [B, V], valid until the next step."""
@@ -160,6 +171,25 @@ class PlanEngine:
         return self._arena if self._arena.numel() >= size else torch.empty(size, dtype=torch.uint8)
 
 
+def _planned_for(plan: Plan, max_batch: int) -> Plan:
+    """The plan, laid out anew if its arena is too small for `max_batch` sequences."""
+    enough = all(entry.limits.get("batch", max_batch) >= max_batch for entry in plan.entries.values())
+    return plan if enough else with_batch(plan, max_batch)
+
+
+def _vocabulary(entry: Entry) -> int:
+    """How many tokens the model knows: the rows of the tables that `input_ids` index."""
+    rows = [
+        entry.buffers[step.args[table]["buffer"]].shape[0]
+        for step in entry.steps
+        for table, indices in _TABLES.get(step.operator, ())
+        if step.args[indices] == {"buffer": "input_ids"}
+    ]
+    return min((count for count in rows if isinstance(count, int)), default=1 << 62)
+
+
+_TABLES = {"aten.embedding.default": ((0, 1),), "qcompile.quantized_embedding.default": ((1, 0),)}
+"""Operators that look rows up -> where they take the table and the indices."""
 _CACHE_SIZES = ("pages", "pages_per_sequence", "page_tokens")
 
 
