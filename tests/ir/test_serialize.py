@@ -19,7 +19,8 @@ from qcompile.ir import codec
 from qcompile.ir.deserialize import graph_from_json
 from qcompile.ir.graph import Graph
 from qcompile.ir.lowered import KernelSpec, Plan
-from qcompile.ir.serialize import dtype_of, format_of, graph_to_json, memory_format_of
+from qcompile.ir.memory import dtype_of
+from qcompile.ir.serialize import format_of, graph_to_json, memory_format_of
 from qcompile.ir.serialize_plan import plan_from_json, plan_to_json
 from qcompile.quant.element import INT4
 from qcompile.quant.granularity import Granularity
