@@ -54,6 +54,7 @@ OPERATORS: dict[Any, tuple[str, tuple[str, ...], Callable[[dict[str, Any]], Size
     qcompile.cache_attend.default: ("cache_attend", ("q", "keys", "values", "page_table", "positions", "", "", "", "sinks"), _attend, True),
     aten.embedding.default: ("embedding", ("weight", "indices"), _table, False),
     qcompile.quantized_embedding.default: ("quantized_embedding", ("indices", "codes", "scale", "zero"), _table, False),
+    qcompile.gather_last.default: ("gather_last", ("x", "positions"), _last("x", "K"), False),
     aten.add.Tensor: ("add", ("x", "y"), _last("x", "K"), False),
     aten.gelu.default: ("activation", ("x",), _last("x", "K"), False),
     aten.silu.default: ("activation", ("x",), _last("x", "K"), False),

@@ -40,14 +40,14 @@ class LowerToKernels(Pass):
             if node.op != "call_function":
                 continue
             specs = kernel_specs(graph, node)
-            refused = _assign(node, specs, ctx.backend, kernels)
+            refused = assign_kernels(node, specs, ctx.backend, kernels)
             if node.target in COVERED:
                 ctx.coverage.append(_coverage_row(graph, node, notes.get(node.name, ("", False)), refused, ctx.backend))
         ctx.products["kernels"] = {kernel.name: kernel for kernel in kernels.values()}
         return False
 
 
-def _assign(node: fx.Node, specs: dict[str, KernelSpec], backend: Backend | None, kernels: dict[KernelSpec, Kernel]) -> str:
+def assign_kernels(node: fx.Node, specs: dict[str, KernelSpec], backend: Backend | None, kernels: dict[KernelSpec, Kernel]) -> str:
     """Give the node its kernels; returns why not, where it is refused."""
     if backend is None:
         return ""

@@ -9,9 +9,11 @@ import torch
 from torch import fx
 
 from qcompile.ir.graph import Graph
-from qcompile.ir.lowered import Plan
+from qcompile.ir.lowered import Kernel, KernelSpec, Plan
 from qcompile.ir.memory import plan_entry
 from qcompile.passes.base import Pass, PassContext
+from qcompile.passes.kernel_specs import kernel_specs
+from qcompile.passes.lower_to_kernels import assign_kernels
 from qcompile.passes.steps import StepBuilder
 
 qcompile = torch.ops.qcompile
@@ -27,6 +29,7 @@ class PlanMemory(Pass):
         """Reads the graph and rewrites nothing."""
         if graph.interface.kind == "cached_lm":
             last = last_logits_only(graph)
+            _lower_gather(last, ctx)
             entries = [
                 plan_entry(StepBuilder(graph).entry("forward"), {}),
                 plan_entry(StepBuilder(last).entry("prefill"), {"batch": ctx.max_batch, "sequence": ctx.prefill_chunk}),
@@ -37,6 +40,14 @@ class PlanMemory(Pass):
         kernels = tuple(sorted({name for entry in entries for step in entry.steps for name in step.kernels.values()}))
         ctx.products["plan"] = Plan({entry.name: entry for entry in entries}, kernels)
         return False
+
+
+def _lower_gather(graph: Graph, ctx: PassContext) -> None:
+    """The one operator that planning adds gets its kernel here."""
+    made: dict[KernelSpec, Kernel] = {}
+    for node in graph.calls(qcompile.gather_last.default):
+        assign_kernels(node, kernel_specs(graph, node), ctx.backend, made)
+    ctx.products["kernels"] = ctx.products.get("kernels", {}) | {kernel.name: kernel for kernel in made.values()}
 
 
 def last_logits_only(graph: Graph) -> Graph:

@@ -213,8 +213,11 @@ def lm_inputs(input_ids: Tensor, attention_mask: Tensor | None = None, position_
         if tensor.dim() != 2 or tensor.is_floating_point() or tensor.shape != input_ids.shape:
             raise QCompileError(f"{name}: expected integers [B, S] like input_ids, got {tensor.dtype} {tuple(tensor.shape)}")
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    positions = mask.long().cumsum(-1) - 1 if position_ids is None else position_ids.long()
-    return {"input_ids": input_ids.long(), "positions": positions.masked_fill(mask == 0, -1)}
+    positions = ((mask != 0).long().cumsum(-1) - 1).masked_fill(mask == 0, -1)
+    # The cache starts empty: a token that claims to stand behind others would attend to keys that nobody stored.
+    if position_ids is not None and bool((position_ids != positions)[mask != 0].any()):
+        raise QCompileError("position_ids: expected 0, 1, 2 … over the real tokens of each row, got others; leave position_ids out")
+    return {"input_ids": input_ids.long(), "positions": positions}
 
 
 def load(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qcompile.errors import CapacityError, QCompileError, TokenizerError
@@ -86,10 +87,10 @@ def longest_border(text: str, stops: Sequence[str]) -> int:
 
 
 def run_rows(engine: Engine, rows: Sequence[Row], rules: StopRules, sampler: Sampler) -> Iterator[tuple[int, str]]:
-    """Generate for all rows at once, yielding (row, text piece) after each token; rows end at different times.
+    """Generate for all rows at once, giving (row, text piece) after each token; rows end at different times.
 
     Raises:
-        CapacityError: if a prompt is longer than the cache, before anything is computed.
+        CapacityError: if a prompt is longer than the cache: at once, before a piece is asked for.
     """
     capacity = engine.max_context
     for row in rows:
@@ -100,6 +101,11 @@ def run_rows(engine: Engine, rows: Sequence[Row], rules: StopRules, sampler: Sam
                 f"generate: expected a prompt of at most {capacity} tokens, got {len(row.prompt)}; shorten it, or load with "
                 f"max_context={len(row.prompt) + rules.max_new_tokens}"
             )
+    return _run_rows(engine, rows, rules, sampler)
+
+
+def _run_rows(engine: Engine, rows: Sequence[Row], rules: StopRules, sampler: Sampler) -> Iterator[tuple[int, str]]:
+    capacity = engine.max_context
     logits = engine.prefill([row.prompt for row in rows])
     while True:
         chosen = sampler(logits, [row.prompt + row.tokens for row in rows])
@@ -111,6 +117,33 @@ def run_rows(engine: Engine, rows: Sequence[Row], rules: StopRules, sampler: Sam
         if all(row.done for row in rows):
             return
         logits = engine.decode(fed)
+
+
+def _all(items: Sequence[Any], kind: type) -> bool:
+    return all(isinstance(item, kind) for item in items)
+
+
+def _ids(row: Any) -> list[int]:
+    """One sequence of token ids as a list.
+
+    Raises:
+        QCompileError: for anything but integers in a row.
+    """
+    integers = isinstance(row, Tensor) and row.dim() == 1 and not (row.is_floating_point() or row.is_complex() or row.dtype == torch.bool)
+    plain = (
+        isinstance(row, Sequence) and not isinstance(row, str) and all(isinstance(item, int) and not isinstance(item, bool) for item in row)
+    )
+    if not integers and not plain:
+        got = f"{row.dtype} {list(row.shape)}" if isinstance(row, Tensor) else f"{type(row).__name__} {str(row)[:40]!r}"
+        raise QCompileError(f"generate: expected a sequence of integer token ids, got {got}; give texts or token ids, not both in one list")
+    return [int(token) for token in row]
+
+
+def _require_known(options: Mapping[str, Any]) -> None:
+    known = ("stop", "stop_tokens", "ignore_eos", *(item.name for item in fields(SamplingParameters)))
+    unknown = next((name for name in options if name not in known), None)
+    if unknown is not None:
+        raise QCompileError(f"generate: expected options of {', '.join(known)}, got {unknown!r}")
 
 
 class Generator:
@@ -130,6 +163,7 @@ class Generator:
         strings = (stop,) if isinstance(stop, str) else tuple(stop)
         tokens = frozenset(stop_tokens) | (frozenset() if ignore_eos else self.eos_token_ids)
         rules = StopRules(max_new_tokens, tokens, tuple(filter(None, strings)))
+        _require_known(sampling)
         sampler = Sampler(SamplingParameters(**sampling))
         kind, prompts = self._prompts(prompt)
         if stream:
@@ -145,7 +179,8 @@ class Generator:
 
     def _stream(self, prompt: list[int], rules: StopRules, sampler: Sampler) -> Iterator[str]:
         row = Row(prompt, TextStream(self._text_tokenizer()))
-        return (piece for _, piece in run_rows(self.engine, [row], rules, sampler) if piece)
+        pieces = run_rows(self.engine, [row], rules, sampler)
+        return (piece for _, piece in pieces if piece)
 
     def _batch(self, prompts: Sequence[list[int]], kind: str, rules: StopRules, sampler: Sampler) -> list[Any]:
         wants_text = kind != "token ids" or bool(rules.strings)
@@ -159,21 +194,20 @@ class Generator:
         """The kind of a prompt and its token lists: one text, several texts, or token ids."""
         if isinstance(prompt, str):
             return "one text", [self._text_tokenizer().encode(prompt)]
-        if isinstance(prompt, Tensor):
-            return "token ids", [[int(token) for token in row] for row in (prompt if prompt.dim() == 2 else prompt.view(1, -1))]
+        if isinstance(prompt, Tensor) and prompt.dim() in (1, 2):
+            return "token ids", [_ids(row) for row in (prompt if prompt.dim() == 2 else prompt.unsqueeze(0))]
         if isinstance(prompt, Sequence) and len(prompt):
-            first = prompt[0]
-            if isinstance(first, Mapping):
+            if _all(prompt, Mapping):
                 return "one text", [self._text_tokenizer().encode_chat(prompt)]
-            if isinstance(first, str):
+            if _all(prompt, str):
                 return "several texts", [self._text_tokenizer().encode(text) for text in prompt]
-            if isinstance(first, int):
-                return "token ids", [list(prompt)]
-            if isinstance(first, Tensor) or (isinstance(first, Sequence) and all(isinstance(token, int) for token in first)):
-                return "token ids", [[int(token) for token in row] for row in prompt]
-            if isinstance(first, Sequence) and isinstance(first[0], Mapping):
+            if _all(prompt, int):
+                return "token ids", [_ids(prompt)]
+            if all(isinstance(chat, Sequence) and chat and _all(chat, Mapping) for chat in prompt):
                 return "several texts", [self._text_tokenizer().encode_chat(chat) for chat in prompt]
-        raise QCompileError(f"generate: expected a text, a list of texts, chat messages, or token ids, got {type(prompt).__name__}")
+            return "token ids", [_ids(row) for row in prompt]
+        got = f"a tensor of {prompt.dim()} dimensions" if isinstance(prompt, Tensor) else f"{type(prompt).__name__} {str(prompt)[:40]!r}"
+        raise QCompileError(f"generate: expected a text, a list of texts, chat messages, or token ids [B, S] or in lists, got {got}")
 
     def _text_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

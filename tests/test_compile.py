@@ -20,7 +20,7 @@ from tests.passes.helpers import Gated
 
 NEW_TOKENS = 30
 # Ragged, longer than the sliding windows (5), none of them special.
-PROMPTS = [[3, 14, 15, 92, 65, 35], [89, 79, 32], [38, 46, 26, 43, 38, 32, 79, 50, 28, 84, 19]]
+PROMPTS = [[3, 14, 15, 92, 65, 35], [89, 79, 32], [38, 46, 26, 43, 38, 32, 79, 50, 28, 84, 19], [71], [69, 39, 93, 75, 10, 58, 20]]
 
 
 def greedy(model: nn.Module, prompt: list[int]) -> list[int]:
@@ -38,7 +38,7 @@ def greedy(model: nn.Module, prompt: list[int]) -> list[int]:
 @pytest.mark.parametrize("family", CAUSAL_FAMILIES)
 def test_causal_families_give_the_same_tokens_through_the_compiled_cache(family: str, target: str) -> None:
     model = tiny(family)
-    compiled = qcompile.compile(model, target, max_batch=3, max_context=64)
+    compiled = qcompile.compile(model, target, max_batch=len(PROMPTS), max_context=64)
     assert compiled.generate(PROMPTS, max_new_tokens=NEW_TOKENS, ignore_eos=True) == [greedy(model, prompt) for prompt in PROMPTS]
 
 
@@ -224,6 +224,14 @@ def test_a_module_that_is_no_language_model_does_not_generate() -> None:
 def test_padding_and_shapes_of_plain_calls_are_checked(tiny_int4: Path) -> None:
     with pytest.raises(QCompileError, match=r"attention_mask: expected integers \[B, S\] like input_ids, got torch.int64 \(1, 3\)"):
         qcompile.load(tiny_int4)(torch.ones(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 3, dtype=torch.long))
+
+
+def test_positions_that_would_skip_tokens_are_refused(tiny_int4: Path) -> None:
+    compiled, ids, mask = qcompile.load(tiny_int4), torch.tensor([[0, 5, 6, 7]]), torch.tensor([[0, 1, 1, 1]])
+    given = compiled(ids, attention_mask=mask, position_ids=torch.tensor([[1, 0, 1, 2]]))["logits"]
+    assert torch.equal(given[:, 1:], compiled(ids, attention_mask=mask)["logits"][:, 1:])
+    with pytest.raises(QCompileError, match=r"position_ids: expected 0, 1, 2 … over the real tokens of each row, got others"):
+        compiled(ids, position_ids=torch.tensor([[4, 5, 6, 7]]))
 
 
 def test_export_to_onnx_is_refused_by_name(tiny_int4: Path) -> None:

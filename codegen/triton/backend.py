@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from qcompile.codegen.triton import attention, cache, elementwise, embedding, linear, norm, rotary, sampling
+from qcompile.codegen.triton import attention, cache, elementwise, embedding, gather, linear, norm, rotary, sampling
 from qcompile.codegen.triton.contract import Operator
 from qcompile.codegen.triton.tiles import architecture
 from qcompile.errors import CoverageError
@@ -27,6 +27,7 @@ OPERATORS: Mapping[str, Operator] = MappingProxyType(
         "cache_attend": attention.ATTEND,
         "embedding": embedding.EMBEDDING,
         "quantized_embedding": embedding.QUANTIZED_EMBEDDING,
+        "gather_last": gather.GATHER_LAST,
         "argmax": sampling.ARGMAX,
         "topk": sampling.TOPK,
     }

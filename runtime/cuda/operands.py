@@ -77,6 +77,9 @@ def local_sizes(name: str, operands: Mapping[str, Any], sizes: Mapping[str, int]
     if name in _BATCHED:
         lead = operands[_BATCHED[name]]
         local |= {"batch": lead.shape[0], "sequence": lead.shape[2], "rows": lead.shape[0] * lead.shape[2]}
+    elif name == "qcompile.gather_last.default":
+        batch, sequence = operands["positions"].shape
+        local |= {"batch": batch, "sequence": sequence, "rows": batch}
     elif name in _INDEXED:
         local["rows"] = operands[_INDEXED[name]].numel()
     elif (lead := next((operands[key] for key in _LEADING if isinstance(operands.get(key), Tensor)), None)) is not None:

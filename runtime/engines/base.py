@@ -150,6 +150,8 @@ class PlanEngine:
         sizes = sizes_of(entry, inputs)
         given = dict(inputs)
         cache = None
+        if "input_ids" in given:
+            _require_vocabulary("forward", given["input_ids"], _vocabulary(entry))
         if "page_table" in entry.inputs:
             batch, length = sizes["batch"], sizes["sequence"]
             given.setdefault("positions", torch.arange(length).repeat(batch, 1))
@@ -175,6 +177,14 @@ def _planned_for(plan: Plan, max_batch: int) -> Plan:
     """The plan, laid out anew if its arena is too small for `max_batch` sequences."""
     enough = all(entry.limits.get("batch", max_batch) >= max_batch for entry in plan.entries.values())
     return plan if enough else with_batch(plan, max_batch)
+
+
+def _require_vocabulary(name: str, ids: Tensor, vocabulary: int) -> None:
+    if not ids.numel():
+        raise EngineError(f"{name}: input_ids: expected at least one token, got shape {list(ids.shape)}")
+    least, greatest = int(ids.min()), int(ids.max())
+    if least < 0 or greatest >= vocabulary:
+        raise EngineError(f"{name}: input_ids: expected tokens of 0 to {vocabulary - 1}, got {least if least < 0 else greatest}")
 
 
 def _vocabulary(entry: Entry) -> int:

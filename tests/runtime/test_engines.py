@@ -249,6 +249,14 @@ def test_tokens_outside_the_vocabulary_are_refused(kind: type[PlanEngine], token
     with pytest.raises(EngineError, match=rf"decode: sequence 0: expected tokens of 0 to 99, got {token}"):
         engine.decode([token, 5])
     assert engine.state == [1, 1]
+    with pytest.raises(EngineError, match=rf"forward: input_ids: expected tokens of 0 to 99, got {token}"):
+        engine.forward({"input_ids": torch.tensor([[5, token]])})
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_a_forward_pass_over_nothing_is_refused(kind: type[PlanEngine], llama: CompiledModel) -> None:
+    with pytest.raises(EngineError, match=r"forward: input_ids: expected at least one token, got shape \[1, 0\]"):
+        engine_of(kind, llama).forward({"input_ids": torch.zeros(1, 0, dtype=torch.long)})
 
 
 def test_a_failed_prefill_leaves_no_sequences_behind(llama: CompiledModel) -> None:

@@ -166,7 +166,7 @@ def test_what_cannot_be_served_says_so(assets: Assets) -> None:
         Tokenizer(Assets(name="bare"))
     with pytest.raises(TokenizerError, match="expected a chat template, got none"):
         Tokenizer(Assets({"tokenizer.json": assets.files["tokenizer.json"]}, name="bare")).render_chat([])
-    with pytest.raises(QCompileError, match="expected a text, a list of texts, chat messages, or token ids, got float"):
+    with pytest.raises(QCompileError, match=r"expected a text, a list of texts, chat messages, or token ids \[B, S\] or in lists, got float"):
         generator(assets, "a")(1.5)
     with pytest.raises(QCompileError, match="expected one text or one conversation with stream=True, got token ids"):
         generator(assets, "a")([1], stream=True)
@@ -179,3 +179,30 @@ def test_what_cannot_be_served_says_so(assets: Assets) -> None:
 def test_a_row_ends_when_the_cache_is_full(assets: Assets) -> None:
     (tokens,) = generator(assets, "z" * 100)([[1] * 60], max_new_tokens=50)
     assert len(tokens) == 5  # four tokens are stored after the prompt, and the logits of the last give one more
+
+
+def test_a_stream_refuses_a_long_prompt_before_it_is_read(assets: Assets) -> None:
+    with pytest.raises(CapacityError, match="expected a prompt of at most 64 tokens, got 65"):
+        generator(assets, "a")("x" * 65, stream=True)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (torch.ones(1, 2, 3, dtype=torch.long), r"token ids \[B, S\] or in lists, got a tensor of 3 dimensions"),
+        (torch.ones(1, 2), r"expected a sequence of integer token ids, got torch\.float32 \[2\]"),
+        ([torch.tensor([1.5])], r"expected a sequence of integer token ids, got torch\.float32"),
+        ([[1], "text"], "expected a sequence of integer token ids, got str 'text'; give texts or token ids, not both in one list"),
+        ([[1, 2.5]], "expected a sequence of integer token ids, got list"),
+        ([True, False], "expected a sequence of integer token ids, got list"),
+        ([], "expected a text, a list of texts, chat messages, or token ids"),
+    ],
+)
+def test_prompts_of_no_known_form_are_refused(prompt: object, message: str, assets: Assets) -> None:
+    with pytest.raises(QCompileError, match=message):
+        generator(assets, "a")(prompt)
+
+
+def test_options_that_do_not_exist_are_named(assets: Assets) -> None:
+    with pytest.raises(QCompileError, match=r"expected options of stop, stop_tokens, ignore_eos, temperature, .* got 'temp'"):
+        generator(assets, "a")("x", temp=1.0)

@@ -40,6 +40,11 @@ def rms_norm(columns: int, dtype: str = "bf16", *, weight: bool = True, residual
     return spec("add_rms_norm" if residual else "rms_norm", sizes={"K": columns}, formats=formats, eps=1e-5, offset=offset)
 
 
+def gather_last(columns: int, dtype: str = "bf16") -> KernelSpec:
+    """The last row of each sequence."""
+    return spec("gather_last", sizes={"K": columns}, formats={"x": dtype, "positions": "i64", "out": dtype})
+
+
 def attend(
     heads: int,
     key_heads: int,

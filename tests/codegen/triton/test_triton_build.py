@@ -35,6 +35,7 @@ SUBSET: list[KernelSpec] = [
     specs.attend(4, 2, 8, "m1"),
     *(specs.quantized_linear(16, 32, bucket, "int8 channel sym fp16") for bucket in ("m1", "m2-63", "m64")),
     specs.embedding(49152, 576, "int4 g64 asym fp16"),
+    specs.gather_last(576),
     specs.argmax(49152),
     specs.topk(152064, 64),
 ]

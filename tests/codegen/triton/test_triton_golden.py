@@ -30,6 +30,7 @@ CASES: dict[str, tuple[str, KernelSpec]] = {
     "prefill_window_softcap_sinks": ("sm100", specs.attend(8, 4, 96, "m64", window=512, softcap=50.0, sinks="bf16")),
     "embedding": ("sm90", specs.embedding(49152, 576)),
     "quantized_embedding": ("sm90", specs.embedding(49152, 576, "int4 g64 asym fp16")),
+    "gather_last": ("sm90", specs.gather_last(576)),
     "argmax": ("sm90", specs.argmax(49152)),
     "topk": ("sm90", specs.topk(49152, 50)),
 }

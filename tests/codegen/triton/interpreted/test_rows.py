@@ -117,6 +117,16 @@ def test_embedding_never_reads_outside_its_table() -> None:
     assert not bool(operands["out"].flatten(0, 1)[4:].any())
 
 
+def test_gather_last_takes_the_row_of_the_greatest_position() -> None:
+    positions = torch.full((3, 150), -1)
+    positions[0] = torch.arange(150)
+    positions[1, :7] = torch.arange(40, 47)
+    positions[2, 140:] = torch.arange(10)
+    operands = {"x": random(3, 150, 70), "positions": guarded(positions), "out": result((3, 1, 70), torch.bfloat16)}
+    run_kernel(specs.gather_last(70), operands, {"batch": 3, "sequence": 150})
+    assert torch.equal(operands["out"][:, 0], operands["x"][[0, 1, 2], [149, 6, 149]])
+
+
 @pytest.mark.parametrize("form", ["int4 g32 asym fp16", "int4 g20 sym fp16", "int8 channel sym fp16", "int8 g64 asym fp32"])
 def test_quantized_embedding(form: str) -> None:
     torch.manual_seed(0)
