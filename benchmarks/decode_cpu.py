@@ -28,7 +28,7 @@ CONTEXT = 512
 
 
 def main() -> None:
-    """Print a short table and write `benchmarks/results/<date>-decode-cpu.json`."""
+    """Print a short table and write `benchmarks/results/<date>-decode-cpu-<threads>t.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=None, help="a .gguf file (default: the pinned SmolLM2-135M-Instruct)")
     parser.add_argument("--target", default="cpu-int4")
@@ -51,7 +51,7 @@ def main() -> None:
         "target": options.target, "threads": options.threads, "tokens": options.tokens, "tokens_per_second": medians,
         "all": speeds, "ratio": medians["qcompile"] / medians["llama.cpp"], "command": " ".join(["python", *sys.argv]),
     }  # fmt: skip
-    path = Path(__file__).parent / "results" / f"{result['date']}-decode-cpu.json"
+    path = Path(__file__).parent / "results" / f"{result['date']}-decode-cpu-{options.threads}t.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
     for name, value in medians.items():
