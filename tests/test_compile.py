@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import qcompile
+from qcompile.compiled import CompiledModel
 from qcompile.errors import CapacityError, CoverageError, FormatError, PipelineError, QCompileError, TargetError, WeightError
 from tests.models import CAUSAL_FAMILIES, OTHER_FAMILIES, example_inputs, tiny
 from tests.passes.helpers import Gated
@@ -74,17 +75,23 @@ def test_other_families_give_the_same_outputs(family: str) -> None:
 def test_every_scheme_agrees_with_its_own_graph(target: str) -> None:
     """What the engine computes is what the graph says, run node by node."""
     compiled = qcompile.compile(tiny("llama"), target, max_batch=3, max_context=32)
-    ids = torch.tensor([PROMPTS[0], PROMPTS[2][:6]])
-    graph = compiled.graph
+    bound = 2e-2 if "bf16" in target else 1e-3 if "kv16" in target else 1e-4
+    assert_graph_and_engine_agree(compiled, torch.tensor([PROMPTS[0], PROMPTS[2][:6]]), bound)
+
+
+def assert_graph_and_engine_agree(compiled: CompiledModel, ids: torch.Tensor, bound: float) -> None:
+    """The engine's logits within `bound` of the largest that the graph itself computes over an empty cache."""
+    graph, (batch, length) = compiled.graph, ids.shape
     inputs: dict[str, Any] = {
         "input_ids": ids,
-        "positions": torch.arange(6).repeat(2, 1),
-        "page_table": torch.tensor([[0], [1]], dtype=torch.int32),
+        "positions": torch.arange(length).repeat(batch, 1),
+        "page_table": torch.arange(batch, dtype=torch.int32).view(batch, 1),
     }
-    states = {node.name: torch.zeros(2, 2, 6, 8, dtype=node.meta["val"].dtype) for node in graph.placeholders if node.name not in inputs}
+    states = {
+        node.name: torch.zeros(batch, 2, length, 8, dtype=node.meta["val"].dtype) for node in graph.placeholders if node.name not in inputs
+    }
     expected = graph.run([(inputs | states)[node.name] for node in graph.placeholders])[0]
     got = compiled(ids)["logits"]
-    bound = 2e-2 if "bf16" in target else 1e-3 if "kv16" in target else 1e-4
     assert (got.float() - expected.float()).abs().max() <= bound * expected.abs().max()
 
 
@@ -157,6 +164,14 @@ def test_head_and_embedding_are_quantized_by_option() -> None:
     formats = {row.operator: row.format for row in compiled.coverage if row.weight in ("lm_head.weight", "model.embed_tokens.weight")}
     assert formats == {"quantized_linear": "int8 channel sym fp16", "quantized_embedding": "int8 channel sym fp16"}
     assert len(compiled.generate([[5, 6]], max_new_tokens=3, ignore_eos=True)[0]) == 3
+
+
+@pytest.mark.parametrize("target", ["cpu-int8", "cpu-int4", "reference-int4"])
+def test_a_quantized_head_tied_to_a_quantized_embedding_shares_its_codes(target: str) -> None:
+    """qwen2 ties them: one rounding, two readers, and the engine must not mistake one's form for the other's."""
+    compiled = qcompile.compile(tiny("qwen2"), target, quantize_head=True, quantize_embedding=True)
+    assert sum(name.endswith("embed_tokens.weight.codes") for name in compiled.graph.constants) == 1
+    assert_graph_and_engine_agree(compiled, torch.tensor([PROMPTS[0]]), 1e-4)
 
 
 def test_strict_accepts_choices_and_refuses_what_had_to_be_left_alone() -> None:

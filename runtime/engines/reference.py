@@ -15,7 +15,7 @@ from qcompile.ir.lowered import Step
 from qcompile.ir.ops import cache_attend
 from qcompile.runtime.engines.base import PlanEngine
 from qcompile.runtime.engines.program import Call, Kernels, Operands
-from qcompile.runtime.engines.weights import float_weights
+from qcompile.runtime.engines.weights import by_float_weight, float_weights
 from qcompile.runtime.kv_cache import KVCache
 
 ROWS = 16
@@ -48,7 +48,7 @@ def _kernel(step: Step, operands: Operands) -> Call | None:
     if step.operator in BY_TOKEN:
         return lambda: call_by_token(ALLOWED[step.operator], operands)
     if step.operator not in LINEARS:
-        return None
+        return by_float_weight(step, operands)
     x, weight = operands.args[:2]
     bias = operands.args[2 if step.operator == LINEARS[0] else 4] if len(operands.args) > 2 else None
     return lambda: tiled_linear(x, weight, bias, operands.out)

@@ -19,7 +19,7 @@ from qcompile.ir.lowered import Step
 from qcompile.ir.ops import ACTIVATIONS, masked_attention
 from qcompile.runtime.engines.base import PlanEngine
 from qcompile.runtime.engines.program import Call, Kernels, Operands, by_operator
-from qcompile.runtime.engines.weights import float_weights
+from qcompile.runtime.engines.weights import by_float_weight, float_weights
 from qcompile.runtime.kv_cache import KVCache
 
 
@@ -39,7 +39,7 @@ class TorchCpuEngine(PlanEngine):
 
         def choose(step: Step, operands: Operands) -> Call | None:
             make = KERNELS.get(step.operator)
-            return make(operands, runs) if make is not None else None
+            return make(operands, runs) if make is not None else by_float_weight(step, operands)
 
         return choose
 

@@ -11,14 +11,18 @@ from qcompile.ir.lowered import Plan, Step
 from qcompile.ir.memory import dtype_of
 from qcompile.quant.reference import dequantize
 from qcompile.runtime.artifact import ArtifactContents
+from qcompile.runtime.engines.program import Call, Operands
 
 _QUANTIZED = "qcompile.quantized_linear.default"
+_EMBED_CODES = "qcompile.quantized_embedding.default"
+_OTHER_READERS = {_EMBED_CODES: 1, "qcompile.dequantize.default": 0}
+"""Operators beside the linear that read codes -> the place of the codes among their arguments."""
 _LINEAR = "aten.linear.default"
 _EMBEDDING = "aten.embedding.default"
 
 
 def float_weights(contents: ArtifactContents, *, transposed: bool) -> list[tuple[str, Tensor]]:
-    """Every constant; codes of quantized linears become float weights [N, K] under the codes' name.
+    """Every constant; codes of quantized linears become float weights [N, K] under the codes' name (see `by_float_weight`).
 
     With `transposed`, float32 weights that only linears read are stored [K, N] and given as their [N, K] view: one row of
     activations then streams through memory in order, which is up to 1.7 times as fast (49152 x 576: 4.1 against 7.1 ms).
@@ -38,6 +42,18 @@ def float_weights(contents: ArtifactContents, *, transposed: bool) -> list[tuple
             tensor = tensor.t().contiguous().t()
         made.append((name, tensor))
     return made
+
+
+def by_float_weight(step: Step, operands: Operands) -> Call | None:
+    """How a step runs whose codes became a float weight because a linear reads them too (a head tied to its embedding); else None."""
+    place = _OTHER_READERS.get(step.operator)
+    if place is None or operands.args[place].dtype == torch.uint8:
+        return None
+    weight, out = operands.args[place], operands.out
+    if step.operator == _EMBED_CODES:
+        indices = operands.args[0]
+        return lambda: out.copy_(weight[indices])
+    return lambda: out.copy_(weight)
 
 
 def _dequantized(contents: ArtifactContents, step: Step) -> Tensor:
