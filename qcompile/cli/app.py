@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import typer
@@ -50,6 +51,16 @@ def _root(
 ) -> None:
     """A compiler for low-bit inference."""
     del version
+    warnings.showwarning = _show_warning
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None
+) -> None:
+    """A warning of ours is one line for the user; anybody else's keeps its place in the code."""
+    del file, line
+    place = "" if category is UserWarning and "qcompile" in filename else f" ({category.__name__}, {filename}:{lineno})"
+    stderr().print(f"[bold yellow]warning:[/] {escape(str(message))}{escape(place)}", soft_wrap=True, highlight=False)
 
 
 app.command("compile")(compiling.compile_model)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 import qcompile
-from qcompile.cli.output import JsonOption, emit
+from qcompile.cli.output import ContextOption, EngineOption, JsonOption, NativeOption, emit
 from qcompile.dump.tables import readable, value_table
 
 
@@ -17,7 +17,9 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 64,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's.")] = None,
-    engine: Annotated[str | None, typer.Option(help="Engine in place of the target's own, such as reference.")] = None,
+    engine: EngineOption = None,
+    max_context: ContextOption = None,
+    allow_native: NativeOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Prefill and decode speed of one sequence, memory, and size of the weights."""
@@ -27,7 +29,7 @@ def bench(
         import torch
 
         torch.set_num_threads(threads)
-    model = qcompile.load(artifact, engine=engine)
+    model = qcompile.load(artifact, engine=engine, max_context=max_context, allow_native=allow_native)
     values: dict[str, Any] = {"target": str(model.target), **speed(model, prompt_tokens=prompt_tokens, new_tokens=new_tokens)}
     values |= {"peak_memory_bytes": peak_memory(), "weight_bytes": model.weight_bytes, "bits_per_weight": model.bits_per_weight}
     emit(values, [value_table(readable(values))], as_json=as_json)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import qcompile
-from qcompile.cli.output import JsonOption, emit, progress_bar
+from qcompile.cli.output import EngineOption, JsonOption, NativeOption, emit, progress_bar
 from qcompile.dump.tables import value_table
 from qcompile.errors import SourceError
 
@@ -22,13 +22,14 @@ def evaluate_artifact(
     artifact: Annotated[Path, typer.Argument(help="Directory that `qcompile compile` wrote.")],
     tokens: Annotated[Path | None, typer.Option(help="Integer array [windows, length] as .npy; default: the packaged text.")] = None,
     reference: Annotated[str | None, typer.Option(help="Model or artifact to compare with; a model is compiled to cpu-fp32 first.")] = None,
-    engine: Annotated[str | None, typer.Option(help="Engine in place of the target's own, such as reference.")] = None,
+    engine: EngineOption = None,
+    allow_native: NativeOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Perplexity of an artifact and, given a reference, its KL divergence from it and how often both agree on the next token."""
     from qcompile.evaluation import evaluate, logits_of
 
-    model = qcompile.load(artifact, engine=engine)
+    model = qcompile.load(artifact, engine=engine, allow_native=allow_native)
     windows = read_tokens(tokens, model)
     other = None if reference is None else logits_of(open_reference(reference))
     with progress_bar("evaluating") as progress:

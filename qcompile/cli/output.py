@@ -14,6 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 _PIPE_WIDTH = 160
 """Columns of a table that is read from a file: rich's default of 80 would fold most cells."""
 
+EngineOption = Annotated[str | None, typer.Option("--engine", help="Engine in place of the target's own, such as reference.")]
+ContextOption = Annotated[int | None, typer.Option("--max-context", min=1, help="Tokens that the cache holds; default: at most 2048.")]
+NativeOption = Annotated[bool, typer.Option("--allow-native", help="Run kernels that were not built on this machine.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 import qcompile
+from qcompile.cli.output import ContextOption, EngineOption, NativeOption
 
 
 def run(
@@ -22,10 +23,12 @@ def run(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: make tokens that have occurred less likely.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="For the same samples again.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
-    engine: Annotated[str | None, typer.Option(help="Engine in place of the target's own, such as reference.")] = None,
+    engine: EngineOption = None,
+    max_context: ContextOption = None,
+    allow_native: NativeOption = False,
 ) -> None:
     """Generate text from an artifact, printed as it comes."""
-    model = qcompile.load(artifact, engine=engine)
+    model = qcompile.load(artifact, engine=engine, max_context=max_context, allow_native=allow_native)
     content = [{"role": "user", "content": prompt}] if chat else prompt
     pieces = model.generate(
         content, max_new_tokens=count, stream=True, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,11 +61,12 @@ def test_status_is_quiet_in_a_pipe(model: FakeModel, invoke: Invoke, tmp_path: P
 
 
 def test_run_streams_text(model: FakeModel, invoke: Invoke) -> None:
-    options = ("-n", "5", "--temperature", "0.5", "--stop", "x", "--engine", "reference")
+    options = ("-n", "5", "--temperature", "0.5", "--stop", "x", "--engine", "reference", "--max-context", "64", "--allow-native")
     result = invoke("run", "out", "--prompt", "The capital of France is", *options)
     assert result.stdout == "Paris\n"
     assert model.asked == {
-        "arguments": (Path("out"),), "engine": "reference", "prompt": "The capital of France is", "max_new_tokens": 5, "stream": True,
+        "arguments": (Path("out"),), "engine": "reference", "max_context": 64, "allow_native": True,
+        "prompt": "The capital of France is", "max_new_tokens": 5, "stream": True,
         "temperature": 0.5, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": None, "stop": ("x",),
     }  # fmt: skip
 
@@ -164,3 +166,15 @@ def test_targets_lists_each_with_its_formats(invoke: Invoke) -> None:
     assert rows["sm90-int4"] == {"target": "sm90-int4", "compute": "bf16", "weights": "int4 g64 sym fp16"}
     assert rows["cpu-fp32"]["weights"] == "fp32"
     assert "reference-int8" in invoke("targets").stdout
+
+
+def test_a_warning_is_one_line_on_standard_error(model: FakeModel, invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object, **__: object) -> FakeModel:
+        warnings.warn_explicit("served by reference", UserWarning, "qcompile/cli/running.py", 1)
+        return model
+
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # put back afterwards
+    monkeypatch.setattr("qcompile.load", load, raising=False)
+    result = invoke("run", "out", "--prompt", "x")
+    assert result.stderr == "warning: served by reference\n"
+    assert result.stdout == "Paris\n"
