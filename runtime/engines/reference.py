@@ -34,7 +34,7 @@ class ReferenceEngine(PlanEngine):
 
     def prepared_constants(self) -> Sequence[tuple[str, Tensor]]:
         """Codes of linears as the float weights [N, K] they stand for."""
-        return float_weights(self.contents, transposed=False)
+        return [(name, tensor) for name, tensor, _ in float_weights(self.contents)]
 
     def kernels(self, cache: KVCache | None) -> Kernels:
         """Linears in tiles, attention row by row, activations token by token, all else by the operators."""
