@@ -13,14 +13,12 @@ from torch import Tensor
 from qcompile.errors import CapacityError, QCompileError
 from qcompile.ir.graph import Graph
 from qcompile.ir.lowered import Engine
-from qcompile.ir.memory import with_batch
 from qcompile.ir.records import Assets, CoverageRow, PassRecord
 from qcompile.ir.structure import flatten, unflatten
 from qcompile.runtime.artifact import ArtifactContents, load_artifact, save_artifact
 from qcompile.target import Target, parse_target
 
 DEFAULT_CONTEXT = 2048
-CACHED = "cached_lm"
 
 
 class CompiledModel:
@@ -122,8 +120,8 @@ class CompiledModel:
         if self._engine is None:
             from qcompile.runtime.engines import make_engine
 
+            # Engines lay a plan out anew where its arena is too small for them; the contents stay what was compiled.
             contents = self.contents
-            contents.plan = with_batch(contents.plan, self.max_batch)
             self._engine = make_engine(
                 contents, name=self._engine_name, device=self._device, max_batch=self.max_batch, max_context=self.max_context
             )

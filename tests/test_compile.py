@@ -112,6 +112,13 @@ def test_a_saved_artifact_gives_the_same_tokens(tiny_int4: Path) -> None:
     assert (loaded.bits_per_weight, loaded.weight_bytes) == (compiled.bits_per_weight, compiled.weight_bytes)
 
 
+def test_serving_more_sequences_does_not_change_what_is_saved(tiny_int4: Path, tmp_path: Path) -> None:
+    loaded = qcompile.load(tiny_int4, max_batch=7, max_context=64)
+    assert len(loaded.generate([[5, 6]] * 7, max_new_tokens=3, ignore_eos=True)) == 7
+    loaded.save(tmp_path / "again")
+    assert (tmp_path / "again" / "plan.json").read_bytes() == (tiny_int4 / "plan.json").read_bytes()
+
+
 def test_bits_per_weight_count_everything_stored(tiny_int4: Path) -> None:
     # d = 32 and 48 columns are one group each: 4 bits and 16 / 32 or 16 / 48 for the scale.
     per_layer = {32: 32 + 16 + 16 + 32 + 48 + 48, 48: 32}

@@ -29,6 +29,7 @@ class PlanEngine:
         self.contents, self.max_batch, self.max_context = contents, max_batch, max_context
         self.state: list[int] = []
         self._entries = _planned_for(contents.plan, max_batch).entries
+        self._vocabulary = _vocabulary(self._entries["forward"])
         self._constants: dict[str, Tensor] = {}
         self._arena = torch.empty(0, dtype=torch.uint8)
         self._programs: dict[tuple[str, int, int], Program] = {}
@@ -111,7 +112,7 @@ class PlanEngine:
         return logits.clone()
 
     def _require_tokens(self, name: str, parts: Sequence[Sequence[int]]) -> None:
-        vocabulary = _vocabulary(self._entries[name])
+        vocabulary = self._vocabulary
         for row, part in enumerate(parts):
             wrong = [token for token in part if not 0 <= token < vocabulary]
             if wrong:
@@ -151,7 +152,7 @@ class PlanEngine:
         given = dict(inputs)
         cache = None
         if "input_ids" in given:
-            _require_vocabulary("forward", given["input_ids"], _vocabulary(entry))
+            _require_vocabulary("forward", given["input_ids"], self._vocabulary)
         if "page_table" in entry.inputs:
             batch, length = sizes["batch"], sizes["sequence"]
             given.setdefault("positions", torch.arange(length).repeat(batch, 1))
