@@ -6,6 +6,7 @@ So a model of any size is traced, transformed and written without ever standing 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import UnboundConstantError
-from qcompile.quant.reference import PACKED_BITS, Quantized, quantize
+from qcompile.quant.reference import Quantized, part_dtype, part_shape, quantize
+from qcompile.quant.rounding.mse_clip import mse_clip
 from qcompile.quant.scheme import QuantFormat, dtype_name
 
 
@@ -110,24 +112,32 @@ class UnboundSource:
         )
 
 
+LAZY_METHODS: dict[str, Callable[[Tensor, QuantFormat, str], Quantized]] = {
+    "nearest": quantize,
+    "mse-clip": lambda weight, form, name: mse_clip(weight, form, name=name),
+}
+"""How a weight is rounded that is looked at alone."""
+
+
 @dataclass(eq=False)
 class Rounding:
-    """The one quantization behind the codes, scales and zero points of a weight: computed once for the three."""
+    """The one quantization behind the codes, scales and zero points of a weight: computed once for all."""
 
     weight: Constant
     form: QuantFormat
     name: str
+    method: str = "nearest"
     _result: Quantized | None = field(default=None, repr=False)
     _taken: set[str] = field(default_factory=set, repr=False)
 
     def part(self, part: str) -> Tensor:
         """The tensor called `part`; the result is freed once each part has been taken."""
         if self._result is None:
-            self._result = quantize(self.weight.materialize(), self.form, self.name)
+            self._result = LAZY_METHODS[self.method](self.weight.materialize(), self.form, self.name)
             self._taken.clear()
         tensor: Tensor = getattr(self._result, part)
         self._taken.add(part)
-        if self._taken >= ({"codes", "scale"} if self.form.symmetric else {"codes", "scale", "zero"}):
+        if self._taken >= set(self.form.parts):
             self._result = None
         return tensor
 
@@ -141,22 +151,20 @@ class RoundedSource:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[N, ceil(K·b/8)] for codes, [N, G] for scales, [N, ceil(G·b/8)] for zero points."""
+        """[N, ceil(K·b/8)] for codes, [N, G] for scales, [N, ceil(G·b/8)] for zero points, [N, H] or [1, 1] for the second level."""
         rows, columns = self.rounding.weight.shape
-        form = self.rounding.form
-        groups = form.granularity.groups(columns)
-        width = PACKED_BITS[form.element.bits]
-        return {"codes": (rows, -(-columns * width // 8)), "scale": (rows, groups), "zero": (rows, -(-groups * width // 8))}[self.part]
+        return part_shape(self.rounding.form, self.part, rows, columns)
 
     @property
     def dtype(self) -> torch.dtype:
-        """uint8, or the format's scale dtype."""
-        return self.rounding.form.scale_dtype if self.part == "scale" else torch.uint8
+        """uint8, or the format's scale dtypes."""
+        return part_dtype(self.rounding.form, self.part)
 
     @property
     def key(self) -> str:
         """The weight's own key and what was done to it."""
-        return f"{self.rounding.weight.key}|quantize({self.rounding.form}).{self.part}"
+        method = "" if self.rounding.method == "nearest" else f", {self.rounding.method}"
+        return f"{self.rounding.weight.key}|quantize({self.rounding.form}{method}).{self.part}"
 
     def load(self) -> Tensor:
         """Round the weight, or take the part from the rounding its siblings caused."""
@@ -305,11 +313,10 @@ def tensor_constant(tensor: Tensor) -> Constant:
     return Constant(TensorSource(tensor))
 
 
-def rounded_constants(weight: Constant, form: QuantFormat, name: str) -> dict[str, Constant]:
-    """The `codes`, `scale` and, unless symmetric, `zero` of a weight rounded to `form`: lazily, once for all."""
-    rounding = Rounding(weight, form, name)
-    parts = ("codes", "scale") if form.symmetric else ("codes", "scale", "zero")
-    return {part: Constant(RoundedSource(rounding, part), format=form) for part in parts}
+def rounded_constants(weight: Constant, form: QuantFormat, name: str, method: str = "nearest") -> dict[str, Constant]:
+    """The parts (`QuantFormat.parts`) of a weight rounded to `form` by one of `LAZY_METHODS`: when asked for, once for all."""
+    rounding = Rounding(weight, form, name, method)
+    return {part: Constant(RoundedSource(rounding, part), format=form) for part in form.parts}
 
 
 def uncast(constant: Constant) -> Constant:
@@ -318,3 +325,11 @@ def uncast(constant: Constant) -> Constant:
     while transforms and isinstance(transforms[-1], Cast):
         transforms = transforms[:-1]
     return replace(constant, transforms=transforms)
+
+
+def widened(constant: Constant) -> Constant:
+    """The constant in float64: its source is widened before anything else, and no transform rounds to a narrower dtype again."""
+    if not constant.source.dtype.is_floating_point:
+        return uncast(constant).then(Cast(torch.float64))
+    kept = (transform for transform in constant.transforms if not isinstance(transform, Cast))
+    return replace(constant, transforms=(Cast(torch.float64), *kept))

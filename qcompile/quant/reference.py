@@ -1,9 +1,7 @@
-"""Quantize, dequantize and pack in plain torch: the definition every kernel is judged against.
+"""Quantize and dequantize in plain torch: the definition every kernel is judged against.
 
 Shapes: a weight is [N, K] (output rows, input columns), in groups of g columns: G = ceil(K / g).
-Codes are unsigned integers of b bits, `value - low`, packed along K into bytes, low bits first
-(b = 4: byte j holds column 2j in its low and column 2j + 1 in its high nibble; the layout of onnxruntime's MatMulNBits).
-Only 8-, 4- and 2-bit codes pack densely; other widths take the next of these.
+Codes are unsigned, `value - low` for integers, packed along K (`qcompile.quant.packing`).
 """
 
 from __future__ import annotations
@@ -14,43 +12,52 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import FormatError, WeightError
-from qcompile.quant.scheme import QuantFormat
-
-PACKED_BITS = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
+from qcompile.quant.element import element_of
+from qcompile.quant.format import QuantFormat
+from qcompile.quant.levels import decode, encode, snap
+from qcompile.quant.packing import pack as pack
+from qcompile.quant.packing import packed_bytes
+from qcompile.quant.packing import unpack as unpack
+from qcompile.quant.scales import effective, scale_bits, second_level, store
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A packed weight: `codes` uint8 [N, ceil(K·b/8)], `scale` [N, G], `zero` uint8 [N, ceil(G·b/8)] or None if symmetric."""
+    """A packed weight.
+
+    Attributes:
+        codes: uint8 [N, ceil(K·b/8)].
+        scale: [N, G], in the format's scale dtype.
+        zero: uint8 [N, ceil(G·b/8)], or None if symmetric.
+        scale2: the second level of scales (`qcompile.quant.scales`), or None.
+    """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
+    scale2: Tensor | None = None
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack unsigned codes uint8 [N, K] of `bits` bits into uint8 [N, ceil(K·b/8)], low bits first; the tail is 0."""
-    width = PACKED_BITS[bits]
-    per_byte = 8 // width
-    if per_byte == 1:
-        return codes.contiguous()
-    rows, columns = codes.shape
-    padded = torch.nn.functional.pad(codes, (0, -columns % per_byte)).view(rows, -1, per_byte)
-    packed = torch.zeros(padded.shape[:2], dtype=torch.uint8)
-    for place in range(per_byte):
-        packed |= padded[:, :, place] << (place * width)
-    return packed
+@dataclass(frozen=True)
+class Grid:
+    """The levels that each group of a weight can take: stored scales [N, G], their second level, zero points (float [N, G]) or None."""
 
+    form: QuantFormat
+    scale: Tensor
+    scale2: Tensor | None
+    zero: Tensor | None
 
-def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """Invert `pack`: uint8 [N, ceil(K·b/8)] to unsigned codes uint8 [N, K]."""
-    width = PACKED_BITS[bits]
-    per_byte = 8 // width
-    if per_byte == 1:
-        return packed
-    shifts = torch.arange(per_byte, dtype=torch.uint8, device=packed.device) * width
-    spread = (packed.unsqueeze(-1) >> shifts) & ((1 << width) - 1)
-    return spread.flatten(1)[:, :columns].contiguous()
+    def step(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The scales [N, G] that values are divided by."""
+        return effective(self.scale, self.scale2, dtype)
+
+    def assemble(self, values: Tensor) -> Quantized:
+        """Pack the levels [N, K] that `snap` returned."""
+        element, columns = self.form.element, values.shape[1]
+        zero = None if self.zero is None else per_column(self.zero, self.form.granularity.size(columns), columns)
+        codes = pack(encode(values, element, zero), element.bits)
+        offset = None if self.zero is None else pack(self.zero.to(torch.uint8), element.bits)
+        return Quantized(codes, self.scale, offset, self.scale2)
 
 
 def grouped(weight: Tensor, size: int) -> Tensor:
@@ -64,15 +71,20 @@ def per_column(values: Tensor, size: int, columns: int) -> Tensor:
     return values.repeat_interleave(size, dim=1)[:, :columns]
 
 
-def symmetric_scale(groups: Tensor, form: QuantFormat) -> Tensor:
-    """Scale [N, G] that maps the extreme of larger magnitude to the lowest code, -2^(b-1).
+def extreme_scale(groups: Tensor, form: QuantFormat) -> Tensor:
+    """Scale [N, G] that maps the extreme of larger magnitude to the end of the range: for integers the lowest code, -2^(b-1).
 
-    The extreme's sign is kept in the scale, so the side with one level more always serves the longer tail.
-    A group of zeros gets scale 1, so that it dequantizes to exact zeros.
+    The extreme's sign is then kept in the scale, so the side with one level more always serves the longer tail. A power of two has
+    no sign: integers keep the positive reading, with 2^(b-1) - 1 at the end. A group of zeros gets scale 1 and stays exact zeros.
     """
     magnitude, index = groups.abs().max(dim=-1, keepdim=True)
-    extreme = groups.gather(-1, index).squeeze(-1)
-    return torch.where(magnitude.squeeze(-1) > 0, extreme / form.element.low, torch.ones_like(extreme))
+    if not form.element.is_integer:
+        scale = magnitude.squeeze(-1) / form.element.largest
+    elif form.scale_dtype == torch.float8_e8m0fnu:
+        scale = torch.maximum(groups.amax(-1) / form.element.high, groups.amin(-1) / form.element.low)
+    else:
+        scale = groups.gather(-1, index).squeeze(-1) / form.element.low
+    return torch.where(magnitude.squeeze(-1) > 0, scale, torch.ones_like(scale))
 
 
 def asymmetric_range(groups: Tensor, form: QuantFormat) -> tuple[Tensor, Tensor]:
@@ -82,13 +94,47 @@ def asymmetric_range(groups: Tensor, form: QuantFormat) -> tuple[Tensor, Tensor]
     return torch.where(scale > 0, scale, torch.ones_like(scale)), least
 
 
-def representable(scale: Tensor, form: QuantFormat, name: str) -> Tensor:
-    """Round the scale to its storage type; a magnitude below the least normal number becomes that number, its sign kept."""
-    info = torch.finfo(form.scale_dtype)
-    if bool((scale.abs() > info.max).any()):
-        raise WeightError(f"{name}: a scale of {scale.abs().max().item():.3g} does not fit {form.scale_dtype}; choose scale_dtype=float32")
-    sign = torch.where(scale < 0, -1.0, 1.0).to(scale.dtype)
-    return (sign * scale.abs().clamp(min=info.tiny)).to(form.scale_dtype)
+def stored_grid(scale: Tensor, least: Tensor | None, form: QuantFormat, name: str) -> Grid:
+    """The grid of real scales [N, G] as the format stores them; `least` [N, G] is where an asymmetric range begins."""
+    scale2 = second_level(scale, form)
+    stored = store(scale, scale2, form, name)
+    if least is None:
+        return Grid(form, stored, scale2, None)
+    zero = (-least / effective(stored, scale2, scale.dtype)).round().clamp(0, form.element.levels - 1)
+    return Grid(form, stored, scale2, zero)
+
+
+def require_weight(weight: Tensor, name: str) -> None:
+    """Refuse what cannot be rounded.
+
+    Raises:
+        WeightError: if the weight holds NaN or infinity, naming the first place.
+        FormatError: if the weight is not a matrix.
+    """
+    if weight.dim() != 2:
+        raise FormatError(f"{name}: expected a matrix [N, K], got shape {tuple(weight.shape)}; leave it out with ignore=")
+    if not bool(torch.isfinite(weight).all()):
+        row, column = (int(i) for i in (~torch.isfinite(weight)).nonzero()[0])
+        raise WeightError(
+            f"{name}[{row}, {column}] is {weight[row, column].item()}: expected finite weights; repair the checkpoint or "
+            "add the weight to ignore="
+        )
+
+
+def nearest_grid(values: Tensor, form: QuantFormat, name: str) -> Grid:
+    """The grid whose range just holds every group of `values` [N, K]."""
+    groups = grouped(values, form.granularity.size(values.shape[1]))
+    if form.symmetric:
+        return stored_grid(extreme_scale(groups, form), None, form, name)
+    return stored_grid(*asymmetric_range(groups, form), form, name)
+
+
+def round_to_grid(values: Tensor, grid: Grid) -> Quantized:
+    """Each of `values` [N, K] to the nearest level of its group."""
+    columns = values.shape[1]
+    groups = grouped(values, grid.form.granularity.size(columns)) / grid.step(values.dtype).unsqueeze(-1)
+    zero = None if grid.zero is None else grid.zero.unsqueeze(-1)
+    return grid.assemble(snap(groups, grid.form.element, zero).flatten(1)[:, :columns])
 
 
 def quantize(weight: Tensor, form: QuantFormat, name: str = "weight") -> Quantized:
@@ -103,58 +149,59 @@ def quantize(weight: Tensor, form: QuantFormat, name: str = "weight") -> Quantiz
         WeightError: if the weight holds NaN or infinity, naming the first place.
         FormatError: if the weight is not a matrix.
     """
-    if weight.dim() != 2:
-        raise FormatError(f"{name}: expected a matrix [N, K], got shape {tuple(weight.shape)}; leave it out with ignore=")
+    require_weight(weight, name)
     values = weight.to(torch.float32)
-    if not bool(torch.isfinite(values).all()):
-        row, column = (int(i) for i in (~torch.isfinite(values)).nonzero()[0])
-        raise WeightError(
-            f"{name}[{row}, {column}] is {values[row, column].item()}: expected finite weights; repair the checkpoint or "
-            "add the weight to ignore="
-        )
-    columns = values.shape[1]
-    size = form.granularity.size(columns)
-    groups = grouped(values, size)
-    low, high = form.element.low, form.element.high
-    if form.symmetric:
-        scale = representable(symmetric_scale(groups, form), form, name)
-        codes = (groups / scale.float().unsqueeze(-1)).round().clamp(low, high) - low
-        zero = None
-    else:
-        raw, least = asymmetric_range(groups, form)
-        scale = representable(raw, form, name)
-        offset = (-least / scale.float()).round().clamp(0, form.element.levels - 1)
-        codes = ((groups / scale.float().unsqueeze(-1)).round() + offset.unsqueeze(-1)).clamp(0, form.element.levels - 1)
-        zero = pack(offset.to(torch.uint8), form.element.bits)
-    packed = pack(codes.flatten(1)[:, :columns].to(torch.uint8), form.element.bits)
-    return Quantized(packed, scale, zero)
+    return round_to_grid(values, nearest_grid(values, form, name))
 
 
-def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int, dtype: torch.dtype) -> Tensor:
+def dequantize(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int, dtype: torch.dtype,
+    element: str = "int", scale2: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Invert `quantize`: `(code - zero) · scale` as `dtype` [N, K]; without `zero` the zero point is 2^(b-1).
 
     Args:
         codes: uint8 [N, ceil(K·b/8)].
-        scale: [N, G], a float type.
+        scale: [N, G].
         zero: uint8 [N, ceil(G·b/8)] or None.
         bits: b.
         group_size: g, or -1 for one group per row.
         columns: K.
         dtype: the result's type; the product is computed in float32 and rounded once (float64 stays exact in float64).
+        element: what a code stands for: `int`, `nf4`, `fp4`, `fp8`.
+        scale2: the second level of scales, or None.
     """
     size = columns if group_size == -1 else min(group_size, columns)
     work = torch.float64 if dtype == torch.float64 else torch.float32
-    values = unpack(codes, bits, columns).to(work)
-    if zero is None:
-        offset: Tensor | float = float(1 << (bits - 1))
-    else:
-        offset = per_column(unpack(zero, bits, scale.shape[1]).to(work), size, columns)
-    return ((values - offset) * per_column(scale.to(work), size, columns)).to(dtype)
+    offset = None if zero is None else per_column(unpack(zero, bits, scale.shape[1]).to(work), size, columns)
+    values = decode(unpack(codes, bits, columns), element_of(element, bits), offset, work)
+    return (values * per_column(effective(scale, scale2, work), size, columns)).to(dtype)
+
+
+def restore(quantized: Quantized, form: QuantFormat, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight [N, K] that a packed one stands for."""
+    q, element = quantized, form.element
+    size = form.granularity.group_size
+    return dequantize(q.codes, q.scale, q.zero, element.bits, size, columns, dtype, element.kind, q.scale2)
 
 
 def stored_bits(form: QuantFormat, rows: int, columns: int) -> int:
-    """Bits stored for one [N, K] weight: codes, scales, zero points."""
-    width = PACKED_BITS[form.element.bits]
+    """Bits stored for one [N, K] weight: codes, scales of both levels, zero points."""
+    bits = form.element.bits
     groups = form.granularity.groups(columns)
-    zeros = 0 if form.symmetric else -(-groups * width // 8) * 8
-    return rows * (-(-columns * width // 8) * 8 + groups * torch.finfo(form.scale_dtype).bits + zeros)
+    zeros = 0 if form.symmetric else packed_bytes(groups, bits) * 8
+    return rows * (packed_bytes(columns, bits) * 8 + zeros) + scale_bits(form, rows, groups)
+
+
+def part_shape(form: QuantFormat, part: str, rows: int, columns: int) -> tuple[int, int]:
+    """The shape of the tensor called `part` of a [N, K] weight."""
+    groups, bits = form.granularity.groups(columns), form.element.bits
+    if part == "scale2":
+        return (rows, form.second_scales(groups)) if form.scale_dtype == torch.int8 else (1, 1)
+    return {"codes": (rows, packed_bytes(columns, bits)), "scale": (rows, groups), "zero": (rows, packed_bytes(groups, bits))}[part]
+
+
+def part_dtype(form: QuantFormat, part: str) -> torch.dtype:
+    """The dtype of the tensor called `part`."""
+    second = torch.float16 if form.scale_dtype == torch.int8 else torch.float32
+    return {"scale": form.scale_dtype, "scale2": second}.get(part, torch.uint8)

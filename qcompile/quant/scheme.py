@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from qcompile.errors import FormatError, TargetError
-from qcompile.quant.element import INT4, INT8, ElementType
-from qcompile.quant.granularity import PER_CHANNEL, Granularity
+from qcompile.quant.element import INT4, INT8
+from qcompile.quant.format import QuantFormat as QuantFormat
+from qcompile.quant.granularity import Granularity
 
 DTYPE_NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -19,29 +20,15 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 @dataclass(frozen=True)
-class QuantFormat:
-    """How a matrix is quantized: element type, granularity, zero point or not, and the type of its scales."""
-
-    element: ElementType
-    granularity: Granularity = PER_CHANNEL
-    symmetric: bool = True
-    scale_dtype: torch.dtype = torch.float16
-
-    def __post_init__(self) -> None:
-        if self.scale_dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            raise FormatError(f"scale_dtype={self.scale_dtype}: expected float16, bfloat16 or float32")
-
-    def __str__(self) -> str:
-        kind = "sym" if self.symmetric else "asym"
-        return f"{self.element.name} {self.granularity} {kind} {dtype_name(self.scale_dtype)}"
-
-
-@dataclass(frozen=True)
 class CacheFormat:
-    """How keys and values are stored; `dtype=None` is the computation dtype."""
+    """How keys and values are stored; `dtype=None` is the computation dtype.
+
+    `bits` below 16 packs each token and head into codes with a scale and a least value of its own; then `dtype` is not used.
+    """
 
     name: str = "kv"
     dtype: torch.dtype | None = None
+    bits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +79,12 @@ W8A16 = QuantScheme("int8", weight=QuantFormat(INT8))
 W4A16 = QuantScheme("int4", weight=QuantFormat(INT4, Granularity(64)))
 
 SCHEMES = {"fp32": FP32, "bf16": BF16, "fp16": FP16, "int8": W8A16, "w8a16": W8A16, "int4": W4A16, "w4a16": W4A16}
-CACHES = {"kv": CacheFormat(), "kv16": CacheFormat("kv16", torch.float16)}
+CACHES = {
+    "kv": CacheFormat(),
+    "kv16": CacheFormat("kv16", torch.float16),
+    "kv8": CacheFormat("kv8", bits=8),
+    "kv4": CacheFormat("kv4", bits=4),
+}
 
 
 def scheme(name: str) -> QuantScheme:

@@ -34,7 +34,7 @@ def test_dtypes_follow_from_architecture_and_cache(text: str, compute: torch.dty
     ("tpu-int4", "expected ARCH-SCHEME.* as one of cpu-fp32"),
     ("sm90-int5", "scheme 'int5' is not served on sm90; expected one of .*sm90-int4"),
     ("cpu-fp16", "scheme 'fp16' is not served on cpu"),
-    ("cpu-int4-kv3", "cache 'kv3' is unknown; expected kv16 or none"),
+    ("cpu-int4-kv3", "cache 'kv3' is unknown; expected kv16, kv8, kv4 or none"),
 ])  # fmt: skip
 def test_an_unknown_target_lists_the_known_ones(text: str, message: str) -> None:
     with pytest.raises(TargetError, match=message):
@@ -62,5 +62,5 @@ def test_a_group_size_that_no_format_holds_says_which_it_can(size: int) -> None:
 def test_unknown_elements_and_scale_types_are_refused() -> None:
     with pytest.raises(FormatError, match="element type 'int9': expected one of int2, int3"):
         element("int9")
-    with pytest.raises(FormatError, match=r"scale_dtype=torch\.int8: expected float16, bfloat16 or float32"):
-        QuantFormat(element("int4"), scale_dtype=torch.int8)
+    with pytest.raises(FormatError, match=r"scale_dtype=torch\.int32: expected one of float16, bfloat16, float32, int8"):
+        QuantFormat(element("int4"), scale_dtype=torch.int32)

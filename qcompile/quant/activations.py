@@ -1,0 +1,137 @@
+"""Quantized activations in plain torch: the definition every integer kernel is judged against.
+
+Shapes: an activation is [..., K] in groups of g columns, G = ceil(K / g), the last group possibly shorter; -1 is one group (the token).
+Integer codes are signed int8 [..., K] whatever their width, float8 codes float8_e4m3fn. The scale [..., G] has the working dtype
+(float32; float64 for float64 input); a tensor of one element serves every token (static quantization).
+Sums of products of codes are exact, so a row's result never depends on the rows beside it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qcompile.quant.reference import unpack
+
+FLOAT8_MAX = 448.0
+_FLOAT32_INTEGERS = 1 << 24
+
+
+def _working(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def group_columns(columns: int, group_size: int) -> int:
+    """Columns in a full group of an axis of `columns` columns."""
+    return columns if group_size == -1 else min(group_size, columns)
+
+
+def _grouped(x: Tensor, size: int) -> Tensor:
+    """View [..., K] as [..., G, g], the last group filled up with 0."""
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
+
+
+def _spread(values: Tensor, size: int, columns: int) -> Tensor:
+    """One value per group [..., G] over the columns [..., K]; a single value is left to broadcast."""
+    return values if values.shape[-1] == 1 else values.repeat_interleave(size, dim=-1)[..., :columns]
+
+
+def dynamic_scale(x: Tensor, bits: int, group_size: int, element: str = "int", clip: float = 1.0) -> Tensor:
+    """The scale [..., G] of x [..., K], in the working dtype.
+
+    Integers: `clip · extreme / -2^(b-1)`, where the extreme of larger magnitude (the negative one in a tie) keeps its sign, so that the
+    side with one level more serves the longer tail: the scale can be negative. float8: `clip · max|x| / 448`. Zeros give scale 1.
+    """
+    groups = _grouped(_working(x), group_columns(x.shape[-1], group_size))
+    greatest, least = groups.amax(-1), groups.amin(-1)
+    if element == "fp8":
+        scale = torch.maximum(greatest, -least) * (clip / FLOAT8_MAX)
+    else:
+        scale = torch.where(greatest > -least, greatest, least) * (-clip / (1 << (bits - 1)))
+    return torch.where(scale != 0, scale, torch.ones_like(scale))
+
+
+def encode(x: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, element: str = "int") -> Tensor:
+    """Codes [..., K]: `clamp(round(x / scale) + zero)`, half to even; float8_e4m3fn saturating for element fp8."""
+    columns = x.shape[-1]
+    size = group_columns(columns, group_size)
+    scaled = _working(x) / _spread(scale, size, columns)
+    if element == "fp8":
+        return scaled.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float32).to(torch.float8_e4m3fn)
+    scaled = scaled.round()
+    if zero is not None:
+        scaled = scaled + _spread(zero, size, columns)
+    return scaled.clamp(-(1 << (bits - 1)), (1 << (bits - 1)) - 1).to(torch.int8)
+
+
+def quantize(x: Tensor, bits: int, group_size: int, element: str = "int", clip: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Symmetric codes [..., K] and scale [..., G] of x, the range taken from x itself."""
+    scale = dynamic_scale(x, bits, group_size, element, clip)
+    return encode(x, scale, None, bits, group_size, element), scale
+
+
+def quantize_asymmetric(x: Tensor, bits: int, group_size: int, clip: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [..., K], scale [..., G] and zero int32 [..., G] with `x ≈ (code - zero) · scale`; the range contains 0."""
+    groups = _grouped(_working(x), group_columns(x.shape[-1], group_size))
+    least, greatest = groups.amin(-1).clamp(max=0) * clip, groups.amax(-1).clamp(min=0) * clip
+    scale = (greatest - least) / ((1 << bits) - 1)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    low = -(1 << (bits - 1))
+    zero = ((-least / scale).round() + low).clamp(low, -low - 1).to(torch.int32)
+    return encode(x, scale, zero, bits, group_size), scale, zero
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, dtype: torch.dtype) -> Tensor:
+    """`(code - zero) · scale` as `dtype` [..., K], computed in the scale's type and rounded once."""
+    columns = codes.shape[-1]
+    size = group_columns(columns, group_size)
+    work = scale.dtype if scale.dtype == torch.float64 or dtype != torch.float64 else torch.float64
+    values = codes.to(torch.float32).to(work)
+    if zero is not None:
+        values = values - _spread(zero, size, columns).to(work)
+    return (values * _spread(scale, size, columns)).to(dtype)
+
+
+def exact_matmul(a: Tensor, b: Tensor, bound: int) -> Tensor:
+    """`a · bᵀ` of integer-valued a [M, K] and b [N, K] (any dtype) without rounding, as float32 or float64.
+
+    Args:
+        a: [M, K].
+        b: [N, K].
+        bound: what no `|a[m, k] · b[n, k]|` exceeds; where K times it stays below 2^24, float32 holds every partial sum.
+    """
+    work = torch.float32 if bound * a.shape[-1] <= _FLOAT32_INTEGERS else torch.float64
+    return torch.matmul(a.to(work), b.to(work).t())
+
+
+def signed_weight(codes: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int) -> Tensor:
+    """Packed weight codes uint8 [N, ceil(K·b/8)] as `code - zero`: int16 [N, K] (int8 fits where `zero` is None)."""
+    values = unpack(codes, bits, columns).to(torch.int16)
+    if zero is None:
+        return values - (1 << (bits - 1))
+    size = group_columns(columns, group_size)
+    groups = -(-columns // size)
+    return values - _spread(unpack(zero, bits, groups).to(torch.int16), size, columns)
+
+
+def scaled_matmul(a: Tensor, scale: Tensor, a_size: int, w: Tensor, w_scale: Tensor, w_size: int, bound: int) -> Tensor:
+    """`Σ_g (a_g · w_gᵀ) · scale_g · w_scale_g` [M, N] over runs of columns that share both scales, in the working dtype.
+
+    Args:
+        a: integer-valued [M, K].
+        scale: [M, Ga] or one element.
+        a_size: columns of a full group of `a`; it divides `w_size` or is divided by it (or either spans the row).
+        w: integer-valued [N, K].
+        w_scale: [N, Gw], a float type.
+        w_size: columns of a full group of `w`.
+        bound: see `exact_matmul`.
+    """
+    columns = a.shape[-1]
+    step = min(a_size, w_size)
+    total = scale.new_zeros((a.shape[0], w.shape[0]))
+    scale, w_scale = scale.reshape(-1, scale.shape[-1]), w_scale.to(scale.dtype)
+    for start in range(0, columns, step):
+        product = exact_matmul(a[:, start : start + step], w[:, start : start + step], bound)
+        left = scale[:, start // a_size if scale.shape[1] > 1 else 0]
+        total = total + product.to(total.dtype) * (left.unsqueeze(1) * w_scale[:, start // w_size].unsqueeze(0))
+    return total
