@@ -12,6 +12,10 @@ from typing import Any
 
 import torch
 
+from qcompile.ir import activation_ops as _activation_ops  # noqa: F401  registers operators of quantized activations
+from qcompile.ir import cache_ops as _cache_ops  # noqa: F401  registers operators of packed caches
+from qcompile.ir import fused_activation_ops as _fused_activation_ops  # noqa: F401  registers producers of quantized activations
+from qcompile.ir import hadamard_ops as _hadamard_ops  # noqa: F401  registers qcompile::hadamard
 from qcompile.ir import ops as _operators  # noqa: F401  registers the qcompile:: operators
 
 _ATEN = """
@@ -44,7 +48,8 @@ view.default view_as.default where.Scalar where.ScalarOther where.ScalarSelf whe
 """
 _QCOMPILE = """
 rms_norm add_rms_norm rotary_table rope gated_activation attention cache_append cache_append_ cache_attend dequantize quantized_linear
-quantized_embedding moe_experts gather_last
+quantized_embedding moe_experts gather_last hadamard pack_vectors cache_attend_packed quantize_activation quantize_activation_asym
+quantize_static dequantize_activation integer_linear float8_linear norm_quantize add_norm_quantize gated_quantize hadamard_quantize
 """
 _PYTHON = (
     operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg, operator.getitem, operator.pow,

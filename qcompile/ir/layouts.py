@@ -32,7 +32,30 @@ def split_half(codes: Tensor) -> Tensor:
     return (columns[:, :, 0] | (columns[:, :, 1] << 4)).reshape(rows, -1)
 
 
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {"split-half": split_half}
+def split_half_signed(codes: Tensor) -> Tensor:
+    """`split_half` of 4-bit codes as two's complement of `code - 8`: a nibble moved to the top of a byte is 16 times its number.
+
+    What fills the tail is the number 0 (for an even number of columns).
+    """
+    return split_half(codes ^ 0x88)
+
+
+def signed(codes: Tensor) -> Tensor:
+    """8-bit codes uint8 [N, K] as the int8 numbers `code - 128` that integer tensor cores multiply."""
+    return (codes ^ 0x80).view(torch.int8)
+
+
+def float8(codes: Tensor) -> Tensor:
+    """The bit patterns of float8 (e4m3) [N, K], stored as uint8, under their own type."""
+    return codes.view(torch.float8_e4m3fn)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "split-half": split_half,
+    "split-half-signed": split_half_signed,
+    "signed": signed,
+    "float8": float8,
+}
 
 
 def apply_layout(name: str, stored: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ _LIBRARY = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-ca
 Reference = TypeVar("Reference", bound=Callable[..., object])
 
 
-def _define(schema: str, fake: Callable[..., object]) -> Callable[[Reference], Reference]:
+def define(schema: str, fake: Callable[..., object]) -> Callable[[Reference], Reference]:
     """Register the decorated reference under `schema`, with `fake` for shapes."""
 
     def register(implementation: Reference) -> Reference:
@@ -42,7 +42,7 @@ def _like_first(x: Tensor, *_: object, **__: object) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@_define("rms_norm(Tensor x, Tensor? weight, float eps, float offset=0.0) -> Tensor", _like_first)
+@define("rms_norm(Tensor x, Tensor? weight, float eps, float offset=0.0) -> Tensor", _like_first)
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
     """`x / sqrt(mean(x², -1) + eps) · (offset + weight)`; x [..., K], weight [K]; offset is 1 for Gemma (arXiv:1910.07467)."""
     wide = x.to(working_dtype(x.dtype))
@@ -56,7 +56,7 @@ def _fake_add_rms_norm(x: Tensor, residual: Tensor, *_: object, **__: object) ->
     return torch.empty_like(x), torch.empty_like(x)
 
 
-@_define("add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, float offset=0.0) -> (Tensor, Tensor)", _fake_add_rms_norm)
+@define("add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, float offset=0.0) -> (Tensor, Tensor)", _fake_add_rms_norm)
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
     """The residual sum `x + residual` and its `rms_norm`, both [..., K]."""
     total = x + residual
@@ -68,7 +68,7 @@ def _fake_rotary_table(positions: Tensor, inv_freq: Tensor, scaling: float, dtyp
     return table, torch.empty_like(table)
 
 
-@_define("rotary_table(Tensor positions, Tensor inv_freq, float scaling, ScalarType dtype) -> (Tensor, Tensor)", _fake_rotary_table)
+@define("rotary_table(Tensor positions, Tensor inv_freq, float scaling, ScalarType dtype) -> (Tensor, Tensor)", _fake_rotary_table)
 def rotary_table(positions: Tensor, inv_freq: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines [B, S, 2F] of `positions` [B, S] times `inv_freq` [F], twice side by side (arXiv:2104.09864)."""
     work = working_dtype(inv_freq.dtype)
@@ -77,7 +77,7 @@ def rotary_table(positions: Tensor, inv_freq: Tensor, scaling: float, dtype: tor
     return (angle.cos() * scaling).to(dtype), (angle.sin() * scaling).to(dtype)
 
 
-@_define("rope(Tensor x, Tensor cos, Tensor sin) -> Tensor", _like_first)
+@define("rope(Tensor x, Tensor cos, Tensor sin) -> Tensor", _like_first)
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the halves of x [B, H, S, R] by cos and sin [B or 1, S, R]: `x·cos + cat(-x_high, x_low)·sin`."""
     low, high = x.chunk(2, dim=-1)
@@ -92,7 +92,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@_define("gated_activation(Tensor gate, Tensor up, str activation) -> Tensor", _like_first)
+@define("gated_activation(Tensor gate, Tensor up, str activation) -> Tensor", _like_first)
 def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """`activation(gate) · up`, elementwise: SwiGLU for silu, GeGLU for gelu (arXiv:2002.05202)."""
     return ACTIVATIONS[activation](gate) * up
@@ -138,7 +138,7 @@ def _token_major(q: Tensor, v: Tensor) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3])).transpose(1, 2)
 
 
-@_define(
+@define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? padding, Tensor? bias, float scale, bool causal, int "
     "window=0, float softcap=0.0, Tensor? sinks=None) -> Tensor",
     _fake_attention,
@@ -184,7 +184,7 @@ def _fake_cache_append(keys: Tensor, values: Tensor, *_: object) -> tuple[Tensor
     return torch.empty_like(keys), torch.empty_like(values)
 
 
-@_define(
+@define(
     "cache_append(Tensor keys, Tensor values, Tensor k, Tensor v, Tensor page_table, Tensor positions) -> (Tensor, Tensor)",
     _fake_cache_append,
 )
@@ -198,7 +198,7 @@ def cache_append(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, page_table:
     return keys, values
 
 
-@_define(
+@define(
     "cache_append_(Tensor(a!) keys, Tensor(b!) values, Tensor k, Tensor v, Tensor page_table, Tensor positions) -> ()", lambda *_: None
 )
 def cache_append_(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, page_table: Tensor, positions: Tensor) -> None:
@@ -210,7 +210,7 @@ def _fake_cache_attend(q: Tensor, keys: Tensor, values: Tensor, *_: object, **__
     return _token_major(q, values)
 
 
-@_define(
+@define(
     "cache_attend(Tensor q, Tensor keys, Tensor values, Tensor page_table, Tensor positions, float scale, int "
     "window=0, float softcap=0.0, Tensor? sinks=None) -> Tensor",
     _fake_cache_attend,
@@ -237,58 +237,68 @@ def cache_attend(
 
 
 def _fake_dequantize(
-    codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int, dtype: torch.dtype
-) -> Tensor:
-    return scale.new_empty((codes.shape[0], columns), dtype=dtype)
+    codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int, dtype: torch.dtype,
+    *_: object, **__: object,
+) -> Tensor:  # fmt: skip
+    return codes.new_empty((codes.shape[0], columns), dtype=dtype)
 
 
-@_define(
-    "dequantize(Tensor codes, Tensor scale, Tensor? zero, int bits, int group_size, int columns, ScalarType dtype) -> Tensor",
+@define(
+    "dequantize(Tensor codes, Tensor scale, Tensor? zero, int bits, int group_size, int columns, ScalarType dtype, "
+    'str element="int", Tensor? scale2=None) -> Tensor',
     _fake_dequantize,
 )
-def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int, dtype: torch.dtype) -> Tensor:
+def dequantize(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int, dtype: torch.dtype,
+    element: str = "int", scale2: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Packed codes uint8 [N, ceil(K·b/8)] to [N, K]; see `qcompile.quant.reference.dequantize`."""
-    return reference.dequantize(codes, scale, zero, bits, group_size, columns, dtype)
+    return reference.dequantize(codes, scale, zero, bits, group_size, columns, dtype, element, scale2)
 
 
 def _fake_quantized_linear(x: Tensor, codes: Tensor, *_: object, **__: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
-@_define(
-    "quantized_linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias, int bits, int group_size) -> Tensor",
+@define(
+    "quantized_linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias, int bits, int group_size, "
+    'str element="int", Tensor? scale2=None) -> Tensor',
     _fake_quantized_linear,
 )
 def quantized_linear(
-    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group_size: int
-) -> Tensor:
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group_size: int,
+    element: str = "int", scale2: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """`x · dequantize(codes)ᵀ + bias`: x [..., K], codes uint8 [N, ceil(K·b/8)], result [..., N]."""
-    weight = reference.dequantize(codes, scale, zero, bits, group_size, x.shape[-1], x.dtype)
+    weight = reference.dequantize(codes, scale, zero, bits, group_size, x.shape[-1], x.dtype, element, scale2)
     return functional.linear(x, weight, bias)
 
 
 def _fake_quantized_embedding(
-    indices: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int, dtype: torch.dtype
-) -> Tensor:
-    return scale.new_empty((*indices.shape, columns), dtype=dtype)
+    indices: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int, dtype: torch.dtype,
+    *_: object, **__: object,
+) -> Tensor:  # fmt: skip
+    return codes.new_empty((*indices.shape, columns), dtype=dtype)
 
 
-@_define(
+@define(
     "quantized_embedding(Tensor indices, Tensor codes, Tensor scale, Tensor? zero, int bits, int group_size, int "
-    "columns, ScalarType dtype) -> Tensor",
+    'columns, ScalarType dtype, str element="int", Tensor? scale2=None) -> Tensor',
     _fake_quantized_embedding,
 )
 def quantized_embedding(
-    indices: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int, dtype: torch.dtype
-) -> Tensor:
+    indices: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int, dtype: torch.dtype,
+    element: str = "int", scale2: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Rows `indices` of the dequantized table [N, K]: result [..., K]."""
     flat = indices.flatten()
     picked = None if zero is None else zero[flat]
-    rows = reference.dequantize(codes[flat], scale[flat], picked, bits, group_size, columns, dtype)
+    second = scale2 if scale2 is None or scale2.numel() == 1 else scale2[flat]
+    rows = reference.dequantize(codes[flat], scale[flat], picked, bits, group_size, columns, dtype, element, second)
     return rows.view(*indices.shape, columns)
 
 
-@_define(
+@define(
     "moe_experts(Tensor x, Tensor indices, Tensor weights, Tensor gate_up, Tensor down, str activation) -> Tensor",
     _like_first,
 )
@@ -310,7 +320,7 @@ def _fake_gather_last(x: Tensor, positions: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], 1, x.shape[2]))
 
 
-@_define("gather_last(Tensor x, Tensor positions) -> Tensor", _fake_gather_last)
+@define("gather_last(Tensor x, Tensor positions) -> Tensor", _fake_gather_last)
 def gather_last(x: Tensor, positions: Tensor) -> Tensor:
     """The row of x [B, S, K] at each sequence's greatest position (the last real token): [B, 1, K]."""
     last = positions.argmax(dim=1).view(-1, 1, 1).expand(-1, 1, x.shape[2])

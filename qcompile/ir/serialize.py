@@ -17,12 +17,10 @@ from qcompile.errors import ArtifactError, FormatError
 from qcompile.ir.allowed import ALLOWED, name_of
 from qcompile.ir.constants import Constant
 from qcompile.ir.graph import Graph, Interface, operator_name
-from qcompile.ir.memory import dtype_of
 from qcompile.ir.size import Size
 from qcompile.ir.symbols import size_expression
-from qcompile.quant.element import element
-from qcompile.quant.granularity import Granularity
-from qcompile.quant.scheme import QuantFormat, dtype_name
+from qcompile.quant.format import QuantFormat, parse_format
+from qcompile.quant.scheme import dtype_name
 
 _MEMORY_FORMATS = {str(item).removeprefix("torch."): item for item in (torch.contiguous_format, torch.preserve_format, torch.channels_last)}
 
@@ -31,15 +29,10 @@ def format_of(text: str, where: str = "format") -> QuantFormat:
     """Read what `str(QuantFormat)` writes: `int4 g64 sym fp16`.
 
     Raises:
-        ArtifactError: for text of another shape.
+        ArtifactError: for text of another shape, or a format that does not exist.
     """
-    parts = text.split()
-    size = parts[1].removeprefix("g") if len(parts) == 4 else ""
-    if len(parts) != 4 or parts[2] not in ("sym", "asym") or not (size == "channel" or size.isdecimal()):
-        raise ArtifactError(f"{where}: expected a format like 'int4 g64 sym fp16', got {text!r}; compile again")
     try:
-        granularity = Granularity(-1 if size == "channel" else int(size))
-        return QuantFormat(element(parts[0]), granularity, parts[2] == "sym", dtype_of(parts[3], where))
+        return parse_format(text)
     except FormatError as error:
         raise ArtifactError(f"{where}: expected a format that exists, got {text!r}: {error}; compile again") from error
 

@@ -29,6 +29,7 @@ DTYPES = {
     "fp16": torch.float16,
     "fp32": torch.float32,
     "fp64": torch.float64,
+    "fp8e4nv": torch.float8_e4m3fn,
     "u8": torch.uint8,
     "i8": torch.int8,
     "i16": torch.int16,

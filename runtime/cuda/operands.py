@@ -12,7 +12,7 @@ _FIRST_IS_X = {"self": "x", "input": "x", "other": "y"}
 RENAMED: dict[str, dict[str, str]] = {"aten.argmax.default": {"self": "logits"}, "aten.topk.default": {"self": "logits"}}
 """Operator -> schema argument -> operand name, where that is neither its own name nor x (self, input) or y (other)."""
 
-_LEADING = ("logits", "gate", "x")
+_LEADING = ("logits", "gate", "x", "codes")
 """Operands over rows of features: the axes before the last count the rows."""
 
 _BATCHED = {

@@ -12,7 +12,6 @@ from torch.nn import functional
 
 from qcompile.ir.allowed import ALLOWED
 from qcompile.ir.lowered import Step
-from qcompile.ir.ops import cache_attend
 from qcompile.runtime.engines.base import PlanEngine
 from qcompile.runtime.engines.program import Call, Kernels, Operands
 from qcompile.runtime.engines.weights import by_float_weight, float_weights
@@ -20,7 +19,7 @@ from qcompile.runtime.kv_cache import KVCache
 
 ROWS = 16
 """Rows of a tile: one shape of matmul whatever the batch, so one order of summation."""
-ATTENTION = "qcompile.cache_attend.default"
+ATTENTION = ("qcompile.cache_attend.default", "qcompile.cache_attend_packed.default")
 _FUNCTIONS = ("cos", "erf", "exp", "expm1", "gelu", "log", "log1p", "mish", "sigmoid", "silu", "sin", "softplus", "tanh")
 BY_TOKEN = ("qcompile.gated_activation.default", "qcompile.rotary_table.default", *(f"aten.{name}.default" for name in _FUNCTIONS))
 """Torch computes these with vectors and the last few elements one by one, with other bits: what is last must not depend on the batch."""
@@ -43,8 +42,8 @@ class ReferenceEngine(PlanEngine):
 
 
 def _kernel(step: Step, operands: Operands) -> Call | None:
-    if step.operator == ATTENTION:
-        return lambda: attend_by_row(operands)
+    if step.operator in ATTENTION:
+        return lambda: attend_by_row(ALLOWED[step.operator], operands)
     if step.operator in BY_TOKEN:
         return lambda: call_by_token(ALLOWED[step.operator], operands)
     if step.operator not in LINEARS:
@@ -65,7 +64,7 @@ def call_by_token(operator: Callable[..., Any], operands: Operands) -> None:
             out[part] = value
 
 
-def attend_by_row(operands: Operands) -> None:
+def attend_by_row(operator: Callable[..., Any], operands: Operands) -> None:
     """The operator on the real tokens [1, H, S', D] of one row after the other: neither the batch nor its padding sets a shape."""
     q, keys, values, page_table, positions, *options = operands.args
     operands.out.zero_()
@@ -73,7 +72,7 @@ def attend_by_row(operands: Operands) -> None:
         real = (places >= 0).nonzero().squeeze(-1)
         if real.numel():
             queries = q[row : row + 1, :, real].contiguous()
-            mixed = cache_attend(queries, keys, values, page_table[row : row + 1], places[real].unsqueeze(0), *options, **operands.kwargs)
+            mixed = operator(queries, keys, values, page_table[row : row + 1], places[real].unsqueeze(0), *options, **operands.kwargs)
             operands.out[row, :, real] = mixed[0]
 
 

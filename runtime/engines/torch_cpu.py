@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from qcompile.ir.lowered import Step
 from qcompile.ir.ops import ACTIVATIONS, masked_attention
+from qcompile.quant.hadamard import split_transform
 from qcompile.runtime.engines.base import PlanEngine
 from qcompile.runtime.engines.program import Call, Kernels, Operands, by_operator
 from qcompile.runtime.engines.weights import Readers, by_float_weight, float_weights
@@ -187,6 +188,19 @@ def gated_activation(operands: Operands, runs: Runs) -> Call:
     return lambda: torch.mul(activation(gate), up, out=out)
 
 
+def hadamard(operands: Operands, runs: Runs) -> Call | None:
+    """Two small matrix products, their factors made once."""
+    del runs
+    x, matrix, size = operands.args
+    out = operands.out
+    if x.dtype not in (torch.float32, torch.float64) or not x.is_contiguous():
+        return None
+    left, right = (factor.to(x.dtype) for factor in split_transform(matrix, size))
+    shape = (-1, left.shape[0], right.shape[0])
+    grid, result = x.view(shape), out.view(shape)
+    return lambda: result.copy_(left @ (grid @ right))
+
+
 def add(operands: Operands, runs: Runs) -> Call | None:
     """Plain sums of tensors."""
     del runs
@@ -282,6 +296,7 @@ KERNELS: dict[str, Callable[[Operands, Runs], Call | None]] = {
     "qcompile.add_rms_norm.default": add_rms_norm,
     "qcompile.rope.default": rope,
     "qcompile.gated_activation.default": gated_activation,
+    "qcompile.hadamard.default": hadamard,
     "aten.add.Tensor": add,
     "qcompile.cache_append_.default": cache_append,
     "qcompile.cache_attend.default": cache_attend,

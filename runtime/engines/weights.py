@@ -19,6 +19,8 @@ _EMBED_CODES = "qcompile.quantized_embedding.default"
 _OTHER_READERS = {_EMBED_CODES: 1, "qcompile.dequantize.default": 0}
 """Operators beside the linear that read codes -> the place of the codes among their arguments."""
 _LINEAR = "aten.linear.default"
+_DEFAULTS = ("int", None)
+"""Element and second level of scales of a quantized linear that names neither."""
 
 
 class Readers(enum.Enum):
@@ -37,7 +39,7 @@ def float_weights(contents: ArtifactContents) -> Iterator[tuple[str, Tensor, Rea
     Codes of quantized linears become the float weights they stand for, under the codes' name (see `by_float_weight`).
     """
     readers = _readers(contents.plan)
-    scales = {step.args[2]["buffer"] for step in readers.values()} | {step.args[3]["buffer"] for step in readers.values() if step.args[3]}
+    scales = {part["buffer"] for step in readers.values() for part in (*step.args[2:4], *step.args[8:9]) if part}
     uses = _uses(contents.plan)
     for name, constant in contents.constants.items():
         if name in readers:
@@ -62,15 +64,15 @@ def by_float_weight(step: Step, operands: Operands) -> Call | None:
 
 
 def _dequantized(contents: ArtifactContents, step: Step) -> Tensor:
-    x, codes, scale, zero, _, bits, group_size = step.args
+    x, codes, scale, zero, _, bits, group_size, element, scale2 = (*step.args, *_DEFAULTS[len(step.args) - 7 :])
     buffers = contents.plan.entries["forward"].buffers
     columns = buffers[x["buffer"]].shape[-1]
     assert isinstance(columns, int)
-    parts = [None if part is None else contents.constants[part["buffer"]].materialize() for part in (codes, scale, zero)]
-    packed, factor, offset = parts
+    parts = [None if part is None else contents.constants[part["buffer"]].materialize() for part in (codes, scale, zero, scale2)]
+    packed, factor, offset, second = parts
     assert packed is not None
     assert factor is not None
-    return dequantize(packed, factor, offset, bits, group_size, columns, dtype_of(buffers[x["buffer"]].dtype))
+    return dequantize(packed, factor, offset, bits, group_size, columns, dtype_of(buffers[x["buffer"]].dtype), element, second)
 
 
 def _readers(plan: Plan) -> dict[str, Step]:

@@ -1,0 +1,162 @@
+"""The `qcompile::` operators of quantized activations: codes in, integer or float8 matmul, scales in the epilogue.
+
+The arithmetic, its shapes and the meaning of codes, scales and zero points stand in `qcompile.quant.activations`. A group size of -1
+is one group per token (activations) or per output row (weights). Weights keep the packed layout of `qcompile.quant.reference`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qcompile.errors import FormatError
+from qcompile.ir.ops import define
+from qcompile.quant import activations
+
+
+def _groups(x: Tensor, group_size: int) -> int:
+    return -(-x.shape[-1] // activations.group_columns(x.shape[-1], group_size))
+
+
+def _code_dtype(element: str) -> torch.dtype:
+    return torch.float8_e4m3fn if element == "fp8" else torch.int8
+
+
+def fake_codes(x: Tensor, group_size: int, element: str) -> tuple[Tensor, Tensor]:
+    """Empty codes and scale for x [..., K], contiguous."""
+    scale_dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape, dtype=_code_dtype(element)), x.new_empty((*x.shape[:-1], _groups(x, group_size)), dtype=scale_dtype)
+
+
+def _fake_quantize(x: Tensor, bits: int, group_size: int, element: str = "int", clip: float = 1.0) -> tuple[Tensor, Tensor]:
+    return fake_codes(x, group_size, element)
+
+
+@define(
+    'quantize_activation(Tensor x, int bits, int group_size, str element="int", float clip=1.0) -> (Tensor, Tensor)',
+    _fake_quantize,
+)
+def quantize_activation(x: Tensor, bits: int, group_size: int, element: str = "int", clip: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Symmetric codes [..., K] and scale [..., G] of x [..., K], each group by its own extreme times `clip`.
+
+    The scale keeps the extreme's sign (`clip · extreme / -2^(b-1)`), so it can be negative; see `activations.dynamic_scale`.
+    """
+    return activations.quantize(x.contiguous(), bits, group_size, element, clip)
+
+
+def _fake_quantize_asym(x: Tensor, bits: int, group_size: int, clip: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    codes, scale = fake_codes(x, group_size, "int")
+    return codes, scale, torch.empty_like(scale, dtype=torch.int32)
+
+
+@define(
+    "quantize_activation_asym(Tensor x, int bits, int group_size, float clip=1.0) -> (Tensor, Tensor, Tensor)",
+    _fake_quantize_asym,
+)
+def quantize_activation_asym(x: Tensor, bits: int, group_size: int, clip: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes int8 [..., K], scale [..., G] and zero int32 [..., G] with `x ≈ (code - zero) · scale`."""
+    return activations.quantize_asymmetric(x.contiguous(), bits, group_size, clip)
+
+
+def _fake_quantize_static(x: Tensor, scale: Tensor, zero: Tensor | None, bits: int, element: str = "int") -> Tensor:
+    return x.new_empty(x.shape, dtype=_code_dtype(element))
+
+
+@define('quantize_static(Tensor x, Tensor scale, Tensor? zero, int bits, str element="int") -> Tensor', _fake_quantize_static)
+def quantize_static(x: Tensor, scale: Tensor, zero: Tensor | None, bits: int, element: str = "int") -> Tensor:
+    """Codes of x (any shape) by a scale [1] and a zero int32 [1] that are constants of the model; values outside saturate."""
+    return activations.encode(x.contiguous(), scale, zero, bits, -1, element)
+
+
+def _fake_dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty(codes.shape, dtype=dtype)
+
+
+@define(
+    "dequantize_activation(Tensor codes, Tensor scale, Tensor? zero, int group_size, ScalarType dtype) -> Tensor",
+    _fake_dequantize,
+)
+def dequantize_activation(codes: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, dtype: torch.dtype) -> Tensor:
+    """`(code - zero) · scale` [..., K] as `dtype`."""
+    return activations.dequantize(codes.contiguous(), scale, zero, group_size, dtype)
+
+
+def _rows(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes as [M, K] and the scale (or zero) as [M, G] or one element."""
+    return codes.reshape(-1, codes.shape[-1]), scale.reshape(-1, scale.shape[-1])
+
+
+def _group_sizes(columns: int, group_size: int, w_group_size: int) -> tuple[int, int]:
+    a_size, w_size = activations.group_columns(columns, group_size), activations.group_columns(columns, w_group_size)
+    if max(a_size, w_size) < columns and max(a_size, w_size) % min(a_size, w_size):
+        raise FormatError(
+            f"groups of {a_size} activations and {w_size} weights along {columns} columns: expected one to divide the other; set group_size"
+        )
+    return a_size, w_size
+
+
+def _finish(total: Tensor, codes: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if bias is not None:
+        total = total + bias.to(total.dtype)
+    return total.to(dtype).view(*codes.shape[:-1], total.shape[-1])
+
+
+def _fake_integer_linear(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, w_codes: Tensor, w_scale: Tensor, w_zero: Tensor | None, bias: Tensor | None,
+    group_size: int, w_bits: int, w_group_size: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return codes.new_empty((*codes.shape[:-1], w_codes.shape[0]), dtype=dtype)
+
+
+@define(
+    "integer_linear(Tensor codes, Tensor scale, Tensor? zero, Tensor w_codes, Tensor w_scale, Tensor? w_zero, Tensor? bias, "
+    "int group_size, int w_bits, int w_group_size, ScalarType dtype) -> Tensor",
+    _fake_integer_linear,
+)
+def integer_linear(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, w_codes: Tensor, w_scale: Tensor, w_zero: Tensor | None, bias: Tensor | None,
+    group_size: int, w_bits: int, w_group_size: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """`Σ_g scale_g · w_scale_g · Σ_k (code - zero)(w_code - w_zero) + bias` as `dtype` [..., N]; the inner sum is exact (int32).
+
+    codes int8 [..., K], scale [..., G] or [1], zero int32 alike or None, w_codes uint8 [N, ceil(K·b/8)], w_scale [N, Gw], w_zero packed
+    uint8 or None (2^(b-1)), bias [N]. Of the two group sizes one divides the other. Groups add up in order, in the scale's type.
+    """
+    a, s = _rows(codes, scale)
+    columns = a.shape[-1]
+    a_size, w_size = _group_sizes(columns, group_size, w_group_size)
+    bound = 1 << (7 + w_bits - (w_zero is None))
+    if zero is not None:
+        offset = zero.reshape(-1, zero.shape[-1])
+        a = a.to(torch.int16) - (offset if offset.shape[1] == 1 else offset.repeat_interleave(a_size, dim=1)[:, :columns]).to(torch.int16)
+        bound *= 2
+    w = activations.signed_weight(w_codes, w_zero, w_bits, w_group_size, columns)
+    return _finish(activations.scaled_matmul(a, s, a_size, w, w_scale, w_size, bound), codes, bias, dtype)
+
+
+def _fake_float8_linear(
+    codes: Tensor, scale: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None,
+    group_size: int, w_group_size: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return codes.new_empty((*codes.shape[:-1], w_codes.shape[0]), dtype=dtype)
+
+
+@define(
+    "float8_linear(Tensor codes, Tensor scale, Tensor w_codes, Tensor w_scale, Tensor? bias, int group_size, int w_group_size, "
+    "ScalarType dtype) -> Tensor",
+    _fake_float8_linear,
+)
+def float8_linear(
+    codes: Tensor, scale: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None,
+    group_size: int, w_group_size: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """`Σ_g scale_g · w_scale_g · Σ_k code · w_code + bias` as `dtype` [..., N] of float8_e4m3fn codes [..., K] and w_codes [N, K].
+
+    `w_codes` may come as the uint8 bytes of float8_e4m3fn. The inner sum is exact: products of float8 are multiples of 2^-18 up
+    to 2^18, which float64 adds without rounding; a kernel that adds them in float32 differs by that rounding.
+    """
+    a, s = _rows(codes, scale)
+    a_size, w_size = _group_sizes(a.shape[-1], group_size, w_group_size)
+    w = w_codes.view(torch.float8_e4m3fn) if w_codes.dtype == torch.uint8 else w_codes
+    total = activations.scaled_matmul(a.to(torch.float32), s, a_size, w.to(torch.float32), w_scale, w_size, bound=1 << 36)
+    return _finish(total, codes, bias, dtype)
