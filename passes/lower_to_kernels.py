@@ -21,7 +21,7 @@ qcompile = torch.ops.qcompile
 COVERED = (
     aten.linear.default, aten.embedding.default, aten.conv2d.default,
     qcompile.quantized_linear.default, qcompile.quantized_embedding.default,
-    qcompile.attention.default, qcompile.cache_attend.default, qcompile.moe_experts.default, aten.scaled_dot_product_attention.default,
+    qcompile.attention.default, qcompile.cache_attend.default, qcompile.cache_attend_packed.default, qcompile.moe_experts.default, aten.scaled_dot_product_attention.default,
 )  # fmt: skip
 REFERENCE = "reference"
 

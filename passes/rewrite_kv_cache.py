@@ -25,14 +25,15 @@ class RewriteKvCache(Pass):
     """Turn each causal attention of a language model into cache_append + cache_attend over a page-addressed cache.
 
     The graph then takes `input_ids`, `positions` [B, S] (-1 = padding, not stored, attends to nothing), `page_table`
-    int32 [B, pages], and per layer `keys_i`, `values_i` [P, L, R, D], and returns logits and the new keys and values.
+    int32 [B, pages], and per layer `keys_i`, `values_i` [P, L, R, D] (uint8 [P, L, R, W] where the format packs them), and returns
+    logits and the new keys and values.
     """
 
     name: ClassVar[str] = "rewrite-kv-cache"
 
     def is_exact(self, ctx: PassContext) -> bool:
         """Exact iff keys and values are stored in the dtype they are computed in."""
-        return ctx.target.cache_dtype == ctx.target.compute
+        return ctx.target.scheme.cache.bits is None and ctx.target.cache_dtype == ctx.target.compute
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:
         """All layers or none: a cache that only some layers use would be a wrong program."""
@@ -98,18 +99,23 @@ def _rewrite_layer(
     graph: Graph, node: fx.Node, index: int, positions: fx.Node, page_table: fx.Node, symbols: dict[str, Any], ctx: PassContext
 ) -> tuple[fx.Node, fx.Node]:
     q, k, v = node.args[:3]
+    bits = ctx.target.scheme.cache.bits
+    if bits is not None:
+        k, v = (graph.insert(node, qcompile.pack_vectors.default, (part, bits), source=node) for part in (k, v))
     states = []
     for name, part in (("keys", k), ("values", v)):
         _, heads, _, size = part.meta["val"].shape  # type: ignore[union-attr]
         with graph.mode:
-            value = torch.empty((symbols["pages"], heads, symbols["page_tokens"], size), dtype=ctx.target.cache_dtype)
+            dtype = ctx.target.cache_dtype if bits is None else torch.uint8
+            value = torch.empty((symbols["pages"], heads, symbols["page_tokens"], size), dtype=dtype)
         states.append(_placeholder(graph, f"{name}_{index}", value))
     appended = graph.insert(node, qcompile.cache_append.default, (*states, k, v, page_table, positions), source=node)
     keys, values = (graph.insert(node, operator.getitem, (appended, part), source=node) for part in (0, 1))
-    scale, window, softcap, sinks = (_option(node, place, name, default) for place, name, default in _ATTEND_OPTIONS)
-    attended = graph.insert(
-        node, qcompile.cache_attend.default, (q, keys, values, page_table, positions, scale, window, softcap, sinks), source=node
-    )
+    options = tuple(_option(node, place, name, default) for place, name, default in _ATTEND_OPTIONS)
+    attend = qcompile.cache_attend.default
+    if bits is not None:
+        attend, options = qcompile.cache_attend_packed.default, (bits, *options)
+    attended = graph.insert(node, attend, (q, keys, values, page_table, positions, *options), source=node)
     graph.replace(node, attended)
     return keys, values
 

@@ -27,7 +27,7 @@ _VIEWS = (
     aten.select.int, aten.expand.default, aten.flatten.using_ints, aten.t.default, aten.unflatten.int, aten.narrow.default,
     aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int,
 )  # fmt: skip
-_TOKEN_MAJOR = (qcompile.cache_attend.default, qcompile.attention.default)
+_TOKEN_MAJOR = (qcompile.cache_attend.default, qcompile.cache_attend_packed.default, qcompile.attention.default)
 
 
 class StepBuilder:

@@ -71,12 +71,29 @@ def test_other_families_give_the_same_outputs(family: str) -> None:
         assert (tensor - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max(), name
 
 
-@pytest.mark.parametrize("target", ["cpu-int8", "cpu-int4", "cpu-bf16", "cpu-fp32-kv16", "reference-int4", "reference-bf16"])
+@pytest.mark.parametrize(
+    "target",
+    ["cpu-int8", "cpu-int4", "cpu-bf16", "cpu-fp32-kv16", "cpu-fp32-kv4", "reference-int8-kv8", "reference-int4", "reference-bf16"],
+)
 def test_every_scheme_agrees_with_its_own_graph(target: str) -> None:
     """What the engine computes is what the graph says, run node by node."""
     compiled = qcompile.compile(tiny("llama"), target, max_batch=3, max_context=32)
     bound = 2e-2 if "bf16" in target else 1e-3 if "kv16" in target else 1e-4
     assert_graph_and_engine_agree(compiled, torch.tensor([PROMPTS[0], PROMPTS[2][:6]]), bound)
+
+
+def test_a_packed_cache_costs_what_it_says_and_stays_close() -> None:
+    """Head size 8: 4 bytes of codes, scale and least value at 4 bits; results do not depend on how the prompt was cut."""
+    exact = qcompile.compile(tiny("llama"), "reference-fp32", max_context=32)
+    packed = qcompile.compile(tiny("llama"), "reference-fp32-kv4", max_context=32)
+    assert exact.kv_bytes_per_token == 2 * 2 * 2 * 8 * 4
+    assert packed.kv_bytes_per_token == 2 * 2 * 2 * (4 + 4)
+    ids = torch.tensor([PROMPTS[0]])
+    expected, got = exact(ids)["logits"], packed(ids)["logits"]
+    assert 0 < (got - expected).abs().max() <= 0.2 * expected.abs().max()
+    engine_tokens = packed.generate(ids, max_new_tokens=6)
+    whole = packed(torch.tensor([[*PROMPTS[0], *engine_tokens[0][:-1]]]))["logits"][0].argmax(-1)
+    assert whole[len(PROMPTS[0]) - 1 :].tolist() == engine_tokens[0]
 
 
 def assert_graph_and_engine_agree(compiled: CompiledModel, ids: torch.Tensor, bound: float) -> None:
@@ -88,7 +105,9 @@ def assert_graph_and_engine_agree(compiled: CompiledModel, ids: torch.Tensor, bo
         "page_table": torch.arange(batch, dtype=torch.int32).view(batch, 1),
     }
     states = {
-        node.name: torch.zeros(batch, 2, length, 8, dtype=node.meta["val"].dtype) for node in graph.placeholders if node.name not in inputs
+        node.name: torch.zeros(batch, 2, length, node.meta["val"].shape[3], dtype=node.meta["val"].dtype)
+        for node in graph.placeholders
+        if node.name not in inputs
     }
     expected = graph.run([(inputs | states)[node.name] for node in graph.placeholders])[0]
     got = compiled(ids)["logits"]
