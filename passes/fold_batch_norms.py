@@ -1,0 +1,94 @@
+"""Batch normalization in evaluation is a factor and an offset per channel: the convolution or linear before it takes both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from qcompile.ir.constants import Cast, Constant, TensorSource, widened
+from qcompile.ir.graph import Graph, operator_name
+from qcompile.ir.scale_axis import ScaleAxis
+from qcompile.passes.base import Pass, PassContext
+
+aten = torch.ops.aten
+PRODUCERS = (aten.conv1d.default, aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default, aten.linear.default)
+
+
+@dataclass(frozen=True)
+class FoldBatchNorms(Pass):
+    """`batch_norm(conv(x, W, b))` becomes `conv(x, f·W, f·(b - mean) + beta)`, `f = gamma / sqrt(variance + eps)` (arXiv:1712.05877)."""
+
+    name: ClassVar[str] = "fold-batch-norms"
+
+    def run(self, graph: Graph, ctx: PassContext) -> bool:
+        """Every batch norm that alone reads a convolution or linear with weights of its own."""
+        changed = False
+        for node in graph.calls(aten.batch_norm.default):
+            reason = _obstacle(graph, node)
+            if reason is not None:
+                ctx.note(self.name, node.name, reason)
+            elif ctx.spend():
+                _fold(graph, node)
+                changed = True
+        graph.remove_dead()
+        return changed
+
+
+def _obstacle(graph: Graph, node: fx.Node) -> str | None:
+    """Why this batch norm stays, or None."""
+    producer: Any = node.args[0]
+    if producer.target not in PRODUCERS:
+        return f"it reads {operator_name(producer.target)}, expected a convolution or a linear"
+    if len(producer.users) != 1:
+        return f"{producer.name} is read by {len(producer.users)} nodes, expected by the batch norm alone"
+    if bool(node.args[5]):
+        return "it normalises by the batch it sees (training mode)"
+    for place, item in (("weight", producer.args[1]), ("bias", _argument(producer, 2)), *zip(_PARTS, node.args[1:5], strict=True)):
+        constant = graph.constant(item)
+        if item is not None and (constant is None or not constant.is_bound):
+            return f"its {place} is {'not a constant' if constant is None else 'a constant without a value'}"
+    if len(producer.args[1].users) != 1:
+        return f"the weight {producer.args[1].target} is read by others too"
+    return None
+
+
+_PARTS = ("gain", "offset", "mean", "variance")
+
+
+def _argument(node: fx.Node, place: int) -> Any:
+    return node.args[place] if len(node.args) > place else node.kwargs.get("bias")
+
+
+def _fold(graph: Graph, node: fx.Node) -> None:
+    producer: Any = node.args[0]
+    gain, offset, mean, variance = (_wide(graph, item) for item in node.args[1:5])
+    assert mean is not None
+    assert variance is not None
+    factor = torch.rsqrt(variance + float(node.args[7]))  # type: ignore[arg-type]
+    if gain is not None:
+        factor = factor * gain
+    bias = _wide(graph, _argument(producer, 2))
+    shifted = factor * (-mean if bias is None else bias - mean)
+    weight = producer.args[1]
+    name = str(weight.target)
+    dtype = graph.constants[name].dtype
+    graph.bind(name, _scaled(graph.constants[name], ScaleAxis(0, factor)))
+    total = shifted if offset is None else shifted + offset
+    new_bias = graph.add_constant(name.removesuffix(".weight") + ".folded_bias", Constant(TensorSource(total), (Cast(dtype),)), source=node)
+    producer.args = (*producer.args[:2], new_bias, *producer.args[3:])
+    producer.kwargs = {key: value for key, value in producer.kwargs.items() if key != "bias"}
+    producer.meta["passes"] = tuple(dict.fromkeys((*producer.meta["passes"], *node.meta["passes"], graph.current_pass)))
+    graph.replace(node, producer)
+
+
+def _scaled(constant: Constant, scale: ScaleAxis) -> Constant:
+    changed = constant.then(scale)
+    return changed if changed.dtype == constant.dtype else changed.then(Cast(constant.dtype))
+
+
+def _wide(graph: Graph, item: Any) -> Tensor | None:
+    constant = graph.constant(item)
+    return None if constant is None else widened(constant).materialize()
