@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from qcompile.errors import PipelineError
+from torch import fx
+
+from qcompile.errors import PipelineError, SourceError
 from qcompile.ir.graph import Graph
 from qcompile.ir.lowered import Backend
 from qcompile.ir.records import CoverageRow
 from qcompile.target import Target
+
+if TYPE_CHECKING:  # these run graphs, which takes passes
+    from qcompile.passes.calibration import Calibration
+    from qcompile.passes.statistics import Measured, Request, Statistics
+    from qcompile.passes.stream import Visit
+    from qcompile.passes.work import WorkStore
 
 
 @dataclass
@@ -28,6 +37,10 @@ class PassContext:
         notes: what passes left alone, as (pass, node, reason, whether the scheme or the user chose so).
         coverage: format and kernel of every linear, embedding and attention.
         products: results of lowering: `plan` and `kernels`.
+        calibration: data to run the model on, None where there is none.
+        work: where finished results are kept so that interrupted work continues; None keeps them in memory only.
+        measured: the statistics taken so far.
+        report: called with (what is being done, done, total) during long work.
     """
 
     target: Target
@@ -39,6 +52,68 @@ class PassContext:
     notes: list[tuple[str, str, str, bool]] = field(default_factory=list)
     coverage: list[CoverageRow] = field(default_factory=list)
     products: dict[str, Any] = field(default_factory=dict)
+    calibration: Calibration | None = None
+    work: WorkStore | None = None
+    measured: Statistics | None = None
+    report: Callable[[str, int, int], None] | None = None
+
+    def statistics(self, graph: Graph, requests: Iterable[Request]) -> Measured:
+        """Statistics of values of `graph` over the calibration data; what is known already is not measured again.
+
+        Raises:
+            SourceError: without calibration data.
+        """
+        calibration = self.require_calibration("statistics")
+        return self.taken.measure(graph, calibration, requests, progress=self.progress("measuring activations"))
+
+    def stream(
+        self, graph: Graph, visit: Visit, nodes: Iterable[fx.Node], label: str, *, reference: Graph | None = None, narrow: bool = True
+    ) -> None:
+        """Visit `nodes` with their inputs over the calibration data (`qcompile.passes.stream`), reporting progress as `label`.
+
+        `narrow` lets large linears multiply in bfloat16 where the CPU does that faster.
+
+        Raises:
+            SourceError: without calibration data.
+        """
+        from qcompile.passes.stream import stream
+
+        stream(graph, self.require_calibration(label), visit, nodes, reference=reference, progress=self.progress(label), narrow=narrow)
+
+    def finished(self, graph: Graph, options: str) -> WorkStore | None:
+        """Where results for this graph as it stands are kept under the calibration data and `options`; None keeps nothing.
+
+        `options` is everything else that the results depend on, such as the spec of the pass and a format.
+        """
+        from qcompile.passes.work import content_key
+
+        if self.work is None:
+            return None
+        return self.work.part(f"{options} {content_key(graph)} {self.calibration.key if self.calibration is not None else ''}")
+
+    @property
+    def taken(self) -> Statistics:
+        """The statistics taken so far; `apply_basis_change` carries them along with `taken.rebase`."""
+        if self.measured is None:
+            from qcompile.passes.statistics import Statistics
+
+            self.measured = Statistics(self.work)
+        return self.measured
+
+    def require_calibration(self, what: str) -> Calibration:
+        """The calibration data.
+
+        Raises:
+            SourceError: if there is none; `what` needs it.
+        """
+        if self.calibration is None:
+            raise SourceError(f"{what}: expected calibration data, got none; pass calibration=, or recipe='nearest', which needs none")
+        return self.calibration
+
+    def progress(self, label: str) -> Callable[[int, int], None] | None:
+        """A function of (done, total) that reports the progress of what `label` calls, or None if nobody listens."""
+        report = self.report
+        return None if report is None else lambda done, total: report(label, done, total)
 
     def spend(self) -> bool:
         """Take fuel for one rewrite; False once there is none left."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.errors import PassError, PipelineError
-from qcompile.ir.constants import Cast, uncast
+from qcompile.ir.constants import Cast, uncast, widened
 from qcompile.ir.graph import Graph, operator_name
 from qcompile.ir.verify import where
 from qcompile.passes.base import Pass, PassContext
@@ -83,6 +83,9 @@ def _convert_constant(graph: Graph, node: fx.Node, dtype: torch.dtype) -> bool:
     constant = graph.constants[str(node.target)]
     if constant.format is not None or constant.dtype not in _FLOATS or constant.dtype == dtype:
         return False
+    if dtype == torch.float64:
+        graph.bind(str(node.target), widened(constant))
+        return True
     precise = uncast(constant)
     graph.bind(str(node.target), precise if precise.dtype == dtype else precise.then(Cast(dtype)))
     return True

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib import resources
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from qcompile.data import packaged_text
 from qcompile.errors import SourceError, TokenizerError
 
 if TYPE_CHECKING:
@@ -137,11 +137,6 @@ def _checked(tokens: Tensor) -> Tensor:
     if tokens.dim() != 2 or tokens.is_floating_point() or len(tokens) == 0 or tokens.shape[1] < 2:
         raise SourceError(f"tokens: expected an integer array [windows, length of at least 2], got {tokens.dtype} {list(tokens.shape)}")
     return tokens.long()
-
-
-def packaged_text(part: Literal["calibration", "evaluation"]) -> str:
-    """English prose shipped with the package, about 60 kB; the two parts share no paragraph."""
-    return resources.files("qcompile.data").joinpath(f"{part}.txt").read_text(encoding="utf-8")
 
 
 def packaged_tokens(tokenizer: Tokenizer, part: Literal["calibration", "evaluation"], *, length: int = 256, windows: int = 16) -> Tensor:
