@@ -9,9 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qcompile.errors import FormatError
 from qcompile.ir.ops import define
 from qcompile.quant import activations
+
+_FLOAT8_BOUND = 1 << 36
+"""Products of float8 are multiples of 2^-18 below 2^18: what float64 adds exactly and float32 does not."""
 
 
 def _groups(x: Tensor, group_size: int) -> int:
@@ -81,20 +83,6 @@ def dequantize_activation(codes: Tensor, scale: Tensor, zero: Tensor | None, gro
     return activations.dequantize(codes.contiguous(), scale, zero, group_size, dtype)
 
 
-def _rows(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes as [M, K] and the scale (or zero) as [M, G] or one element."""
-    return codes.reshape(-1, codes.shape[-1]), scale.reshape(-1, scale.shape[-1])
-
-
-def _group_sizes(columns: int, group_size: int, w_group_size: int) -> tuple[int, int]:
-    a_size, w_size = activations.group_columns(columns, group_size), activations.group_columns(columns, w_group_size)
-    if max(a_size, w_size) < columns and max(a_size, w_size) % min(a_size, w_size):
-        raise FormatError(
-            f"groups of {a_size} activations and {w_size} weights along {columns} columns: expected one to divide the other; set group_size"
-        )
-    return a_size, w_size
-
-
 def _finish(total: Tensor, codes: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     if bias is not None:
         total = total + bias.to(total.dtype)
@@ -103,60 +91,53 @@ def _finish(total: Tensor, codes: Tensor, bias: Tensor | None, dtype: torch.dtyp
 
 def _fake_integer_linear(
     codes: Tensor, scale: Tensor, zero: Tensor | None, w_codes: Tensor, w_scale: Tensor, w_zero: Tensor | None, bias: Tensor | None,
-    group_size: int, w_bits: int, w_group_size: int, dtype: torch.dtype,
+    group_size: int, w_bits: int, w_group_size: int, dtype: torch.dtype, w_scale2: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return codes.new_empty((*codes.shape[:-1], w_codes.shape[0]), dtype=dtype)
 
 
 @define(
     "integer_linear(Tensor codes, Tensor scale, Tensor? zero, Tensor w_codes, Tensor w_scale, Tensor? w_zero, Tensor? bias, "
-    "int group_size, int w_bits, int w_group_size, ScalarType dtype) -> Tensor",
+    "int group_size, int w_bits, int w_group_size, ScalarType dtype, Tensor? w_scale2=None) -> Tensor",
     _fake_integer_linear,
 )
 def integer_linear(
     codes: Tensor, scale: Tensor, zero: Tensor | None, w_codes: Tensor, w_scale: Tensor, w_zero: Tensor | None, bias: Tensor | None,
-    group_size: int, w_bits: int, w_group_size: int, dtype: torch.dtype,
+    group_size: int, w_bits: int, w_group_size: int, dtype: torch.dtype, w_scale2: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`Σ_g scale_g · w_scale_g · Σ_k (code - zero)(w_code - w_zero) + bias` as `dtype` [..., N]; the inner sum is exact (int32).
 
     codes int8 [..., K], scale [..., G] or [1], zero int32 alike or None, w_codes uint8 [N, ceil(K·b/8)], w_scale [N, Gw], w_zero packed
-    uint8 or None (2^(b-1)), bias [N]. Of the two group sizes one divides the other. Groups add up in order, in the scale's type.
+    uint8 or None (2^(b-1)), bias [N], w_scale2 the scales' second level (`qcompile.quant.scales`). Of the
+    two group sizes one divides the other. Groups add up in order, in the scale's type.
     """
-    a, s = _rows(codes, scale)
-    columns = a.shape[-1]
-    a_size, w_size = _group_sizes(columns, group_size, w_group_size)
-    bound = 1 << (7 + w_bits - (w_zero is None))
-    if zero is not None:
-        offset = zero.reshape(-1, zero.shape[-1])
-        a = a.to(torch.int16) - (offset if offset.shape[1] == 1 else offset.repeat_interleave(a_size, dim=1)[:, :columns]).to(torch.int16)
-        bound *= 2
-    w = activations.signed_weight(w_codes, w_zero, w_bits, w_group_size, columns)
-    return _finish(activations.scaled_matmul(a, s, a_size, w, w_scale, w_size, bound), codes, bias, dtype)
+    weight = activations.signed_weight(w_codes, w_zero, w_bits, w_group_size, codes.shape[-1])
+    factors = activations.WeightScales(w_scale, w_scale2, w_group_size)
+    bound = 1 << (w_bits - (w_zero is None))
+    return _finish(activations.integer_matmul(codes, scale, zero, weight, factors, group_size, bound), codes, bias, dtype)
 
 
 def _fake_float8_linear(
     codes: Tensor, scale: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None,
-    group_size: int, w_group_size: int, dtype: torch.dtype,
+    group_size: int, w_group_size: int, dtype: torch.dtype, w_scale2: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return codes.new_empty((*codes.shape[:-1], w_codes.shape[0]), dtype=dtype)
 
 
 @define(
     "float8_linear(Tensor codes, Tensor scale, Tensor w_codes, Tensor w_scale, Tensor? bias, int group_size, int w_group_size, "
-    "ScalarType dtype) -> Tensor",
+    "ScalarType dtype, Tensor? w_scale2=None) -> Tensor",
     _fake_float8_linear,
 )
 def float8_linear(
     codes: Tensor, scale: Tensor, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None,
-    group_size: int, w_group_size: int, dtype: torch.dtype,
+    group_size: int, w_group_size: int, dtype: torch.dtype, w_scale2: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`Σ_g scale_g · w_scale_g · Σ_k code · w_code + bias` as `dtype` [..., N] of float8_e4m3fn codes [..., K] and w_codes [N, K].
 
     `w_codes` may come as the uint8 bytes of float8_e4m3fn. The inner sum is exact: products of float8 are multiples of 2^-18 up
     to 2^18, which float64 adds without rounding; a kernel that adds them in float32 differs by that rounding.
     """
-    a, s = _rows(codes, scale)
-    a_size, w_size = _group_sizes(a.shape[-1], group_size, w_group_size)
-    w = w_codes.view(torch.float8_e4m3fn) if w_codes.dtype == torch.uint8 else w_codes
-    total = activations.scaled_matmul(a.to(torch.float32), s, a_size, w.to(torch.float32), w_scale, w_size, bound=1 << 36)
-    return _finish(total, codes, bias, dtype)
+    weight = w_codes.view(torch.float8_e4m3fn) if w_codes.dtype == torch.uint8 else w_codes
+    factors = activations.WeightScales(w_scale, w_scale2, w_group_size)
+    return _finish(activations.integer_matmul(codes, scale, None, weight, factors, group_size, _FLOAT8_BOUND), codes, bias, dtype)

@@ -1,7 +1,8 @@
 """Maps of a feature axis.
 
 A map T takes a vector x of `size` channels to `T x`. What reads x holds vectors that transform contravariantly: `T⁻ᵀ w`, so that
-`(T⁻ᵀ w) · (T x) = w · x`. Arithmetic is done in float64 and rounded once. `qcompile.ir.change_basis` is the entry that such a map leaves in a constant's log.
+`(T⁻ᵀ w) · (T x) = w · x`. Arithmetic is done in float64 and rounded once.
+`qcompile.ir.change_basis` has the entry that such a map leaves in a constant's log.
 """
 
 from __future__ import annotations
@@ -296,7 +297,7 @@ class Blocks(Basis):
 
     def map(self, rows: Tensor, *, contravariant: bool = False) -> Tensor:
         """Each part on its own run."""
-        runs = rows.split([part.size for part in self.parts], dim=-1)
+        runs = torch.split(rows, [part.size for part in self.parts], dim=-1)
         return torch.cat([part.map(run, contravariant=contravariant) for part, run in zip(self.parts, runs, strict=True)], dim=-1)
 
     def __str__(self) -> str:

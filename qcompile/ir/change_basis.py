@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qcompile.ir.basis import Basis, Blocks, compose
-from qcompile.ir.constants import Cast, Constant
+from qcompile.ir.constants import Cast, Constant, Transform, uncast
 
 
 @dataclass(frozen=True)
@@ -81,20 +81,18 @@ class ChangeBasis:
 
 
 def change_basis(constant: Constant, change: ChangeBasis) -> Constant:
-    """The constant in another basis.
-
-    The change goes before casts at the end of the log, which then round its result, and becomes one with a change of the same
-    axis that it follows. The constant keeps its dtype.
-    """
-    dtype, transforms = constant.dtype, constant.transforms
-    while transforms and isinstance(transforms[-1], Cast):
-        transforms = transforms[:-1]
-    last = transforms[-1] if transforms else None
+    """The constant in another basis; a change of the same axis that it follows and this one become one."""
+    bare = uncast(constant)
+    last = bare.transforms[-1] if bare.transforms else None
     if isinstance(last, ChangeBasis) and replace(last, basis=change.basis) == change:
-        transforms = (*transforms[:-1], replace(change, basis=compose(last.basis, change.basis)))
-    else:
-        transforms = (*transforms, change)
-    changed = replace(constant, transforms=transforms)
+        composed = replace(change, basis=compose(last.basis, change.basis))
+        return then_before_casts(replace(bare, transforms=bare.transforms[:-1]), composed, constant.dtype)
+    return then_before_casts(constant, change, constant.dtype)
+
+
+def then_before_casts(constant: Constant, transform: Transform, dtype: torch.dtype) -> Constant:
+    """The constant with a transform that goes before the casts at the end of its log, rounded to `dtype` at the end."""
+    changed = uncast(constant).then(transform)
     return changed if changed.dtype == dtype else changed.then(Cast(dtype))
 
 

@@ -11,9 +11,14 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import ArtifactError
+from qcompile.quant.packing import unpack
 
 HALF = 64
 """Columns that lie side by side in the nibbles of one side under `split-half`."""
+QUARTER = 32
+"""Columns that lie side by side in one pair of bits under `split-quarter`."""
+THREE_BIT_BLOCK = QUARTER + QUARTER // 2
+"""Bytes that 128 columns of 3 bits take under `split-planes`."""
 
 
 def split_half_bytes(columns: int) -> int:
@@ -30,6 +35,33 @@ def split_half(codes: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(codes, (0, -stored % HALF))
     columns = torch.stack((padded & 15, padded >> 4), dim=-1).view(rows, -1, 2, HALF)
     return (columns[:, :, 0] | (columns[:, :, 1] << 4)).reshape(rows, -1)
+
+
+def split_quarter(codes: Tensor) -> Tensor:
+    """2-bit codes uint8 [N, ceil(K/4)] to [N, ceil(K/128)·32]: byte j of a block holds columns j, j + 32, j + 64, j + 96."""
+    return _quarters(unpack(codes, 2, codes.shape[1] * 4))
+
+
+def split_planes(codes: Tensor) -> Tensor:
+    """3-bit codes uint8 [N, ceil(3K/8)] to [N, ceil(K/128)·48]: of each block the low two bits as by `split_quarter`, then the third bits.
+
+    Byte j of these 16 holds columns j, j + 16 … j + 112, low bits first.
+    """
+    columns = unpack(codes, 3, codes.shape[1] * 8 // 3)
+    low = _quarters(columns & 3).view(len(codes), -1, QUARTER)
+    third = _blocks(columns >> 2, QUARTER // 2)
+    shifts = torch.arange(third.shape[2], dtype=torch.uint8, device=codes.device).view(1, 1, -1, 1)
+    return torch.cat((low, (third << shifts).sum(2).to(torch.uint8)), dim=-1).flatten(1)
+
+
+def _blocks(columns: Tensor, run: int) -> Tensor:
+    """[N, K] as [N, ceil(K/128), 128 / run, run], the tail 0."""
+    return torch.nn.functional.pad(columns, (0, -columns.shape[1] % (2 * HALF))).view(len(columns), -1, 2 * HALF // run, run)
+
+
+def _quarters(columns: Tensor) -> Tensor:
+    parts = _blocks(columns, QUARTER)
+    return (parts[:, :, 0] | (parts[:, :, 1] << 2) | (parts[:, :, 2] << 4) | (parts[:, :, 3] << 6)).flatten(1)
 
 
 def split_half_signed(codes: Tensor) -> Tensor:
@@ -50,11 +82,19 @@ def float8(codes: Tensor) -> Tensor:
     return codes.view(torch.float8_e4m3fn)
 
 
+def as_bytes(stored: Tensor) -> Tensor:
+    """The bit patterns of an 8-bit type."""
+    return stored.view(torch.uint8)
+
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "split-half": split_half,
     "split-half-signed": split_half_signed,
+    "split-quarter": split_quarter,
+    "split-planes": split_planes,
     "signed": signed,
     "float8": float8,
+    "bytes": as_bytes,
 }
 
 

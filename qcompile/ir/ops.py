@@ -198,9 +198,7 @@ def cache_append(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, page_table:
     return keys, values
 
 
-@define(
-    "cache_append_(Tensor(a!) keys, Tensor(b!) values, Tensor k, Tensor v, Tensor page_table, Tensor positions) -> ()", lambda *_: None
-)
+@define("cache_append_(Tensor(a!) keys, Tensor(b!) values, Tensor k, Tensor v, Tensor page_table, Tensor positions) -> ()", lambda *_: None)
 def cache_append_(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, page_table: Tensor, positions: Tensor) -> None:
     """`cache_append` in place: what memory planning turns it into."""
     _write(keys, values, k, v, page_table, positions)
@@ -324,4 +322,6 @@ def _fake_gather_last(x: Tensor, positions: Tensor) -> Tensor:
 def gather_last(x: Tensor, positions: Tensor) -> Tensor:
     """The row of x [B, S, K] at each sequence's greatest position (the last real token): [B, 1, K]."""
     last = positions.argmax(dim=1).view(-1, 1, 1).expand(-1, 1, x.shape[2])
+    if x.dtype == torch.float8_e4m3fn:  # torch gathers no float8
+        return x.view(torch.uint8).gather(1, last).view(x.dtype)
     return x.gather(1, last)

@@ -44,8 +44,9 @@ class PassRecord:
 
 @dataclass(frozen=True)
 class CoverageRow:
-    """One linear, embedding or attention: its format and kernel, or why it was left alone (`reason`).
+    """One linear, embedding, attention, online transform or quantizer: its format and kernel, or why it was left alone (`reason`).
 
+    `activation` is the format of the activations it multiplies or makes, "" where those are floats.
     `chosen` says that the scheme or the user left it alone on purpose (the head, an `ignore` pattern), which `strict` accepts.
     """
 
@@ -57,3 +58,4 @@ class CoverageRow:
     reason: str
     source: str
     chosen: bool = False
+    activation: str = ""

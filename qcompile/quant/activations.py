@@ -8,10 +8,14 @@ Sums of products of codes are exact, so a row's result never depends on the rows
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from qcompile.quant.reference import unpack
+from qcompile.errors import FormatError
+from qcompile.quant.packing import unpack
+from qcompile.quant.scales import effective
 
 FLOAT8_MAX = 448.0
 _FLOAT32_INTEGERS = 1 << 24
@@ -28,6 +32,8 @@ def group_columns(columns: int, group_size: int) -> int:
 
 def _grouped(x: Tensor, size: int) -> Tensor:
     """View [..., K] as [..., G, g], the last group filled up with 0."""
+    if size == x.shape[-1]:
+        return x.unsqueeze(-2)
     return torch.nn.functional.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
 
 
@@ -43,7 +49,7 @@ def dynamic_scale(x: Tensor, bits: int, group_size: int, element: str = "int", c
     side with one level more serves the longer tail: the scale can be negative. float8: `clip · max|x| / 448`. Zeros give scale 1.
     """
     groups = _grouped(_working(x), group_columns(x.shape[-1], group_size))
-    greatest, least = groups.amax(-1), groups.amin(-1)
+    least, greatest = torch.aminmax(groups, dim=-1)
     if element == "fp8":
         scale = torch.maximum(greatest, -least) * (clip / FLOAT8_MAX)
     else:
@@ -105,33 +111,67 @@ def exact_matmul(a: Tensor, b: Tensor, bound: int) -> Tensor:
 
 
 def signed_weight(codes: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int) -> Tensor:
-    """Packed weight codes uint8 [N, ceil(K·b/8)] as `code - zero`: int16 [N, K] (int8 fits where `zero` is None)."""
-    values = unpack(codes, bits, columns).to(torch.int16)
+    """Packed weight codes uint8 [N, ceil(K·b/8)] as `code - zero` [N, K]: int8, or int16 with a zero point."""
+    unsigned = unpack(codes, bits, columns)
     if zero is None:
-        return values - (1 << (bits - 1))
+        return (unsigned - (1 << (bits - 1))).view(torch.int8)  # wraps around, as two's complement does
+    values = unsigned.to(torch.int16)
     size = group_columns(columns, group_size)
     groups = -(-columns // size)
     return values - _spread(unpack(zero, bits, groups).to(torch.int16), size, columns)
 
 
-def scaled_matmul(a: Tensor, scale: Tensor, a_size: int, w: Tensor, w_scale: Tensor, w_size: int, bound: int) -> Tensor:
-    """`Σ_g (a_g · w_gᵀ) · scale_g · w_scale_g` [M, N] over runs of columns that share both scales, in the working dtype.
+@dataclass(frozen=True)
+class WeightScales:
+    """The scales [N, G] of a weight, their second level or None, and its group size."""
+
+    scale: Tensor
+    scale2: Tensor | None
+    group_size: int
+
+
+def integer_matmul(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, weight: Tensor, factors: WeightScales, group_size: int, bound: int
+) -> Tensor:
+    """`Σ_g scale_g · w_scale_g · Σ_k (code - zero) · weight` [M, N] in the scale's type, over runs of columns that share both scales.
 
     Args:
-        a: integer-valued [M, K].
-        scale: [M, Ga] or one element.
-        a_size: columns of a full group of `a`; it divides `w_size` or is divided by it (or either spans the row).
-        w: integer-valued [N, K].
-        w_scale: [N, Gw], a float type.
-        w_size: columns of a full group of `w`.
-        bound: see `exact_matmul`.
+        codes: int8 or float8 [..., K]; M is the product of the leading sizes.
+        scale: [..., Ga], or one element for all rows.
+        zero: int32 alike, or None.
+        weight: signed numbers [N, K] as `signed_weight` makes them, or float8.
+        factors: the weight's scales.
+        group_size: of the activations; of the two sizes one divides the other, or spans the row.
+        bound: what no magnitude of `weight` exceeds.
+
+    Raises:
+        FormatError: for group sizes that do not nest.
     """
-    columns = a.shape[-1]
+    rows, columns = codes.reshape(-1, codes.shape[-1]), codes.shape[-1]
+    a_size, w_size = group_columns(columns, group_size), group_columns(columns, factors.group_size)
+    require_nested(a_size, w_size, columns)
+    bound *= 1 << 7
+    if zero is not None:
+        rows = rows.to(torch.int16) - _spread(zero.reshape(-1, zero.shape[-1]), a_size, columns).to(torch.int16)
+        bound *= 2
+    left, right = scale.reshape(-1, scale.shape[-1]), effective(factors.scale, factors.scale2, scale.dtype)
     step = min(a_size, w_size)
-    total = scale.new_zeros((a.shape[0], w.shape[0]))
-    scale, w_scale = scale.reshape(-1, scale.shape[-1]), w_scale.to(scale.dtype)
+    total = scale.new_zeros((rows.shape[0], weight.shape[0]))
     for start in range(0, columns, step):
-        product = exact_matmul(a[:, start : start + step], w[:, start : start + step], bound)
-        left = scale[:, start // a_size if scale.shape[1] > 1 else 0]
-        total = total + product.to(total.dtype) * (left.unsqueeze(1) * w_scale[:, start // w_size].unsqueeze(0))
+        product = exact_matmul(rows[:, start : start + step], weight[:, start : start + step], bound)
+        share = left[:, start // a_size if left.shape[1] > 1 else 0]
+        total = total + product.to(total.dtype) * (share.unsqueeze(1) * right[:, start // w_size].unsqueeze(0))
     return total
+
+
+def require_nested(a_size: int, w_size: int, columns: int) -> None:
+    """Groups of activations and weights have to nest, so that a run of columns has one scale of each.
+
+    Raises:
+        FormatError: if they do not.
+    """
+    small, large = sorted((a_size, w_size))
+    if large < columns and large % small:
+        raise FormatError(
+            f"groups of {a_size} activations and {w_size} weights along {columns} columns: expected one to divide the other; set group_size"
+        )

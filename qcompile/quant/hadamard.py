@@ -61,7 +61,8 @@ def random_orthogonal(size: int, seed: int = 0) -> Tensor:
     """An orthogonal matrix drawn uniformly (QR of a Gaussian, signs of R's diagonal made positive), float64 [size, size]."""
     normal = torch.randn(size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     q, r = torch.linalg.qr(normal)
-    return q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
+    oriented: Tensor = q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
+    return oriented
 
 
 def random_signs(size: int, seed: int) -> Tensor:
@@ -74,7 +75,8 @@ def sylvester(order: int) -> Tensor:
     matrix = torch.ones(1, 1, dtype=torch.float64)
     for _ in range(order.bit_length() - 1):
         matrix = torch.kron(matrix, torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64))
-    return matrix / order**0.5
+    scaled: Tensor = matrix / order**0.5
+    return scaled
 
 
 def split_transform(matrix: Tensor | None, size: int) -> tuple[Tensor, Tensor]:

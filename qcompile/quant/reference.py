@@ -129,12 +129,17 @@ def nearest_grid(values: Tensor, form: QuantFormat, name: str) -> Grid:
     return stored_grid(*asymmetric_range(groups, form), form, name)
 
 
-def round_to_grid(values: Tensor, grid: Grid) -> Quantized:
-    """Each of `values` [N, K] to the nearest level of its group."""
+def snap_to_grid(values: Tensor, grid: Grid) -> Tensor:
+    """The nearest level of its group, in steps, for each of `values` [N, K]."""
     columns = values.shape[1]
     groups = grouped(values, grid.form.granularity.size(columns)) / grid.step(values.dtype).unsqueeze(-1)
     zero = None if grid.zero is None else grid.zero.unsqueeze(-1)
-    return grid.assemble(snap(groups, grid.form.element, zero).flatten(1)[:, :columns])
+    return snap(groups, grid.form.element, zero).flatten(1)[:, :columns]
+
+
+def round_to_grid(values: Tensor, grid: Grid) -> Quantized:
+    """Each of `values` [N, K] to the nearest level of its group."""
+    return grid.assemble(snap_to_grid(values, grid))
 
 
 def quantize(weight: Tensor, form: QuantFormat, name: str = "weight") -> Quantized:

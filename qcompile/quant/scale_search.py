@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,52 +20,33 @@ _LEAST = 1e-5
 """Magnitudes are raised to this part of the largest: a dead channel would ask for a scale of 0."""
 
 
-class Reader(Protocol):
-    """A linear that reads the channels."""
-
-    def error(self, scale: Tensor) -> float:
-        """Energy of the error in its output over the output's energy, with the channels divided by `scale` [n]."""
-
-
 @dataclass(frozen=True)
-class WeightReader:
-    """Only the weight is rounded: the second moment [K, K] of the inputs says all that matters about them.
+class Reader:
+    """A linear that reads the channels, and inputs X that it has read.
 
-    The error is `tr(D M Dᵀ) / tr(W M Wᵀ)` with `D = Q(W·s)/s - W`.
+    Its error is `|Q(X/s) Q(W·s)ᵀ - X Wᵀ|² / |X Wᵀ|²`; without `input_rounding` only the weight is rounded.
     """
-
-    weight: Tensor
-    moment: Tensor
-    channels: Tensor
-    rounding: Rounding
-
-    def error(self, scale: Tensor) -> float:
-        """See the class."""
-        columns = scale[self.channels]
-        difference = self.rounding(self.weight * columns) / columns - self.weight
-        return _energy(difference, self.moment) / max(_energy(self.weight, self.moment), torch.finfo(torch.float32).tiny)
-
-
-@dataclass(frozen=True)
-class ProductReader:
-    """Weight and inputs are both rounded: `|Q(X/s) Q(W·s)ᵀ - X Wᵀ|² / |X Wᵀ|²` over sampled inputs X."""
 
     weight: Tensor
     inputs: Tensor
     channels: Tensor
     rounding: Rounding
-    input_rounding: Rounding
+    input_rounding: Rounding | None = None
+
+    @cached_property
+    def outputs(self) -> Tensor:
+        """Without rounding."""
+        return self.inputs @ self.weight.T
 
     def error(self, scale: Tensor) -> float:
-        """See the class."""
-        columns = scale[self.channels]
-        exact = self.inputs @ self.weight.T
-        rounded = self.input_rounding(self.inputs / columns) @ self.rounding(self.weight * columns).T
-        return float((rounded - exact).square().sum() / exact.square().sum().clamp(min=torch.finfo(torch.float32).tiny))
-
-
-def _energy(weight: Tensor, moment: Tensor) -> float:
-    return float(((weight @ moment) * weight).sum())
+        """With the channels divided by `scale` [n]; columns that read none of them (-1) keep theirs."""
+        columns = torch.cat((scale, torch.ones(1)))[self.channels]
+        weight = self.rounding(self.weight * columns)
+        if self.input_rounding is None:
+            difference = self.inputs @ (weight / columns - self.weight).T
+        else:
+            difference = self.input_rounding(self.inputs / columns) @ weight.T - self.outputs
+        return float(difference.square().sum() / self.outputs.square().sum().clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def normalized(scale: Tensor) -> Tensor:
@@ -103,8 +84,3 @@ def best_scale(candidates: Iterable[Tensor], readers: Sequence[Reader]) -> tuple
         if error < least:
             best, least = scale, error
     return best, least / first if first > 0 else 1.0
-
-
-def per_channel(columns: Tensor, channels: Tensor, size: int) -> Tensor:
-    """Magnitudes of the K columns of one reader as magnitudes of the channels, [size]: the largest of the columns that read each."""
-    return torch.zeros(size, dtype=columns.dtype).scatter_reduce_(0, channels, columns, "amax")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from qcompile.errors import FormatError, TargetError
-from qcompile.quant.element import INT4, INT8
+from qcompile.quant.activation_format import ActivationFormat as ActivationFormat
+from qcompile.quant.element import FP8, INT4, INT8, NF4, element
+from qcompile.quant.format import MXFP4, MXINT8, NVFP4, parse_format
 from qcompile.quant.format import QuantFormat as QuantFormat
 from qcompile.quant.granularity import Granularity
 
@@ -37,6 +40,7 @@ class QuantScheme:
 
     `ignore` holds names or `re:` patterns of weights (as the model calls them) to be left alone; first match wins.
     `quantize_head` and `quantize_embedding` take in the output head and the token embedding, left alone by default.
+    `activation` is what linears and convolutions with quantized weights read; None leaves activations in the computation dtype.
     """
 
     name: str
@@ -46,30 +50,46 @@ class QuantScheme:
     ignore: tuple[str, ...] = ()
     quantize_head: bool = False
     quantize_embedding: bool = False
+    activation: ActivationFormat | None = None
 
     def with_options(
-        self, *, group_size: int | None = None, symmetric: bool | None = None, ignore: tuple[str, ...] | None = None,
-        quantize_head: bool | None = None, quantize_embedding: bool | None = None,
+        self, *, weight_format: str | None = None, group_size: int | None = None, symmetric: bool | None = None,
+        ignore: tuple[str, ...] | None = None,
+        quantize_head: bool | None = None, quantize_embedding: bool | None = None, activation_group_size: int | None = None,
+        activation_symmetric: bool | None = None, activation_static: bool | None = None, activation_clip: float | None = None,
     ) -> QuantScheme:  # fmt: skip
-        """A copy with those options replaced that are not None.
+        """A copy with those options replaced that are not None; `weight_format` is text such as `nf4 g36 sym int8`.
 
         Raises:
-            FormatError: if a weight option is given to a scheme without quantized weights.
+            FormatError: if a weight option is given to a scheme without quantized weights, an activation option to one without quantized
+                activations, or the combination does not exist.
         """
-        weight = self.weight
+        weight = self.weight if weight_format is None else parse_format(weight_format)
         if weight is None and (group_size is not None or symmetric is not None):
             raise FormatError(
                 f"scheme {self.name}: expected quantized weights for group_size and symmetric, got float weights; choose int8 or int4"
             )
-        if weight is not None and group_size is not None:
-            weight = replace(weight, granularity=Granularity(group_size))
-        if weight is not None and symmetric is not None:
-            weight = replace(weight, symmetric=symmetric)
+        if weight is not None:
+            grouped = weight.granularity if group_size is None else Granularity(group_size)
+            weight = replace(weight, granularity=grouped, symmetric=weight.symmetric if symmetric is None else symmetric)
+        granularity = None if activation_group_size is None else Granularity(activation_group_size)
+        activation = self._activation(
+            {"granularity": granularity, "symmetric": activation_symmetric, "static": activation_static, "clip": activation_clip}
+        )
         return replace(
-            self, weight=weight, ignore=self.ignore if ignore is None else ignore,
+            self, weight=weight, activation=activation, ignore=self.ignore if ignore is None else ignore,
             quantize_head=self.quantize_head if quantize_head is None else quantize_head,
             quantize_embedding=self.quantize_embedding if quantize_embedding is None else quantize_embedding,
         )  # fmt: skip
+
+    def _activation(self, options: dict[str, Any]) -> ActivationFormat | None:
+        given = {key: value for key, value in options.items() if value is not None}
+        if given and self.activation is None:
+            raise FormatError(
+                f"scheme {self.name}: expected quantized activations for {', '.join(given)}, got float activations; "
+                "choose w8a8, w4a8, w4a4 or fp8"
+            )
+        return self.activation if self.activation is None else replace(self.activation, **given)
 
 
 FP32 = QuantScheme("fp32", compute=torch.float32)
@@ -78,7 +98,24 @@ FP16 = QuantScheme("fp16", compute=torch.float16)
 W8A16 = QuantScheme("int8", weight=QuantFormat(INT8))
 W4A16 = QuantScheme("int4", weight=QuantFormat(INT4, Granularity(64)))
 
-SCHEMES = {"fp32": FP32, "bf16": BF16, "fp16": FP16, "int8": W8A16, "w8a16": W8A16, "int4": W4A16, "w4a16": W4A16}
+W8A8 = QuantScheme("w8a8", weight=QuantFormat(INT8), activation=ActivationFormat(INT8))
+W4A8 = QuantScheme("w4a8", weight=QuantFormat(INT4, Granularity(64)), activation=ActivationFormat(INT8))
+W4A4 = QuantScheme("w4a4", weight=QuantFormat(INT4, Granularity(64)), activation=ActivationFormat(INT4, Granularity(64)))
+FP8_DYNAMIC = QuantScheme("fp8", weight=QuantFormat(FP8), activation=ActivationFormat(FP8))
+W3A16 = QuantScheme("int3", weight=QuantFormat(element("int3"), Granularity(64)))
+W2A16 = QuantScheme("int2", weight=QuantFormat(element("int2"), Granularity(64), symmetric=False))
+NF4A16 = QuantScheme("nf4", weight=QuantFormat(NF4, Granularity(64)))
+MXINT8A16 = QuantScheme("mxint8", weight=MXINT8)
+MXFP4A16 = QuantScheme("mxfp4", weight=MXFP4)
+NVFP4A16 = QuantScheme("nvfp4", weight=NVFP4)
+
+SCHEMES = {
+    "fp32": FP32, "bf16": BF16, "fp16": FP16, "int8": W8A16, "w8a16": W8A16, "int4": W4A16, "w4a16": W4A16,
+    "w8a8": W8A8, "w4a8": W4A8, "w4a4": W4A4, "fp8": FP8_DYNAMIC, "fp8_dynamic": FP8_DYNAMIC,
+    "int3": W3A16, "w3a16": W3A16, "int2": W2A16, "w2a16": W2A16, "nf4": NF4A16, "mxint8": MXINT8A16,
+    "mxfp4": MXFP4A16, "mxfp4a16": MXFP4A16, "nvfp4": NVFP4A16, "nvfp4a16": NVFP4A16,
+}  # fmt: skip
+"""Presets, with their names in compressed-tensors; its NVFP4 and MXFP4 quantize activations too, ours the weights alone."""
 CACHES = {
     "kv": CacheFormat(),
     "kv16": CacheFormat("kv16", torch.float16),

@@ -8,7 +8,18 @@ from torch import Tensor
 
 from qcompile.errors import PassError
 from qcompile.ir.basis import (
-    Basis, Blocks, Chain, Diagonal, Hadamard, Invertible, Kind, Orthogonal, Permutation, Signs, compose, identity_matrix,
+    Basis,
+    Blocks,
+    Chain,
+    Diagonal,
+    Hadamard,
+    Invertible,
+    Kind,
+    Orthogonal,
+    Permutation,
+    Signs,
+    compose,
+    identity_matrix,
 )  # fmt: skip
 from qcompile.ir.change_basis import ChangeBasis, Place, change_basis
 from qcompile.ir.constants import Cast, Permute, tensor_constant, widened

@@ -9,12 +9,11 @@ from qcompile.quant.element import INT4
 from qcompile.quant.granularity import Granularity
 from qcompile.quant.reference import quantize, restore
 from qcompile.quant.scale_search import (
-    ProductReader,
-    WeightReader,
+    Reader,
+    Rounding,
     best_scale,
     floored,
     normalized,
-    per_channel,
     salience_scale,
     smoothing_scale,
 )
@@ -35,29 +34,30 @@ def draw(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(24, 32, generator=generator), inputs
 
 
-def test_the_error_of_a_weight_reader_is_that_of_its_output() -> None:
+@pytest.mark.parametrize("input_rounding", [None, rounded])
+def test_the_error_is_that_of_the_output(input_rounding: Rounding | None) -> None:
     weight, inputs = draw()
     scale = torch.rand(32, generator=torch.Generator().manual_seed(1)) + 0.5
     exact = inputs @ weight.T
-    expected = ((inputs / scale) @ rounded(weight * scale).T - exact).square().sum() / exact.square().sum()
-    reader = WeightReader(weight, inputs.T @ inputs / len(inputs), torch.arange(32), rounded)
+    seen = inputs / scale if input_rounding is None else rounded(inputs / scale)
+    expected = (seen @ rounded(weight * scale).T - exact).square().sum() / exact.square().sum()
+    reader = Reader(weight, inputs, torch.arange(32), rounded, input_rounding)
     assert reader.error(scale) == pytest.approx(expected.item(), rel=1e-3)
-    assert ProductReader(weight, inputs, torch.arange(32), rounded, lambda x: x).error(scale) == pytest.approx(expected.item(), rel=1e-3)
 
 
-def test_columns_that_read_the_same_channel_share_its_scale() -> None:
+def test_columns_that_read_the_same_channel_share_its_scale_and_others_have_none() -> None:
     weight, inputs = draw()
     channels = torch.arange(16).repeat_interleave(2)
+    channels[-4:] = -1
     scale = torch.rand(16, generator=torch.Generator().manual_seed(1)) + 0.5
-    narrow = WeightReader(weight, inputs.T @ inputs, channels, rounded).error(scale)
-    wide = WeightReader(weight, inputs.T @ inputs, torch.arange(32), rounded).error(scale.repeat_interleave(2))
-    assert narrow == wide
-    assert per_channel(torch.arange(32.0), channels, 17).tolist() == [*range(1, 32, 2), 0]
+    wide = scale.repeat_interleave(2)
+    wide[-4:] = 1
+    assert Reader(weight, inputs, channels, rounded).error(scale) == Reader(weight, inputs, torch.arange(32), rounded).error(wide)
 
 
 def test_salient_channels_are_scaled_up_and_the_error_falls() -> None:
     weight, inputs = draw()
-    reader = WeightReader(weight, inputs.T @ inputs, torch.arange(32), rounded)
+    reader = Reader(weight, inputs, torch.arange(32), rounded)
     candidates = [salience_scale(inputs.abs().mean(0), power / 10) for power in range(1, 11)]
     best, ratio = best_scale(candidates, [reader])
     assert best is not None
@@ -68,14 +68,14 @@ def test_salient_channels_are_scaled_up_and_the_error_falls() -> None:
 
 def test_smoothing_moves_the_difficulty_from_activations_to_weights() -> None:
     weight, inputs = draw()
-    reader = ProductReader(weight, inputs, torch.arange(32), rounded, rounded)
+    reader = Reader(weight, inputs, torch.arange(32), rounded, rounded)
     scale = smoothing_scale(inputs.abs().amax(0), weight.abs().amax(0), 0.5)
     assert reader.error(scale) < 0.5 * reader.error(torch.ones(32))
 
 
 def test_without_a_better_candidate_there_is_none() -> None:
     weight, inputs = draw()
-    reader = WeightReader(weight, inputs.T @ inputs, torch.arange(32), lambda x: x)
+    reader = Reader(weight, inputs, torch.arange(32), lambda x: x)
     assert best_scale([torch.full((32,), 2.0)], [reader]) == (None, 1.0)
 
 

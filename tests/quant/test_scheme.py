@@ -53,6 +53,19 @@ def test_weight_options_need_quantized_weights() -> None:
         FP32.with_options(group_size=32)
 
 
+def test_a_weight_format_is_given_as_text() -> None:
+    assert str(W4A16.with_options(weight_format="nf4 g36 sym int8").weight) == "nf4 g36 sym int8"
+    assert str(FP32.with_options(weight_format="int3 g64 sym fp16", symmetric=False).weight) == "int3 g64 asym fp16"
+    with pytest.raises(FormatError, match="expected a format like 'int4 g64 sym fp16', got 'int4'"):
+        W4A16.with_options(weight_format="int4")
+
+
+@pytest.mark.parametrize(("name", "size"), [("nvfp4", 32), ("mxfp4", 16), ("mxint8", 64)])
+def test_formats_of_a_standard_keep_its_group_size(name: str, size: int) -> None:
+    with pytest.raises(FormatError, match=rf"group_size={size}: (NVFP4|MX) wants groups of (16|32); leave group_size out"):
+        scheme(name).with_options(group_size=size)
+
+
 @pytest.mark.parametrize("size", [0, 1, -2])
 def test_a_group_size_that_no_format_holds_says_which_it_can(size: int) -> None:
     with pytest.raises(FormatError, match=rf"group_size={size}: expected -1 \(one scale per channel\) or at least 2"):

@@ -17,7 +17,7 @@ from torch import Tensor
 from qcompile.errors import WeightError
 from qcompile.quant.format import QuantFormat
 from qcompile.quant.levels import snap
-from qcompile.quant.reference import Grid, Quantized, nearest_grid, per_column, require_weight
+from qcompile.quant.reference import Grid, Quantized, nearest_grid, per_column, require_weight, snap_to_grid
 from qcompile.quant.rounding.mse_clip import Storage, search
 from qcompile.quant.scales import spread
 
@@ -50,9 +50,11 @@ def gptq(weight: Tensor, hessian: Tensor, form: QuantFormat, *, damping: float =
     order = column_order(second.diagonal(), form.granularity.size(values.shape[1]))
     factor = inverse_factor(second[order][:, order], damping, name)
     nearest = nearest_grid(values, form, name)
-    plain = nearest, _snapped(values, nearest)
+    plain = nearest, snap_to_grid(values, nearest)
     grid, levels = _Walk(values, order, factor, nearest, name).run()
     grid = fit_scales(values, second, grid, levels, name)
+    # Nothing made up for the error of columns that were never active, and no fit asked for them.
+    levels = torch.where(second.diagonal() > 0, levels, snap_to_grid(values, grid))
     return _better_rows(values, second, (grid, levels), plain)
 
 
@@ -71,8 +73,9 @@ def require_hessian(hessian: Tensor, columns: int, name: str) -> Tensor:
 
 def column_order(diagonal: Tensor, size: int) -> Tensor:
     """Columns by falling diagonal of H within their group, groups by falling sum."""
-    parts = [part + index * size for index, part in enumerate(map(_falling, diagonal.split(size)))]
-    return torch.cat([parts[group] for group in _falling(torch.stack([part.sum() for part in diagonal.split(size)])).tolist()])
+    groups = torch.split(diagonal, size)
+    within = [_falling(group) + index * size for index, group in enumerate(groups)]
+    return torch.cat([within[index] for index in _falling(torch.stack([group.sum() for group in groups])).tolist()])
 
 
 def _falling(values: Tensor) -> Tensor:
@@ -92,7 +95,8 @@ def inverse_factor(hessian: Tensor, damping: float, name: str) -> Tensor:
         # With H turned over, L Lᵀ = J H J gives U = J L⁻¹ J: one factorisation, and no inverse of H itself.
         lower, failed = torch.linalg.cholesky_ex((wide + one * (mean * damping * 10**retry)).flip(0, 1))
         if not failed:
-            return torch.linalg.solve_triangular(lower, one, upper=False).flip(0, 1).to(torch.float32)
+            inverse: Tensor = torch.linalg.solve_triangular(lower, one, upper=False)
+            return inverse.flip(0, 1).to(torch.float32)
     raise WeightError(f"{name}: expected a positive semidefinite second moment, got one that damping does not mend; calibrate again")
 
 
@@ -178,12 +182,6 @@ def row_errors(values: Tensor, hessian: Tensor, rounded: Tensor) -> Tensor:
     """(w - q) H (w - q)ᵀ of each row [N]."""
     error = values - rounded
     return ((error @ hessian) * error).sum(1)
-
-
-def _snapped(values: Tensor, grid: Grid) -> Tensor:
-    size, columns = grid.form.granularity.size(values.shape[1]), values.shape[1]
-    zero = None if grid.zero is None else per_column(grid.zero, size, columns)
-    return snap(values / per_column(grid.step(), size, columns), grid.form.element, zero)
 
 
 def _better_rows(values: Tensor, hessian: Tensor, found: tuple[Grid, Tensor], plain: tuple[Grid, Tensor]) -> Quantized:
