@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from qcompile.dump import writer
+from qcompile.dump.moments import MomentsRecorder
 from qcompile.ir.graph import Graph
 from qcompile.ir.lowered import Kernel
 from qcompile.ir.records import PassRecord
+from qcompile.passes.execution import Inputs
 
 
 class DumpInstrument:
     """Writes listings and diffs into a directory while passes run; `finish` adds pipeline, records and kernels."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, inputs: Callable[[Graph], Inputs] | None = None) -> None:
         """Empty the directory of an earlier dump.
+
+        `inputs` makes batches for a graph, on which spaces are measured around a change of basis; by default the graph's examples.
 
         Raises:
             SourceError: if it cannot be made.
@@ -23,6 +27,7 @@ class DumpInstrument:
         self.directory = directory
         self._text = ""
         self._records: list[PassRecord] = []
+        self._moments = MomentsRecorder(inputs)
         writer.prepare(directory)
 
     def before(self, name: str, graph: Graph) -> None:
@@ -31,6 +36,7 @@ class DumpInstrument:
         if not self._text:
             self._text = graph.text()
             (self.directory / writer.INPUT_FILE).write_text(self._text, encoding="utf-8")
+        self._moments.before(graph)
 
     def after(self, record: PassRecord, graph: Graph) -> None:
         """Write what a pass changed."""
@@ -39,6 +45,9 @@ class DumpInstrument:
             text = graph.text()
             writer.write_pass(self.directory, record, self._text, text)
             self._text = text
+            moments = self._moments.after(graph, record.spec)
+            if moments is not None:
+                writer.write_moments(self.directory, record, moments)
 
     def finish(self, pipeline: str, kernels: Mapping[str, Kernel]) -> None:
         """Write the summary and the kernels, once code is generated."""

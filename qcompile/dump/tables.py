@@ -52,10 +52,11 @@ def coverage_table(rows: Sequence[CoverageRow], title: str = "coverage") -> Tabl
 
 
 def group_coverage(rows: Sequence[CoverageRow]) -> dict[tuple[str, str, str, str], list[CoverageRow]]:
-    """Rows by (operator, format, kernel, reason), in order of first appearance."""
+    """Rows by (operator, format of weight x activations, kernel, reason), in order of first appearance."""
     groups: dict[tuple[str, str, str, str], list[CoverageRow]] = {}
     for row in rows:
-        groups.setdefault((row.operator, row.format, row.kernel, row.reason), []).append(row)
+        form = f"{row.format} x {row.activation}" if row.activation else row.format
+        groups.setdefault((row.operator, form, row.kernel, row.reason), []).append(row)
     return groups
 
 

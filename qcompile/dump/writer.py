@@ -12,6 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
+from qcompile.dump.tables import written
 from qcompile.errors import SourceError
 from qcompile.ir.lowered import Kernel
 from qcompile.ir.records import PassRecord
@@ -19,7 +22,7 @@ from qcompile.ir.records import PassRecord
 INPUT_FILE = "000_input.txt"
 """The graph as traced, before the first pass."""
 
-_OWN_FILE = re.compile(r"\d{3}_[a-z0-9-]+\.(txt|diff)|pipeline\.txt|passes\.json")
+_OWN_FILE = re.compile(r"\d{3}_[a-z0-9-]+\.(txt|diff|spaces\.txt)|pipeline\.txt|passes\.json")
 _CONTEXT_LINES = 2
 
 
@@ -47,6 +50,11 @@ def write_pass(directory: Path, record: PassRecord, text_before: str, text_after
     stem = _stem(record)
     (directory / f"{stem}.txt").write_text(text_after, encoding="utf-8")
     (directory / f"{stem}.diff").write_text(_diff(text_before, text_after, stem), encoding="utf-8")
+
+
+def write_moments(directory: Path, record: PassRecord, moments: Table) -> None:
+    """Write `NNN_pass-name.spaces.txt`: how far the activations of each space stood out before and after the pass."""
+    (directory / f"{_stem(record)}.spaces.txt").write_text(written([moments]), encoding="utf-8")
 
 
 def write_summary(directory: Path, pipeline: str, records: Sequence[PassRecord], kernels: Mapping[str, Kernel]) -> None:

@@ -1,0 +1,116 @@
+"""How far activations stand out, channel against channel of one token: what a change of basis is there to lower."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qcompile.ir.graph import Graph, fake_value
+from qcompile.passes.collectors import channels_last
+from qcompile.passes.execution import Execution, Inputs
+from qcompile.passes.instruments import real_tokens
+from qcompile.passes.space_channels import space_name
+from qcompile.passes.spaces import Kind, find_spaces
+from qcompile.passes.statistics import feature_axis
+from qcompile.passes.stream import real_rows
+
+aten = torch.ops.aten
+attention = torch.ops.qcompile.attention.default
+_READERS = (aten.linear.default, aten.conv1d.default, aten.conv2d.default)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of one value, averaged over tokens.
+
+    Attributes:
+        peak: max|x| / rms(x) of a token's channels: at least 1, at most the root of their number, 3.2 for 576 Gaussian ones.
+        kurtosis: mean(x⁴) / mean(x²)²: 3 for a Gaussian, the number of channels if only one is not 0.
+    """
+
+    peak: float
+    kurtosis: float
+
+
+@dataclass(frozen=True)
+class ExampleInputs:
+    """A graph's own example inputs: one small batch."""
+
+    examples: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return 1
+
+    def tensor(self, placeholder: str, batch: int) -> Tensor:
+        """The example of a placeholder."""
+        del batch
+        return self.examples[placeholder]
+
+    def real(self, batch: int) -> Tensor | None:
+        """Which tokens are no padding."""
+        del batch
+        return real_tokens(self.examples)
+
+
+def measure_moments(graph: Graph, inputs: Inputs | None = None) -> dict[str, Moments]:
+    """The moments of what each linear, convolution and attention (its keys) reads, by the reader's name.
+
+    One run over `inputs`, by default the graph's examples.
+    """
+    read = {node.name: value for node in graph.calls(*_READERS, attention) if isinstance(value := _measured_argument(node), fx.Node)}
+    observers = {value.name: _Observer(feature_axis(value)) for value in read.values()}
+    with Execution(graph, inputs or ExampleInputs(graph.interface.examples), [], observers=observers) as execution:
+        execution.observe()
+    return {reader: observers[value.name].moments for reader, value in read.items()}
+
+
+def reader_groups(graph: Graph) -> dict[str, tuple[int, list[str]]]:
+    """Space -> its channels and the names of what reads it; all keys, which no linear reads, are one entry."""
+    groups = {
+        space_name(space): (space.size, [node.name for node in space.readers])
+        for space in find_spaces(graph, Kind.PERMUTATION, blocked=True)
+        if space.readers
+    }
+    attentions = graph.calls(attention)
+    if attentions:
+        groups["keys"] = int(fake_value(attentions[0].args[1]).shape[-1]), [node.name for node in attentions]
+    return groups
+
+
+def mean_moments(found: Sequence[Moments]) -> Moments:
+    """Their averages."""
+    return Moments(sum(item.peak for item in found) / len(found), sum(item.kurtosis for item in found) / len(found))
+
+
+def _measured_argument(node: fx.Node) -> object:
+    return node.args[1] if node.target is attention else node.args[0]
+
+
+class _Observer:
+    """Sums the moments of each token's channels."""
+
+    cost = 0
+
+    def __init__(self, axis: int) -> None:
+        self._axis, self._tokens, self._peak, self._kurtosis = axis, 0, 0.0, 0.0
+
+    @property
+    def moments(self) -> Moments:
+        """Their means; NaN where no token has anything but zeros."""
+        count = self._tokens or float("nan")
+        return Moments(self._peak / count, self._kurtosis / count)
+
+    def add(self, value: Any, real: Tensor | None) -> None:
+        rows = real_rows(channels_last(value, self._axis), real).double()
+        square = rows.square().mean(-1)
+        rows, square = rows[square > 0], square[square > 0]
+        self._tokens += len(rows)
+        self._peak += float((rows.abs().amax(-1) / square.sqrt()).sum())
+        self._kurtosis += float((rows.pow(4).mean(-1) / square.square()).sum())
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
