@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from qcompile.codegen.triton import attention, cache, elementwise, embedding, gather, linear, norm, rotary, sampling
-from qcompile.codegen.triton.contract import Operator
+from qcompile.codegen.triton import attention, cache, code_linear, elementwise, embedding, gather, linear, norm, quantize, rotary, sampling
+from qcompile.codegen.triton.contract import Operator, lacks_float8
 from qcompile.codegen.triton.tiles import architecture
 from qcompile.errors import CoverageError
 from qcompile.ir.lowered import Kernel, KernelSpec
@@ -30,6 +30,16 @@ OPERATORS: Mapping[str, Operator] = MappingProxyType(
         "gather_last": gather.GATHER_LAST,
         "argmax": sampling.ARGMAX,
         "topk": sampling.TOPK,
+        "integer_linear": code_linear.INTEGER_LINEAR,
+        "float8_linear": code_linear.FLOAT8_LINEAR,
+        "hadamard": quantize.HADAMARD,
+        "quantize_activation": quantize.QUANTIZE_ACTIVATION,
+        "quantize_activation_asym": quantize.QUANTIZE_ACTIVATION_ASYM,
+        "quantize_static": quantize.QUANTIZE_STATIC,
+        "hadamard_quantize": quantize.HADAMARD_QUANTIZE,
+        "norm_quantize": quantize.NORM_QUANTIZE,
+        "add_norm_quantize": quantize.ADD_NORM_QUANTIZE,
+        "gated_quantize": quantize.GATED_QUANTIZE,
     }
 )
 
@@ -47,7 +57,7 @@ class TritonBackend:
         operator = OPERATORS.get(spec.operator)
         if operator is None:
             return f"operator {spec.operator!r} has no Triton kernel: expected one of {', '.join(OPERATORS)}"
-        return operator.objection(spec)
+        return operator.objection(spec) or lacks_float8(spec, self.arch)
 
     def emit(self, spec: KernelSpec) -> Kernel:
         """The kernel for a specification that is not refused.

@@ -21,7 +21,7 @@ from qcompile.errors import KernelBuildError
 from qcompile.ir.lowered import Kernel, Launch
 
 WORKER = Path(__file__).with_name("worker.py")
-KEY_VERSION = 1
+KEY_VERSION = 2
 """Raised when what is measured of a binary changes, so that older cache entries are not taken."""
 
 

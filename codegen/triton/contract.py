@@ -14,7 +14,10 @@ from qcompile.ir.size import Size
 HALVES = ("bf16", "fp16")
 FLOATS = ("bf16", "fp16", "fp32")
 TRITON_TYPES = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.float32"}
-ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "u8": 1, "uint8": 1, "i32": 4, "i64": 8}
+ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "u8": 1, "uint8": 1, "i8": 1, "fp8e4nv": 1, "i32": 4, "i64": 8}
+FLOAT8 = "fp8e4nv"
+FLOAT8_CAPABILITY = 89
+"""The first architecture that rounds to and multiplies 8-bit floats."""
 LARGEST_INDEX = 1 << 31
 """Offsets inside one tile's matrix are 32-bit integers; a matrix beyond that is refused."""
 
@@ -79,6 +82,13 @@ class Operator:
             elif allowed and formats[name] not in allowed:
                 return f"{name} is {formats[name]}: expected {' or '.join(allowed)}"
         return None
+
+
+def lacks_float8(spec: KernelSpec, arch: Architecture) -> str | None:
+    """An objection if codes are 8-bit floats and the architecture has no instructions for them; scales are read as bytes."""
+    if arch.capability >= FLOAT8_CAPABILITY or not any(kind == FLOAT8 and name != "scale" for name, kind in spec.formats):
+        return None
+    return f"8-bit floats: expected sm{FLOAT8_CAPABILITY} or later, {arch.name} has no instructions for them"
 
 
 def same_storage(spec: KernelSpec, *operands: str) -> str | None:

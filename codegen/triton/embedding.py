@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 from qcompile.codegen.triton.contract import FLOATS, TRITON_TYPES, Operator, kernel, pointer, stored
-from qcompile.codegen.triton.loads import (
-    WHOLE,
-    WeightFormat,
-    float32_numbers,
-    load_scales,
-    refuses_format,
-    weight_format,
-    weight_operands,
-    widen,
-)
+from qcompile.codegen.triton.loads import WHOLE, float32_numbers, load_scales, widen
 from qcompile.codegen.triton.source import Lines, constants, function
 from qcompile.codegen.triton.tiles import Architecture, power_of_two
+from qcompile.codegen.triton.weight_format import WeightFormat, refuses_format, weight_format, weight_operands
 from qcompile.ir.lowered import Kernel, KernelSpec, Launch
 
 BLOCK = 1024
@@ -79,5 +71,5 @@ QUANTIZED_EMBEDDING = Operator(
     operands={"indices": ("i64",), "codes": (), "scale": (), "zero": ("uint8",), "out": FLOATS},
     optional=frozenset({"zero"}),
     sizes=("K", "N"),
-    refuses=refuses_format,
+    refuses=lambda spec: refuses_format(spec, (4, 8)),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from qcompile.codegen.triton.contract import (
     HALVES,
     LARGEST_INDEX,
@@ -13,11 +15,13 @@ from qcompile.codegen.triton.contract import (
     same_storage,
     stored,
 )
-from qcompile.codegen.triton.loads import WeightFormat, format_constants, refuses_format, weight_format, weight_operands
+from qcompile.codegen.triton.elements import AS_BYTES, TABLES, nf4_function, scale_pointer
+from qcompile.codegen.triton.loads import format_constants
 from qcompile.codegen.triton.matrix import matrix_body, matrix_steps
 from qcompile.codegen.triton.source import Lines, constants, function, indent
 from qcompile.codegen.triton.tiles import Architecture, Tile, matrix_tile, row_tile
 from qcompile.codegen.triton.vector import step_items, vector_body
+from qcompile.codegen.triton.weight_format import WeightFormat, refuses_format, weight_format, weight_operands
 from qcompile.ir.lowered import BUCKETS, Kernel, KernelSpec, Launch, Parameter, Workspace
 
 REDUCE_BLOCK = 512
@@ -28,7 +32,7 @@ def refuses_linear(spec: KernelSpec) -> str | None:
     if spec.size("N") * spec.size("K") >= LARGEST_INDEX:
         return f"N·K = {spec.size('N') * spec.size('K')}: expected less than 2^31 numbers in a matrix"
     if spec.operator == "quantized_linear":
-        return same_storage(spec, "x", "out") or refuses_format(spec)
+        return same_storage(spec, "x", "out") or refuses_format(spec, tables=TABLES)
     return same_storage(spec, "x", "weight", "out")
 
 
@@ -83,18 +87,8 @@ def reduce_function(spec: KernelSpec, tile: Tile) -> Lines:
     return function("add_partial_sums", names, "out = the sum of the partial sums of every split, plus the bias.", body)
 
 
-def linear_parameters(spec: KernelSpec, tile: Tile) -> list[Parameter]:
-    """The arguments of the main launch."""
-    names = ["x", *weight_operands(spec)]
-    weights = [pointer(name, "u8" if name == "codes" else stored(spec, name)) for name in names]
-    if tile.splits > 1:
-        return [*weights, pointer("partial", "fp32"), integer("rows")]
-    bias = [pointer("bias", stored(spec, "bias"))] if spec.format("bias") else []
-    return [*weights, *bias, pointer("out", stored(spec, "out")), integer("rows")]
-
-
 def emit_linear(spec: KernelSpec, arch: Architecture) -> Kernel:
-    """One function for the product, and one that adds partial sums where the columns are split."""
+    """A linear over 16-bit activations."""
     form = weight_format(spec)
     count, columns = spec.size("N"), spec.size("K")
     single = BUCKETS[spec.bucket][1] == 1
@@ -102,22 +96,44 @@ def emit_linear(spec: KernelSpec, arch: Architecture) -> Kernel:
     tile = row_tile(count, columns, arch) if single else matrix_tile(count, columns, spec.bucket, awkward, arch)
     numbers = linear_constants(spec, form, tile)
     body = (vector_body if single else matrix_body)(spec, form, tile, numbers)
-    parameters = linear_parameters(spec, tile)
+    kinds = {"codes": "u8", **({"scale": scale_pointer(form.scale_dtype)} if form.quantized else {})}
+    inputs = [pointer(name, kinds.get(name) or stored(spec, name)) for name in ("x", *weight_operands(spec))]
+    layouts = [("codes", form.layout)] if form.layout else []
+    layouts += [("scale", "bytes")] if form.scale_dtype in AS_BYTES else []
+    helpers = [nf4_function()] if form.element == "nf4" else []
+    return assemble(spec, arch, tile, inputs, body, layouts, expected(form, tile, single, arch), helpers)
+
+
+def assemble(
+    spec: KernelSpec,
+    arch: Architecture,
+    tile: Tile,
+    inputs: list[Parameter],
+    body: Lines,
+    layouts: list[tuple[str, str]],
+    expects: tuple[str, ...],
+    helpers: Iterable[Lines] = (),
+) -> Kernel:
+    """One function for the product, and one that adds partial sums where the columns are split.
+
+    `body` leaves `total` [tokens, rows] of `token` and `row`, and `split`; `inputs` are the pointers and `helpers` the functions it uses.
+    """
+    count = spec.size("N")
+    bias = [pointer("bias", stored(spec, "bias"))] if spec.format("bias") else []
+    last = [*bias, pointer("out", stored(spec, "out")), integer("rows")]
+    parameters = [*inputs, *([pointer("partial", "fp32"), integer("rows")] if tile.splits > 1 else last)]
     doc = "One program: BLOCK_N rows of the weight, its share of the columns, and every token of its tile."
-    functions = [function(spec.operator, [parameter.name for parameter in parameters], doc, [*body, *finish(spec, tile)])]
-    tokens = 1 if single else ("ceildiv", "rows", tile.tokens)
+    functions = [*helpers, function(spec.operator, [parameter.name for parameter in parameters], doc, [*body, *finish(spec, tile)])]
+    tokens = 1 if BUCKETS[spec.bucket][1] == 1 else ("ceildiv", "rows", tile.tokens)
     launches = [
         Launch(spec.operator, (-(-count // tile.rows), tokens, tile.splits), tuple(parameters), (), tile.num_warps, tile.num_stages)
     ]
     workspaces = []
     if tile.splits > 1:
-        bias = [pointer("bias", stored(spec, "bias"))] if spec.format("bias") else []
-        last = (pointer("partial", "fp32"), *bias, pointer("out", stored(spec, "out")), integer("rows"))
         functions.append(reduce_function(spec, tile))
-        launches.append(Launch("add_partial_sums", ("rows", -(-count // REDUCE_BLOCK), 1), last))
+        launches.append(Launch("add_partial_sums", ("rows", -(-count // REDUCE_BLOCK), 1), (pointer("partial", "fp32"), *last)))
         workspaces.append(Workspace("partial", ("mul", ("mul", tile.splits * 4, count), "rows")))
-    layouts = [("codes", "split-half")] if form.bits == 4 else []
-    return kernel(spec, arch, functions, launches, workspaces, layouts, expected(form, tile, single, arch))
+    return kernel(spec, arch, functions, launches, workspaces, layouts, expects)
 
 
 def expected(form: WeightFormat, tile: Tile, single: bool, arch: Architecture) -> tuple[str, ...]:
@@ -145,8 +161,8 @@ LINEAR = Operator(
 )
 QUANTIZED_LINEAR = Operator(
     emit=emit_linear,
-    operands={"x": HALVES, "codes": (), "scale": (), "zero": ("uint8",), "bias": (*HALVES, "fp32"), "out": HALVES},
-    optional=frozenset({"bias", "zero"}),
+    operands={"x": HALVES, "codes": (), "scale": (), "scale2": (), "zero": ("uint8",), "bias": (*HALVES, "fp32"), "out": HALVES},
+    optional=frozenset({"bias", "scale2", "zero"}),
     sizes=("K", "N"),
     buckets=_BUCKETS,
     refuses=refuses_linear,

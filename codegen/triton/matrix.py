@@ -11,46 +11,46 @@ from collections.abc import Mapping
 from qcompile.codegen.triton.contract import TRITON_TYPES, stored
 from qcompile.codegen.triton.loads import (
     Part,
-    WeightFormat,
     explain_codes,
     first_column,
     float32_numbers,
     half_numbers,
+    load_items,
     load_scales,
     parts,
-    weight_operands,
     widen,
 )
 from qcompile.codegen.triton.source import Lines, constants, load, loop
 from qcompile.codegen.triton.tiles import Tile
+from qcompile.codegen.triton.weight_format import WeightFormat, weight_operands
 from qcompile.ir.layouts import HALF
 from qcompile.ir.lowered import KernelSpec
 
 
 def matrix_steps(form: WeightFormat, tile: Tile) -> int:
     """Steps of a program over its share of the columns."""
-    return -(-form.row_items // (HALF * tile.splits))
+    return -(-form.row_items // (form.span * tile.splits))
 
 
 def matrix_body(spec: KernelSpec, form: WeightFormat, tile: Tile, numbers: Mapping[str, tuple[int | float, str]]) -> Lines:
     """Lines that leave `total` [tokens, BLOCK_N] for `token` and `row`."""
     mine = {
         "BLOCK_M": (tile.tokens, "tokens of a program"),
-        "BLOCK": (HALF, "stored items of a step"),
+        "BLOCK": (form.span, "stored items of a step"),
         "STEPS": (matrix_steps(form, tile), "steps of a program"),
     }
-    if form.grouped and form.run < HALF:
-        mine |= {"RUN": (form.run, "columns that are sure to share a scale"), "RUNS": (HALF // form.run, "runs of a step")}
+    if form.grouped and form.run < form.span:
+        mine |= {"RUN": (form.run, "columns that are sure to share a scale"), "RUNS": (form.span // form.run, "runs of a step")}
     source = weight_operands(spec)[0]
     half = not form.grouped or scales_sums(form, tile)
     step = [
         "block = split * STEPS + step",
         "item = block * BLOCK + tl.arange(0, BLOCK)",
-        *load("items", f"{source} + row[:, None] * ROW + item[None, :]", "inside[:, None] & (item < ROW)[None, :]", "0"),
+        *load_items(form, source, "row[:, None]", "[None, :]", "inside[:, None]"),
         f"column = {first_column(form, 'item')}",
         *explain_codes(form, half),
-        *([] if half and form.bits == 4 else widen(form)),
-        *(line for part in parts(form) for line in part_lines(spec, form, part, scales_sums(form, tile))),
+        *([] if half and form.bits <= 4 else widen(form)),
+        *(line for part in parts(form) for line in (*filter(None, [part.before]), *part_lines(spec, form, part, scales_sums(form, tile)))),
     ]
     return [
         *constants({**numbers, **mine}),
@@ -72,9 +72,10 @@ def matrix_body(spec: KernelSpec, form: WeightFormat, tile: Tile, numbers: Mappi
 def scales_sums(form: WeightFormat, tile: Tile) -> bool:
     """Whether scales multiply partial sums and not weights.
 
-    That is exact and cheap for few tokens, and possible where a step's columns lie in one group.
+    That is exact (but for nf4, whose numbers 16 bits do not hold) and cheap for few tokens, and possible where a step's columns lie in
+    one group.
     """
-    return form.grouped and not form.gathers and tile.tokens < HALF
+    return form.grouped and not form.gathers and tile.tokens < HALF and form.element != "nf4"
 
 
 def part_lines(spec: KernelSpec, form: WeightFormat, part: Part, scale_sums: bool) -> Lines:
@@ -104,8 +105,8 @@ def step_scales(form: WeightFormat, name: str, offset: str) -> Lines:
     One scale is loaded for each run of columns that is sure to share it, and spread in registers: loading one for each
     column took 250 registers.
     """
-    several = form.run < HALF
-    first = f"block * {HALF * form.item_columns}{' + tl.arange(0, RUNS) * RUN' if several else ''}{offset}"
+    several = form.run < form.span
+    first = f"block * {form.span * form.item_columns}{' + tl.arange(0, RUNS) * RUN' if several else ''}{offset}"
     group = f"group_{name}[None, :]" if several else f"group_{name}"
     lines = [
         f"group_{name} = ({first}) // GROUP",

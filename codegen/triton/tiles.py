@@ -17,6 +17,7 @@ class Architecture:
         multiprocessors: how many programs a grid needs to fill the largest part sold of it (A100, L40, H100, B200).
         shared_bytes: shared memory that one program can have.
         matrix: the instruction class of a large matrix product: `mma` (warp), `wgmma` (warp group), `tcgen05`.
+        float8: the instruction class of a product of 8-bit floats; empty where there is none.
     """
 
     name: str
@@ -24,13 +25,14 @@ class Architecture:
     multiprocessors: int
     shared_bytes: int
     matrix: str
+    float8: str = ""
 
 
 ARCHITECTURES = {
     "sm80": Architecture("sm80", 80, 108, 166_912, "mma"),
-    "sm89": Architecture("sm89", 89, 128, 101_376, "mma"),
-    "sm90": Architecture("sm90", 90, 132, 232_448, "wgmma"),
-    "sm100": Architecture("sm100", 100, 148, 232_448, "tcgen05"),
+    "sm89": Architecture("sm89", 89, 128, 101_376, "mma", "qmma"),
+    "sm90": Architecture("sm90", 90, 132, 232_448, "wgmma", "qgmma"),
+    "sm100": Architecture("sm100", 100, 148, 232_448, "tcgen05", "utcqmma"),
 }
 
 

@@ -4,19 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qcompile.codegen.triton.loads import (
-    Part,
-    WeightFormat,
-    explain_codes,
-    first_column,
-    float32_numbers,
-    load_scales,
-    parts,
-    weight_operands,
-    widen,
-)
+from qcompile.codegen.triton.loads import Part, explain_codes, first_column, float32_numbers, load_items, load_scales, parts, widen
 from qcompile.codegen.triton.source import Lines, constants, load, loop
 from qcompile.codegen.triton.tiles import Tile, power_of_two
+from qcompile.codegen.triton.weight_format import WeightFormat, weight_operands
 from qcompile.ir.lowered import KernelSpec
 
 STEP_ITEMS = 512
@@ -42,12 +33,12 @@ def vector_body(spec: KernelSpec, form: WeightFormat, tile: Tile, numbers: Mappi
     step = [
         "run = (split * STEPS + step) * RUNS + tl.arange(0, RUNS)",
         "item = run[:, None] * RUN + tl.arange(0, RUN)[None, :]",
-        *load("items", f"{source} + row[:, None, None] * ROW + item[None, :, :]", "inside[:, None, None] & (item < ROW)[None, :, :]", "0"),
+        *load_items(form, source, "row[:, None, None]", "[None, :, :]", "inside[:, None, None]"),
         f"column = {first_column(form, 'item')}",
         *([f"first = {first_column(form, 'run * RUN')}"] if form.grouped else []),
         *explain_codes(form, half=False),
         *widen(form),
-        *(line for part in parts(form) for line in part_lines(form, part)),
+        *(line for part in parts(form) for line in (*filter(None, [part.before]), *part_lines(form, part))),
     ]
     shape = "[BLOCK_N, RUNS]" if form.grouped else "[BLOCK_N, RUNS, RUN]"
     return [

@@ -19,13 +19,20 @@ from qcompile.target import parse_target
 from tests.models import tiny
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU with a driver")]
+SCHEMES = {"bf16": 3e-2, "int8": 3e-2, "int4": 3e-2, "int3": 3e-2, "nvfp4": 3e-2, "w8a8": 0.15, "w4a8": 0.15, "fp8": 0.4}
+"""How far logits may lie apart, relative to the largest. Kernels and references round to bfloat16 at the same places but sum in another
+order: eight bfloat16 steps. Where activations are rounded again, such a difference moves single codes by a whole step, which the weights
+of an untrained model spread: keeping float32 inside normalizations and linears alone moved its logits by 0.06 (w8a8, w4a8), 0.19 (fp8)
+and 0.7 (w4a4, which is therefore compared kernel by kernel only)."""
 PROMPTS = [list(range(3, 24)), [40, 41, 42], [7]]
 
 
-@pytest.fixture(scope="module", params=["bf16", "int8", "int4"])
+@pytest.fixture(scope="module", params=SCHEMES)
 def contents(request: pytest.FixtureRequest) -> ArtifactContents:
     """A two-layer llama with heads of 64, compiled for the GPU at hand."""
     major, minor = torch.cuda.get_device_capability()
+    if request.param == "fp8" and (major, minor) < (8, 9):
+        pytest.skip("8-bit floats need sm89")
     goal = parse_target(f"sm{major}{minor}-{request.param}")
     model = tiny("llama", hidden_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=64, intermediate_size=192)
     loaded = frontend.load(model)
@@ -44,7 +51,6 @@ def engines(contents: ArtifactContents) -> tuple[CudaEngine, CudaEngine]:
 
 
 def test_kernels_and_references_agree(contents: ArtifactContents) -> None:
-    """Both round to bfloat16 at the same places but sum in another order: 3e-2 is eight bfloat16 steps at the largest logit."""
     fast, slow = engines(contents)
     fast.prepare()
     assert fast.captured_buckets == [1, 2, 4]
@@ -52,7 +58,7 @@ def test_kernels_and_references_agree(contents: ArtifactContents) -> None:
         slow.prepare()
     ours, theirs = fast.prefill(PROMPTS), slow.prefill(PROMPTS)
     for _ in range(8):
-        assert float((ours - theirs).float().abs().max() / theirs.float().abs().max()) <= 3e-2
+        assert float((ours - theirs).float().abs().max() / theirs.float().abs().max()) <= SCHEMES[contents.target.split("-", 1)[1]]
         tokens = theirs.argmax(-1).cpu()
         ours, theirs = fast.decode(tokens), slow.decode(tokens)
 
@@ -62,7 +68,7 @@ def test_a_sequence_does_not_depend_on_the_rows_beside_it(contents: ArtifactCont
     together = [fast.prefill(PROMPTS), fast.decode([1, 2, 3]), fast.decode([4, -1, 6])]
     alone = [fast.prefill(PROMPTS[:1]), fast.decode([1]), fast.decode([4])]
     for both, one in zip(together, alone, strict=True):
-        assert float((both[0] - one[0]).float().abs().max() / one.float().abs().max()) <= 3e-2
+        assert float((both[0] - one[0]).float().abs().max() / one.float().abs().max()) <= SCHEMES[contents.target.split("-", 1)[1]]
 
 
 def test_replays_are_deterministic(contents: ArtifactContents) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from qcompile.codegen.triton.elements import SCALE_STORAGE, SECOND_LEVEL
 from qcompile.ir.lowered import KernelSpec
 
 
@@ -11,6 +13,11 @@ def spec(operator: str, bucket: str = "", *, sizes: dict[str, int], formats: dic
     """A specification; operands whose format is None are left out."""
     present = {name: kind for name, kind in formats.items() if kind is not None}
     return KernelSpec(operator, tuple(sorted(sizes.items())), tuple(sorted(present.items())), tuple(sorted(options.items())), bucket)
+
+
+def with_format(spec: KernelSpec, **formats: str) -> KernelSpec:
+    """The specification with other storages."""
+    return replace(spec, formats=tuple(sorted({**dict(spec.formats), **formats}.items())))
 
 
 def linear(rows: int, columns: int, bucket: str, dtype: str = "bf16", bias: bool = False) -> KernelSpec:
@@ -23,10 +30,12 @@ def quantized_linear(
     rows: int, columns: int, bucket: str, form: str = "int4 g64 sym fp16", dtype: str = "bf16", bias: bool = False
 ) -> KernelSpec:
     """A linear layer with a quantized weight."""
+    stored = form.rsplit(" ", maxsplit=1)[-1].partition("/")[0]
     formats = {
         "x": dtype,
         "codes": form,
-        "scale": form.rsplit(" ", maxsplit=1)[-1],
+        "scale": SCALE_STORAGE.get(stored, stored),
+        "scale2": SECOND_LEVEL.get(stored),
         "zero": "uint8" if " asym " in form else None,
         "bias": dtype if bias else None,
         "out": dtype,

@@ -14,19 +14,20 @@ from qcompile.errors import ArtifactError, CoverageError, TargetError
 from qcompile.ir.layouts import apply_layout
 from qcompile.ir.lowered import KernelSpec
 from qcompile.quant.reference import pack
-from tests.codegen.triton import specs
+from tests.codegen.triton import activation_specs, specs
+from tests.codegen.triton.specs import with_format
 
 BACKEND = TritonBackend("sm90")
-
-
-def with_format(spec: KernelSpec, **formats: str) -> KernelSpec:
-    """The specification with other storages."""
-    return replace(spec, formats=tuple(sorted({**dict(spec.formats), **formats}.items())))
 
 
 @pytest.mark.parametrize("spec", [*specs.small_llama(), *specs.small_llama("int8 channel sym fp16")])
 def test_a_llama_is_served(spec: KernelSpec) -> None:
     assert BACKEND.refuses(spec) is None
+
+
+@pytest.mark.parametrize("preset", activation_specs.PRESETS)
+def test_every_preset_of_quantized_activations_is_served(preset: str) -> None:
+    assert [BACKEND.refuses(spec) for spec in activation_specs.small_llama(preset)] == [None] * 17
 
 
 REFUSED = {
@@ -37,7 +38,8 @@ REFUSED = {
     "x is fp32: expected bf16 or fp16": with_format(specs.linear(8, 8, "m1"), x="fp32"),
     r"mixed storage \(x bf16, weight fp16, out bf16\): expected one type": with_format(specs.linear(8, 8, "m1"), weight="fp16"),
     "bucket '': expected one of 'm1', 'm2-63', 'm64'": replace(specs.linear(8, 8, "m1"), bucket=""),
-    "codes are int2: expected int4 or int8": specs.quantized_linear(8, 64, "m1", "int2 g32 sym fp16"),
+    "codes are int5: expected int2 or int3 or int4 or int8": specs.quantized_linear(8, 64, "m1", "int5 g32 sym fp16"),
+    "codes are int3: expected int4 or int8": specs.embedding(8, 64, "int3 g32 sym fp16"),
     "groups of 8 columns: expected at least 16": specs.quantized_linear(8, 64, "m1", "int4 g8 sym fp16"),
     "codes are 'nf4 g64': expected a format such as": specs.quantized_linear(8, 64, "m1", "nf4 g64"),
     "zero is None: expected uint8 for asymmetric codes": with_format(specs.quantized_linear(8, 64, "m1"), codes="int4 g64 asym fp16"),
@@ -97,6 +99,21 @@ def test_split_half_keeps_every_code(columns: int) -> None:
     restored = torch.cat((blocks & 15, blocks >> 4), dim=2).reshape(3, -1)
     assert torch.equal(restored[:, :columns], codes)
     assert not bool(restored[:, columns:].any())
+
+
+@pytest.mark.parametrize("columns", [1, 33, 128, 130, 576])
+def test_split_quarter_and_split_planes_keep_every_code(columns: int) -> None:
+    codes = torch.randint(0, 4, (3, columns), dtype=torch.uint8)
+    blocks = apply_layout("split-quarter", pack(codes, 2)).view(3, -1, 1, 32)
+    restored = torch.cat([(blocks >> shift) & 3 for shift in (0, 2, 4, 6)], dim=2).reshape(3, -1)
+    assert torch.equal(restored[:, :columns], codes)
+    assert not bool(restored[:, columns:].any())
+    codes = torch.randint(0, 8, (3, columns), dtype=torch.uint8)
+    blocks = apply_layout("split-planes", pack(codes, 3)).view(3, -1, 1, 48)
+    low = torch.cat([(blocks[..., :32] >> shift) & 3 for shift in (0, 2, 4, 6)], dim=2).reshape(3, -1)
+    third = torch.cat([(blocks[..., 32:] >> shift) & 1 for shift in range(8)], dim=2).reshape(3, -1)
+    assert torch.equal((low | third << 2)[:, :columns], codes)
+    assert not bool((low | third)[:, columns:].any())
 
 
 def test_an_unknown_layout_is_refused() -> None:

@@ -10,7 +10,7 @@ import pytest
 from qcompile.codegen.triton.backend import TritonBackend
 from qcompile.ir import size
 from qcompile.ir.lowered import Kernel, KernelSpec, Launch
-from tests.codegen.triton import specs
+from tests.codegen.triton import activation_specs, specs
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "triton"
 
@@ -20,6 +20,9 @@ CASES: dict[str, tuple[str, KernelSpec]] = {
     "int4_m1": ("sm90", specs.quantized_linear(1536, 576, "m1")),
     "int4_m2-63_split": ("sm90", specs.quantized_linear(576, 1536, "m2-63")),
     "int4_m64_asymmetric": ("sm90", specs.quantized_linear(3072, 576, "m64", "int4 g32 asym fp16")),
+    "int3_m1": ("sm90", specs.quantized_linear(1536, 576, "m1", "int3 g64 asym fp16")),
+    "mxfp4_m64": ("sm90", specs.quantized_linear(3072, 576, "m64", "fp4 g32 sym e8m0")),
+    "nf4_m2-63": ("sm90", specs.quantized_linear(1536, 576, "m2-63", "nf4 g64 sym int8")),
     "int8_m2-63": ("sm89", specs.quantized_linear(1536, 576, "m2-63", "int8 channel sym fp16", "fp16", bias=True)),
     "add_rms_norm": ("sm90", specs.rms_norm(576, residual=True)),
     "rotary_table": ("sm90", specs.rotary_table(32)),
@@ -33,6 +36,19 @@ CASES: dict[str, tuple[str, KernelSpec]] = {
     "gather_last": ("sm90", specs.gather_last(576)),
     "argmax": ("sm90", specs.argmax(49152)),
     "topk": ("sm90", specs.topk(49152, 50)),
+    "hadamard": ("sm90", activation_specs.hadamard(576, 576)),
+    "quantize_groups": ("sm90", activation_specs.quantize("quantize_activation", 576, bits=4, group=64)),
+    "quantize_asymmetric": ("sm90", activation_specs.quantize("quantize_activation_asym", 576)),
+    "quantize_static": ("sm90", activation_specs.quantize_static(576, zero=True)),
+    "add_norm_quantize": ("sm90", activation_specs.quantize("add_norm_quantize", 576)),
+    "norm_hadamard_quantize": ("sm90", activation_specs.quantize("norm_quantize", 576, 64, bits=4, group=64)),
+    "gated_hadamard_quantize": ("sm90", activation_specs.quantize("gated_quantize", 1536, 1536)),
+    "w8a8_m1": ("sm90", activation_specs.code_linear(1536, 576, "m1")),
+    "w8a8_m64": ("sm90", activation_specs.code_linear(1536, 576, "m64", bias=True)),
+    "w4a8_m1": ("sm90", activation_specs.code_linear(1536, 576, "m1", "int4 g64 sym fp16")),
+    "w4a8_m2-63_asymmetric": ("sm80", activation_specs.code_linear(576, 1536, "m2-63", "int4 g32 asym fp16", zero=True)),
+    "w4a4_m64": ("sm90", activation_specs.code_linear(3072, 576, "m64", "int4 g64 sym fp16", group=64)),
+    "float8_m64": ("sm90", activation_specs.code_linear(3072, 576, "m64", "fp8 channel sym fp32")),
 }
 
 
@@ -69,5 +85,5 @@ def test_every_golden_has_its_case() -> None:
 
 
 def test_names_are_unique_for_specification_and_target() -> None:
-    kernels = [TritonBackend(arch).emit(spec) for arch in ("sm80", "sm90") for _, spec in CASES.values()]
+    kernels = [TritonBackend(arch).emit(spec) for arch in ("sm89", "sm90") for _, spec in CASES.values()]
     assert len({kernel.name for kernel in kernels}) == len(kernels)

@@ -17,7 +17,10 @@ from qcompile.ir.layouts import apply_layout
 from qcompile.ir.lowered import Kernel, KernelSpec, Launch, Parameter
 from qcompile.ir.size import evaluate
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "u8": torch.uint8, "i32": torch.int32, "i64": torch.int64}
+DTYPES = {
+    "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8e4nv": torch.float8_e4m3fn,
+    "u8": torch.uint8, "i8": torch.int8, "i32": torch.int32, "i64": torch.int64,
+}  # fmt: skip
 TOLERANCES = {torch.bfloat16: 1.25 * 2**-8, torch.float16: 1.25 * 2**-11, torch.float32: 1e-5}
 """Of the largest magnitude: half a unit in the last place for the result's rounding, and a quarter of that for weights or
 probabilities rounded on the way, which average out over a sum; float32 sums of a few hundred numbers stay below 1e-5."""
@@ -35,7 +38,7 @@ def guarded(tensor: Tensor) -> Tensor:
 
 def result(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A place for a result, filled with what no result may leave there."""
-    return guarded(torch.full(shape, -77 if dtype == torch.int64 else torch.nan, dtype=dtype))
+    return guarded(torch.full(shape, torch.nan if dtype.is_floating_point else -77, dtype=dtype))
 
 
 def assert_guards(tensor: Tensor, name: str) -> None:

@@ -1,6 +1,7 @@
-"""What Triton 3.6's interpreter needs to be right: bfloat16 is computed on its raw bits there, and loops over tensors fail with numpy 2.4.
+"""What Triton 3.6's interpreter needs to be right.
 
-bfloat16 stays stored as uint16; every arithmetic operation goes through float32 and rounds to nearest even.
+bfloat16 and float8 are computed on their raw bits there, casts to float8 lose the carry of a rounding, and loops over tensors fail
+with numpy 2.4. bfloat16 stays stored as uint16, float8 (e4m3) as uint8; arithmetic goes through float32 and rounds to nearest even.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from numpy.typing import NDArray
 from triton.runtime import interpreter
@@ -29,6 +31,22 @@ def narrow(numbers: Array) -> Array:
     return np.where(np.isnan(numbers), np.uint32(0x7FC0), rounded).astype(np.uint16)
 
 
+def widen_float8(bits: Array) -> Array:
+    """uint8 patterns of float8 (e4m3) as float32."""
+    return np.asarray(torch.from_numpy(np.array(bits, dtype=np.uint8)).view(torch.float8_e4m3fn).float().numpy())
+
+
+def narrow_float8(numbers: Array) -> Array:
+    """float32 as uint8 patterns of float8 (e4m3), to nearest even and saturating, as the GPU's conversion is; NaN stays NaN."""
+    bounded = torch.from_numpy(np.array(numbers, dtype=np.float32)).clamp(-448, 448)
+    return np.asarray(bounded.to(torch.float8_e4m3fn).view(torch.uint8).numpy())
+
+
+def is_float8(handle: TensorHandle) -> bool:
+    """Whether a handle's numbers are stored as patterns of 8 bits."""
+    return bool(handle.dtype.scalar == tl.float8e4nv)
+
+
 def is_bfloat16(handle: TensorHandle) -> bool:
     """Whether a handle's numbers are stored as patterns."""
     return bool(handle.dtype.scalar == tl.bfloat16)
@@ -36,6 +54,8 @@ def is_bfloat16(handle: TensorHandle) -> bool:
 
 def numbers(handle: TensorHandle) -> Array:
     """A handle's data as numpy can compute with it."""
+    if is_float8(handle):
+        return widen_float8(handle.data)
     return widen(handle.data) if is_bfloat16(handle) else handle.data
 
 
@@ -44,8 +64,10 @@ def cast(self: InterpreterBuilder, source: TensorHandle, kind: Any) -> TensorHan
     del self
     target = kind.scalar
     with np.errstate(all="ignore"):
+        if target == tl.float8e4nv:
+            return TensorHandle(source.data if is_float8(source) else narrow_float8(numbers(source)), target)
         if target == tl.bfloat16:
-            return TensorHandle(source.data if is_bfloat16(source) else narrow(source.data.astype(np.float32)), target)
+            return TensorHandle(source.data if is_bfloat16(source) else narrow(numbers(source).astype(np.float32)), target)
         return TensorHandle(numbers(source).astype(interpreter._get_np_dtype(target)), target)
 
 

@@ -5,21 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qcompile.quant.element import element
-from qcompile.quant.granularity import Granularity
-from qcompile.quant.reference import dequantize, quantize
-from qcompile.quant.scheme import DTYPE_NAMES, QuantFormat
+from qcompile.quant.format import parse_format
+from qcompile.quant.reference import quantize, restore
+from qcompile.quant.scheme import DTYPE_NAMES
 from tests.codegen.triton import specs
 from tests.codegen.triton.interpreted.harness import assert_close, guarded, result, run_kernel
 
 ROWS = {"m1": 1, "m2-63": 5, "m64": 70}
-
-
-def quant_format(text: str) -> QuantFormat:
-    """Read back what `str(QuantFormat)` writes."""
-    name, granularity, kind, scale = text.split()
-    group = -1 if granularity == "channel" else int(granularity[1:])
-    return QuantFormat(element(name), Granularity(group), kind == "sym", DTYPE_NAMES[scale])
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -47,6 +39,23 @@ FORMATS = [
     ("int4 g48 asym fp32", 19, 211, "bf16"),
     ("int4 g20 sym fp16", 17, 150, "fp16"),
     ("int4 channel asym fp16", 24, 131, "bf16"),
+    ("int3 g64 sym fp16", 33, 576, "bf16"),
+    ("int3 g32 asym fp16", 20, 211, "fp16"),
+    ("int3 g16 asym fp32", 16, 300, "bf16"),
+    ("int3 channel asym fp16", 24, 131, "fp16"),
+    ("int2 g64 asym fp16", 33, 576, "bf16"),
+    ("int2 g32 sym fp16", 20, 200, "fp16"),
+    ("int2 channel sym bf16", 24, 131, "bf16"),
+    ("int4 g32 sym int8", 24, 320, "bf16"),
+    ("int4 g16 asym int8/4", 17, 208, "fp16"),
+    ("int8 g32 sym e8m0", 16, 200, "bf16"),
+    ("fp4 g32 sym e8m0", 33, 320, "bf16"),
+    ("fp4 g16 sym e4m3", 24, 200, "fp16"),
+    ("fp4 g64 sym fp16", 33, 256, "bf16"),
+    ("nf4 g64 sym fp16", 20, 200, "bf16"),
+    ("nf4 channel sym fp16", 17, 130, "fp16"),
+    ("fp8 channel sym fp16", 24, 131, "bf16"),
+    ("fp8 g64 sym fp32", 16, 192, "fp16"),
     ("int8 channel sym fp16", 40, 192, "bf16"),
     ("int8 channel asym fp16", 13, 77, "fp16"),
     ("int8 g64 asym fp16", 16, 300, "bf16"),
@@ -64,7 +73,7 @@ def check_quantized(bucket: str, form: str, rows: int, columns: int, dtype: str,
     """Run one quantized linear layer and compare with its dequantized weight in float64."""
     torch.manual_seed(1)
     kind = DTYPE_NAMES[dtype]
-    weight_format = quant_format(form)
+    weight_format = parse_format(form)
     packed = quantize(torch.randn(rows, columns) + 0.2, weight_format)
     operands = {
         "x": guarded(torch.randn(ROWS[bucket], columns).to(kind)),
@@ -73,15 +82,17 @@ def check_quantized(bucket: str, form: str, rows: int, columns: int, dtype: str,
         "bias": guarded(torch.randn(rows).to(kind)),
         "out": result((ROWS[bucket], rows), kind),
         **({} if packed.zero is None else {"zero": guarded(packed.zero)}),
+        **({} if packed.scale2 is None else {"scale2": guarded(packed.scale2)}),
     }
     kernel = run_kernel(specs.quantized_linear(rows, columns, bucket, form, dtype, bias), operands, {"rows": ROWS[bucket]})
-    bits, group = weight_format.element.bits, weight_format.granularity.group_size
-    weight = dequantize(packed.codes, packed.scale, packed.zero, bits, group, columns, torch.float64)
+    weight = restore(packed, weight_format, columns, torch.float64)
     expected = operands["x"].double() @ weight.T + (operands["bias"].double() if bias else 0)
     assert_close(operands["out"], expected)
-    assert dict(kernel.layouts) == ({"codes": "split-half"} if bits == 4 else {})
+    layout = {2: "split-quarter", 3: "split-planes", 4: "split-half"}.get(weight_format.element.bits)
+    assert dict(kernel.layouts).get("codes") == layout
 
 
 @pytest.mark.parametrize(("bucket", "columns"), [("m1", 4200), ("m2-63", 1100), ("m64", 1100)])
-def test_split_columns_are_added_in_order(bucket: str, columns: int) -> None:
-    check_quantized(bucket, "int4 g64 asym fp16", 24, columns, "fp16", bias=True)
+@pytest.mark.parametrize("form", ["int4 g64 asym fp16", "int3 g64 sym fp16", "int2 g64 asym fp16"])
+def test_split_columns_are_added_in_order(form: str, bucket: str, columns: int) -> None:
+    check_quantized(bucket, form, 24, columns, "fp16", bias=True)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from qcompile.ir import ops
+from qcompile.quant.format import parse_format
 from qcompile.quant.reference import dequantize, quantize
 from qcompile.quant.scheme import DTYPE_NAMES
 from tests.codegen.triton import specs
 from tests.codegen.triton.interpreted.harness import assert_close, guarded, result, run_kernel
-from tests.codegen.triton.interpreted.test_linear import quant_format
 
 
 def random(*shape: int, dtype: str = "bf16") -> Tensor:
@@ -130,7 +130,7 @@ def test_gather_last_takes_the_row_of_the_greatest_position() -> None:
 @pytest.mark.parametrize("form", ["int4 g32 asym fp16", "int4 g20 sym fp16", "int8 channel sym fp16", "int8 g64 asym fp32"])
 def test_quantized_embedding(form: str) -> None:
     torch.manual_seed(0)
-    weight_format = quant_format(form)
+    weight_format = parse_format(form)
     packed = quantize(torch.randn(19, 71), weight_format)
     operands = {"indices": guarded(INDICES[0]), "codes": guarded(packed.codes), "scale": guarded(packed.scale)}
     operands |= {"out": result((3, 71), torch.bfloat16), **({} if packed.zero is None else {"zero": guarded(packed.zero)})}
