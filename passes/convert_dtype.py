@@ -45,8 +45,11 @@ def convert(graph: Graph, dtype: torch.dtype, *, values: bool = True) -> bool:
     Without `values` the fake values of calls stay what they were: enough for a graph that is only to be run.
     """
     kept = set() if dtype == torch.float64 else _position_arithmetic(graph)
+    rotations = set() if dtype == torch.float64 else _rotations(graph)
     changed = False
     for node in graph.nodes:
+        if node in rotations:
+            continue
         if node in kept:
             changed |= _cast_result(graph, node, kept, dtype)
         elif node.op == "get_attr":
@@ -58,6 +61,12 @@ def convert(graph: Graph, dtype: torch.dtype, *, values: bool = True) -> bool:
     if changed and values:
         propagate(graph)
     return changed
+
+
+def _rotations(graph: Graph) -> set[fx.Node]:
+    """Matrices of online rotations: float32 always, because rounded further they would not be orthogonal."""
+    found = (call.args[1] for call in graph.calls(torch.ops.qcompile.hadamard.default))
+    return {node for node in found if isinstance(node, fx.Node) and node.op == "get_attr"}
 
 
 def _position_arithmetic(graph: Graph) -> set[fx.Node]:

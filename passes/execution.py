@@ -271,15 +271,17 @@ def _static_nodes(graph: Graph) -> set[fx.Node]:
     return static
 
 
-def call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], substitutes: Mapping[Any, Any] = SUBSTITUTES) -> Any:
-    """The node's value from its arguments, without gradient; `substitutes` run in place of operators.
+def call(
+    node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], substitutes: Mapping[Any, Any] = SUBSTITUTES, *, gradient: bool = False
+) -> Any:
+    """The node's value from its arguments, without gradient unless asked for; `substitutes` run in place of operators.
 
     Raises:
         QCompileError: naming the node whose operator failed.
     """
     target: Any = substitutes.get(node.target, node.target)
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradient):
             return target(*args, **kwargs)
     except QCompileError:
         raise

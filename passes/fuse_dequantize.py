@@ -24,17 +24,18 @@ class FuseDequantize(Pass):
         """Every reader that can take codes does; others keep the dequantize and are noted."""
         changed = False
         for dequantize in graph.calls(qcompile.dequantize.default):
-            codes, scale, zero, bits, group_size, columns, dtype = dequantize.args
+            codes, scale, zero, bits, group_size, columns, dtype, *form = dequantize.args
             for user in list(dequantize.users):
                 if user.target is aten.linear.default and user.args[1] is dequantize and ctx.spend():
+                    bias = user.args[2] if len(user.args) > 2 else None
                     fused = graph.insert(
                         user,
                         qcompile.quantized_linear.default,
-                        (user.args[0], codes, scale, zero, user.args[2], bits, group_size),
+                        (user.args[0], codes, scale, zero, bias, bits, group_size, *form),
                         source=user,
                     )
                 elif user.target is aten.embedding.default and user.args[0] is dequantize and ctx.spend():
-                    arguments = (user.args[1], codes, scale, zero, bits, group_size, columns, dtype)
+                    arguments = (user.args[1], codes, scale, zero, bits, group_size, columns, dtype, *form)
                     fused = graph.insert(user, qcompile.quantized_embedding.default, arguments, source=user)
                 else:
                     ctx.note(self.name, user.name, f"{operator_name(user.target)} cannot read packed weights; {dequantize.name} stays")
@@ -46,5 +47,4 @@ class FuseDequantize(Pass):
                 )
                 graph.replace(user, fused)
                 changed = True
-        graph.remove_dead()
-        return changed
+        return bool(graph.remove_dead()) or changed

@@ -64,7 +64,7 @@ def outputs(graph: Graph, *, wide: bool, memo: dict[str, Tensor] | None = None) 
     known = {} if memo is None else memo
     constants = {name: known[constant.key] for name, constant in program.constants.items() if constant.key in known}
     result = program.run([program.interface.examples[node.name] for node in program.placeholders], constants)
-    real = _real_tokens(program.interface.examples)
+    real = real_tokens(program.interface.examples)
     if real is not None:
         result[0] = result[0] * real.unsqueeze(-1)  # logits of padding mean nothing, with a cache or without
     known.clear()
@@ -72,7 +72,7 @@ def outputs(graph: Graph, *, wide: bool, memo: dict[str, Tensor] | None = None) 
     return result
 
 
-def _real_tokens(examples: dict[str, Tensor]) -> Tensor | None:
+def real_tokens(examples: dict[str, Tensor]) -> Tensor | None:
     """Which example tokens [B, S] of a language model are no padding; None for other models."""
     if "positions" in examples and "page_table" in examples:
         return examples["positions"] >= 0

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from qcompile.ir import activation_ops as _activation_ops  # noqa: F401  registers operators of quantized activations
+from qcompile.ir import fused_activation_ops as _fused_activation_ops  # noqa: F401  registers producers of quantized activations
 from qcompile.ir.graph import Graph
 from qcompile.ir.lowered import BUCKETS, KernelSpec
 from qcompile.passes.raise_patterns import activation_name
@@ -15,7 +17,7 @@ from qcompile.quant.scheme import dtype_name
 
 aten = torch.ops.aten
 qcompile = torch.ops.qcompile
-_INTEGERS = {torch.int64: "i64", torch.int32: "i32"}
+_STORED = {torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv"}
 Sizes = dict[str, int]
 
 
@@ -25,6 +27,15 @@ def _last(operand: str, name: str) -> Callable[[dict[str, Any]], Sizes]:
 
 def _matrix(operands: dict[str, Any]) -> Sizes:
     return {"N": operands["weight" if "weight" in operands else "codes"].shape[0], "K": operands["x"].shape[-1]}
+
+
+def _code_matrix(operands: dict[str, Any]) -> Sizes:
+    return {"N": operands["w_codes"].shape[0], "K": operands["codes"].shape[-1]}
+
+
+def _rotated(operands: dict[str, Any]) -> Sizes:
+    order = {"M": operands["matrix"].shape[0]} if "matrix" in operands else {}
+    return {"K": operands["gate" if "gate" in operands else "x"].shape[-1], **order}
 
 
 def _table(operands: dict[str, Any]) -> Sizes:
@@ -41,7 +52,9 @@ def _attend(operands: dict[str, Any]) -> Sizes:
 
 OPERATORS: dict[Any, tuple[str, tuple[str, ...], Callable[[dict[str, Any]], Sizes], bool]] = {
     aten.linear.default: ("linear", ("x", "weight", "bias"), _matrix, True),
-    qcompile.quantized_linear.default: ("quantized_linear", ("x", "codes", "scale", "zero", "bias"), _matrix, True),
+    qcompile.quantized_linear.default: (
+        "quantized_linear", ("x", "codes", "scale", "zero", "bias", "", "", "", "scale2"), _matrix, True,
+    ),
     qcompile.rms_norm.default: ("rms_norm", ("x", "weight"), _last("x", "K"), False),
     qcompile.add_rms_norm.default: ("add_rms_norm", ("x", "residual", "weight"), _last("x", "K"), False),
     aten.layer_norm.default: ("layer_norm", ("x", "", "weight", "bias"), _last("x", "K"), False),
@@ -54,6 +67,18 @@ OPERATORS: dict[Any, tuple[str, tuple[str, ...], Callable[[dict[str, Any]], Size
     qcompile.cache_attend.default: ("cache_attend", ("q", "keys", "values", "page_table", "positions", "", "", "", "sinks"), _attend, True),
     aten.embedding.default: ("embedding", ("weight", "indices"), _table, False),
     qcompile.quantized_embedding.default: ("quantized_embedding", ("indices", "codes", "scale", "zero"), _table, False),
+    qcompile.integer_linear.default: (
+        "integer_linear", ("codes", "scale", "zero", "w_codes", "w_scale", "w_zero", "bias"), _code_matrix, True,
+    ),
+    qcompile.float8_linear.default: ("float8_linear", ("codes", "scale", "w_codes", "w_scale", "bias"), _code_matrix, True),
+    qcompile.quantize_activation.default: ("quantize_activation", ("x",), _rotated, False),
+    qcompile.quantize_activation_asym.default: ("quantize_activation_asym", ("x",), _rotated, False),
+    qcompile.quantize_static.default: ("quantize_static", ("x", "scale", "zero"), _rotated, False),
+    qcompile.hadamard.default: ("hadamard", ("x", "matrix"), _rotated, False),
+    qcompile.hadamard_quantize.default: ("hadamard_quantize", ("x", "matrix"), _rotated, False),
+    qcompile.norm_quantize.default: ("norm_quantize", ("x", "weight", "", "", "matrix"), _rotated, False),
+    qcompile.add_norm_quantize.default: ("add_norm_quantize", ("x", "residual", "weight", "", "", "matrix"), _rotated, False),
+    qcompile.gated_quantize.default: ("gated_quantize", ("gate", "up", "", "matrix"), _rotated, False),
     qcompile.gather_last.default: ("gather_last", ("x", "positions"), _last("x", "K"), False),
     aten.add.Tensor: ("add", ("x", "y"), _last("x", "K"), False),
     aten.gelu.default: ("activation", ("x",), _last("x", "K"), False),
@@ -98,24 +123,46 @@ def _regular(node: fx.Node, values: dict[str, Any], name: str) -> bool:
 
 def _format(graph: Graph, node: fx.Node | None, value: Tensor) -> str:
     constant = graph.constant(node)
-    if constant is not None and constant.format is not None and constant.dtype == torch.uint8 and "codes" in str(node.target):  # type: ignore[union-attr]
+    packed = (torch.uint8, torch.float8_e4m3fn)
+    if constant is not None and constant.format is not None and constant.dtype in packed and "codes" in str(node.target):  # type: ignore[union-attr]
         return str(constant.format)
-    return _INTEGERS.get(value.dtype, dtype_name(value.dtype))
+    return _STORED.get(value.dtype, dtype_name(value.dtype))
+
+
+_RANGE = ("bits", "group_size", "element", "clip")
+_NORM = ("eps", "offset")
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    "rms_norm": _NORM,
+    "add_rms_norm": _NORM,
+    "rotary_table": ("scaling",),
+    "gated_activation": ("activation",),
+    "cache_attend": ("scale", "window", "softcap"),
+    "integer_linear": ("group_size",),
+    "float8_linear": ("group_size",),
+    "quantize_activation": _RANGE,
+    "quantize_activation_asym": _RANGE,
+    "quantize_static": ("bits", "element"),
+    "hadamard": ("size",),
+    "hadamard_quantize": ("hadamard_size", *_RANGE),
+    "norm_quantize": ("hadamard_size", *_NORM, *_RANGE),
+    "add_norm_quantize": ("hadamard_size", *_NORM, *_RANGE),
+    "gated_quantize": ("hadamard_size", "activation", *_RANGE),
+}
+"""Specification -> the arguments that are static attributes of it, by the names of the operator's schema."""
+
+_RENAMED = {("hadamard", "size"): "hadamard_size"}
 
 
 def _options(node: fx.Node, name: str) -> dict[str, Any]:
-    """The static attributes of the call, by the names of the operator's schema."""
+    """The static attributes of the call."""
     if name == "activation":
         return {"activation": activation_name(node)}
     if name == "layer_norm":
         return {"eps": node.args[4] if len(node.args) > 4 else 1e-5}
-    wanted = {
-        "rms_norm": ("eps", "offset"),
-        "add_rms_norm": ("eps", "offset"),
-        "rotary_table": ("scaling",),
-        "gated_activation": ("activation",),
-    }
-    wanted["cache_attend"] = ("scale", "window", "softcap")
     schema = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     given = dict(zip(schema, node.args, strict=False)) | node.kwargs
-    return {key: given[key] for key in wanted.get(name, ()) if key in given}
+    options = {_RENAMED.get((name, key), key): given[key] for key in _OPTIONS.get(name, ()) if key in given}
+    if name in ("integer_linear", "float8_linear"):
+        # One scale for every row is a constant [1]; scales of their own have the axes of the rows.
+        options["static"] = given["scale"].meta["val"].dim() == 1
+    return options

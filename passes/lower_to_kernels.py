@@ -12,6 +12,7 @@ from torch import fx
 from qcompile.ir.graph import Graph, operator_name
 from qcompile.ir.lowered import Backend, Kernel, KernelSpec
 from qcompile.ir.records import CoverageRow
+from qcompile.passes.activation_pairs import ACTIVATION_READERS, PRODUCERS, format_of, producer
 from qcompile.passes.base import Pass, PassContext
 from qcompile.passes.kernel_specs import kernel_specs
 from qcompile.quant.scheme import dtype_name
@@ -19,10 +20,15 @@ from qcompile.quant.scheme import dtype_name
 aten = torch.ops.aten
 qcompile = torch.ops.qcompile
 COVERED = (
-    aten.linear.default, aten.embedding.default, aten.conv2d.default,
+    aten.linear.default, aten.embedding.default, aten.conv1d.default, aten.conv2d.default,
     qcompile.quantized_linear.default, qcompile.quantized_embedding.default,
-    qcompile.attention.default, qcompile.cache_attend.default, qcompile.cache_attend_packed.default, qcompile.moe_experts.default, aten.scaled_dot_product_attention.default,
+    qcompile.integer_linear.default, qcompile.float8_linear.default,
+    qcompile.hadamard.default, qcompile.dequantize_activation.default, *PRODUCERS,
+    qcompile.attention.default, qcompile.cache_attend.default, qcompile.cache_attend_packed.default, qcompile.moe_experts.default,
+    aten.scaled_dot_product_attention.default,
 )  # fmt: skip
+_WITHOUT_WEIGHT = (*PRODUCERS, qcompile.hadamard.default, qcompile.dequantize_activation.default)
+_UNPACKING = (qcompile.dequantize.default, aten.reshape.default, aten.to.dtype)
 REFERENCE = "reference"
 
 
@@ -66,18 +72,37 @@ def assign_kernels(node: fx.Node, specs: dict[str, KernelSpec], backend: Backend
 def _coverage_row(graph: Graph, node: fx.Node, note: tuple[str, bool], refused: str, backend: Backend | None) -> CoverageRow:
     weight = next((str(used.target) for used in _weights(graph, node)), "")
     constant = graph.constants.get(weight)
-    form = str(constant.format) if constant is not None and constant.format is not None else dtype_name(node.meta["val"].dtype)
+    result = node.meta["val"][0] if isinstance(node.meta["val"], tuple | list) else node.meta["val"]
+    form = str(constant.format) if constant is not None and constant.format is not None else dtype_name(result.dtype)
+    activation = str(format_of(producer(node.args[0]) if node.target in ACTIVATION_READERS else node) or "")
+    if node.target in _WITHOUT_WEIGHT:
+        weight, form, activation = "", activation or form, ""
     names = node.meta.get("kernels")
     kernel = ", ".join(dict.fromkeys(names.values())) if names else REFERENCE
     reason, chosen = note
     why = "; ".join(part for part in (reason, refused and f"refused by {backend.name if backend else ''}: {refused}") if part)
     module = weight.removesuffix(".codes")
     return CoverageRow(
-        node.name, operator_name(node.target), module, form, kernel, why, node.meta.get("source", ""), chosen and not refused
+        node.name,
+        operator_name(node.target),
+        module,
+        form,
+        kernel,
+        why,
+        node.meta.get("source", ""),
+        chosen and not refused,
+        activation,
     )
 
 
 def _weights(graph: Graph, node: fx.Node) -> Iterable[fx.Node]:
-    """The largest constant the node reads, first."""
-    constants = [used for used in node.all_input_nodes if used.op == "get_attr"]
-    return sorted(constants, key=lambda used: -graph.constants[str(used.target)].nbytes)
+    """The constants that the node reads, also through what only unpacks or reshapes them: codes first, then by size."""
+    constants: list[fx.Node] = []
+    pending = list(node.all_input_nodes)
+    while pending:
+        used = pending.pop(0)
+        if used.op == "get_attr":
+            constants.append(used)
+        elif used.target in _UNPACKING:
+            pending += used.all_input_nodes
+    return sorted(constants, key=lambda used: (not str(used.target).endswith(".codes"), -graph.constants[str(used.target)].nbytes))

@@ -8,62 +8,110 @@ from qcompile.errors import PipelineError
 from qcompile.passes.base import Pass, parse_pipeline
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.convert_dtype import ConvertDtype
+from qcompile.passes.fold_batch_norms import FoldBatchNorms
 from qcompile.passes.fold_constants import FoldConstants
+from qcompile.passes.fold_norms import FoldNorms
 from qcompile.passes.fuse_dequantize import FuseDequantize
+from qcompile.passes.fuse_quantize_dequantize import FuseQuantizeDequantize
 from qcompile.passes.fuse_residual_norm import FuseResidualNorm
+from qcompile.passes.insert_low_rank_branch import InsertLowRankBranch
 from qcompile.passes.lower_to_kernels import LowerToKernels
 from qcompile.passes.plan_memory import PlanMemory
+from qcompile.passes.quantize_activations import QuantizeActivations
 from qcompile.passes.quantize_weights import QuantizeWeights
 from qcompile.passes.raise_patterns import RaisePatterns
 from qcompile.passes.remove_dead_code import RemoveDeadCode
+from qcompile.passes.reorder_channels import ReorderChannels
 from qcompile.passes.rewrite_kv_cache import RewriteKvCache
+from qcompile.passes.rotate_hadamard import RotateHadamard
+from qcompile.passes.scale_keys import ScaleKeys
+from qcompile.passes.scale_salient_weights import ScaleSalientWeights
+from qcompile.passes.smooth_activations import SmoothActivations
+from qcompile.passes.split_outliers import SplitOutliers
 from qcompile.quant.scheme import dtype_name
 from qcompile.target import Target
 
-RECIPES = ("nearest",)
+RECIPES = ("best", "nearest")
 
 
-def default_pipeline(target: Target, recipe: str = "nearest") -> list[Pass]:
+def default_pipeline(target: Target, recipe: str = "nearest", *, calibrated: bool = True) -> list[Pass]:
     """The passes for `target`, in order.
+
+    Args:
+        target: what to compile for.
+        recipe: `nearest` rounds to nearest without data; `best` is the most accurate pipeline there is for the scheme.
+        calibrated: whether there is data to run the model on; without it `best` does what can be done without.
 
     Raises:
         PipelineError: for an unknown recipe, listing the known ones.
     """
     if recipe not in RECIPES:
         raise PipelineError(f"recipe {recipe!r}: expected one of {', '.join(RECIPES)}")
+    best = recipe == "best"
     return [
         Canonicalize(),  # first: every later pass may count on one spelling
         RaisePatterns(),  # before folding: frequencies of rotary positions are recognised as they are stored
         FoldConstants(),  # after raising: what is left of constant arithmetic has no meaning of its own
         RemoveDeadCode(),  # masks and positions that raising made superfluous
-        RewriteKvCache(),  # on float32 values: the one place where inputs change
+        FoldBatchNorms(),  # before anything looks at weights: these are the ones that will be multiplied with
+        *(_change_basis(target, calibrated=calibrated) if best else ()),
+        RewriteKvCache(),  # on float32 values: the one place where inputs change; after the bases: keys are stored as they are then
         ConvertDtype(to=dtype_name(target.compute)),  # before rounding, so that dequantize yields the computation dtype
-        QuantizeWeights(rounding=recipe),  # rounds from the checkpoint's own values: casts at the end of a log are undone
-        FuseDequantize(),  # right after: each reader takes codes or is noted
+        *((QuantizeActivations(),) if target.scheme.activation else ()),  # before weights: these are rounded for what they will meet
+        *(_round(target, calibrated=calibrated) if best else (QuantizeWeights(rounding="nearest"),)),
         FuseResidualNorm(),  # late: earlier passes look for plain norms and adds
+        *((FuseQuantizeDequantize(),) if target.scheme.activation else ()),  # sums fuse with norm and quantize; takes weights first
+        FuseDequantize(),  # each other reader takes codes or is noted
         RemoveDeadCode(),  # weights whose codes took their place
         LowerToKernels(),  # chooses a kernel, or the reference, for each operator
         PlanMemory(),  # last: buffers live exactly as long as the final order of nodes says
     ]
 
 
+def _change_basis(target: Target, *, calibrated: bool) -> list[Pass]:
+    """Bases in which weights, activations and keys quantize well: all exact."""
+    scheme = target.scheme
+    packed_keys = ("keys",) if scheme.cache.bits is not None and scheme.cache.bits <= 4 else ()
+    if scheme.weight is None and scheme.activation is None:
+        return [RotateHadamard(stream=False, heads=False, online=packed_keys)] if packed_keys else []
+    if scheme.activation is not None and calibrated:
+        # Each norm's gain suits its own linears, and channels are mixed behind it: a third of the error of one rotated stream.
+        return [SmoothActivations(measure="absmean"), RotateHadamard(stream=False, online=("linears", *packed_keys))]
+    online = ("linears", *packed_keys) if scheme.activation is not None else packed_keys
+    return [
+        FoldNorms(),  # gains stand in the way of rotations
+        RotateHadamard(online=online),  # online only what is rounded while the model runs: inputs of linears, cached keys
+    ]
+
+
+def _round(target: Target, *, calibrated: bool) -> list[Pass]:
+    """Weights: rounded layer by layer against what the layers before really give, then tuned end to end."""
+    if target.scheme.weight is None:
+        return []
+    return [QuantizeWeights(rounding="gptq" if calibrated else "mse-clip")]
+
+
 def registry() -> dict[str, type[Pass]]:
     """Every pass by name, in pipeline order."""
     passes = (
-        Canonicalize, RaisePatterns, FoldConstants, RemoveDeadCode, RewriteKvCache, ConvertDtype, QuantizeWeights, FuseDequantize,
-        FuseResidualNorm, LowerToKernels, PlanMemory,
+        Canonicalize, RaisePatterns, FoldConstants, RemoveDeadCode, FoldBatchNorms, SmoothActivations, ScaleSalientWeights, ScaleKeys,
+        FoldNorms, RotateHadamard, ReorderChannels, RewriteKvCache,
+        ConvertDtype, SplitOutliers, InsertLowRankBranch, QuantizeActivations, QuantizeWeights, FuseResidualNorm, FuseQuantizeDequantize,
+        FuseDequantize, LowerToKernels, PlanMemory,
     )  # fmt: skip
     return {item.name: item for item in passes}
 
 
-def choose_passes(target: Target, recipe: str, passes: str | Sequence[Pass] | None, disabled: Sequence[str] = ()) -> list[Pass]:
+def choose_passes(
+    target: Target, recipe: str, passes: str | Sequence[Pass] | None, disabled: Sequence[str] = (), *, calibrated: bool = True
+) -> list[Pass]:
     """The pipeline a user asked for: the default, a text, or a list, without the disabled passes.
 
     Raises:
         PipelineError: for text that does not parse, or a disabled pass that does not exist.
     """
     if passes is None:
-        chosen = default_pipeline(target, recipe)
+        chosen = default_pipeline(target, recipe, calibrated=calibrated)
     elif isinstance(passes, str):
         chosen = parse_pipeline(passes, registry())
     else:

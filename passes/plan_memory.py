@@ -17,6 +17,8 @@ from qcompile.passes.lower_to_kernels import assign_kernels
 from qcompile.passes.steps import StepBuilder
 
 qcompile = torch.ops.qcompile
+_QUANTIZED_INPUT = (qcompile.integer_linear.default, qcompile.float8_linear.default)
+_LINEARS = (torch.ops.aten.linear.default, qcompile.quantized_linear.default, *_QUANTIZED_INPUT)
 
 
 @dataclass(frozen=True)
@@ -56,19 +58,26 @@ def last_logits_only(graph: Graph) -> Graph:
     positions = next(node for node in copy.placeholders if node.name == "positions")
     tail = _token_wise_tail(copy.output.args[0][0])  # type: ignore[index, arg-type]
     first = tail[0]
-    source = first.args[0]
-    assert isinstance(source, fx.Node)
-    gathered = copy.insert(first, qcompile.gather_last.default, (source, positions), source=first)
-    first.replace_input_with(source, gathered)
+    for source in _token_rows(first):
+        gathered = copy.insert(first, qcompile.gather_last.default, (source, positions), source=first)
+        first.replace_input_with(source, gathered)
     for node in tail:
         node.meta["val"] = copy.infer(node)
     return copy
 
 
+def _token_rows(first: fx.Node) -> list[fx.Node]:
+    """What the first node of the tail reads of each token: its input, or codes with their scales and zero points."""
+    if first.target not in _QUANTIZED_INPUT:
+        assert isinstance(first.args[0], fx.Node)
+        return [first.args[0]]
+    return [node for node in first.all_input_nodes if node.op == "call_function"]
+
+
 def _token_wise_tail(logits: fx.Node) -> list[fx.Node]:
     """The chain from the head's linear to the logits, in order: each reads one computed tensor [B, S, *]."""
     chain = [logits]
-    while chain[0].target not in (torch.ops.aten.linear.default, qcompile.quantized_linear.default):
+    while chain[0].target not in _LINEARS:
         computed = [node for node in chain[0].all_input_nodes if node.op == "call_function"]
         if len(computed) != 1:
             break

@@ -34,7 +34,7 @@ def program_key() -> str:
     """Sixteen hex digits over this package's own source: another version makes other results."""
     digest = hashlib.sha256(torch.__version__.encode())
     root = Path(__file__).resolve().parent
-    for folder in (root, *(Path(room.__file__).parent for room in (ir, quant))):
+    for folder in (root, *(Path(str(room.__file__)).parent for room in (ir, quant))):
         for path in sorted(folder.rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

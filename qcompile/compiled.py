@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import CapacityError, QCompileError
+from qcompile.ir.branches import is_branch
 from qcompile.ir.graph import Graph
 from qcompile.ir.lowered import Engine
 from qcompile.ir.records import Assets, CoverageRow, PassRecord
@@ -93,7 +94,7 @@ class CompiledModel:
         """Everything stored for the quantized matrices over their elements; None if nothing is quantized."""
         stored = elements = 0
         for name, constant in self.contents.constants.items():
-            if constant.format is None:
+            if constant.format is None and not is_branch(name):
                 continue
             stored += constant.nbytes * 8
             if name.endswith(".codes"):

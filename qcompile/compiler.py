@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from qcompile.errors import CoverageError
 from qcompile.ir.lowered import Instrument
 from qcompile.ir.records import CoverageRow
 from qcompile.passes.base import Pass, PassContext
+from qcompile.passes.calibration import make_calibration
 from qcompile.passes.instruments import NumericCheck
 from qcompile.passes.manager import run_pipeline
 from qcompile.passes.pipelines import choose_passes, pipeline_text
+from qcompile.passes.work import WorkStore, program_key
+from qcompile.progress import Report, terminal_progress
 from qcompile.quant.scheme import QuantScheme
 from qcompile.runtime.artifact import ArtifactContents
 from qcompile.target import Target, parse_target, resolve
@@ -31,7 +35,7 @@ def compile(  # noqa: A001  the name is the product's
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
     scheme: QuantScheme | None = None,
-    recipe: str = "nearest",
+    recipe: str = "best",
     passes: str | Sequence[Pass] | None = None,
     disable: Sequence[str] = (),
     strict: bool = False,
@@ -42,6 +46,9 @@ def compile(  # noqa: A001  the name is the product's
     ignore: Sequence[str] | None = None,
     quantize_head: bool | None = None,
     quantize_embedding: bool | None = None,
+    calibration: Any = None,
+    num_calibration_samples: int | None = None,
+    max_seq_length: int | None = None,
     max_batch: int = 1,
     max_context: int | None = None,
     fuel: int | None = None,
@@ -57,7 +64,8 @@ def compile(  # noqa: A001  the name is the product's
         example_inputs: what a plain module is traced with: a tensor, a tuple, or a mapping of keyword arguments.
         dynamic_shapes: as in `torch.export.export`; by default the batch dimension is symbolic.
         scheme: a QuantScheme in place of the target's preset.
-        recipe: how hard to try at the same bits; `nearest` rounds to nearest without data.
+        recipe: how hard to try at the same bits; `best` is the most accurate pipeline there is for the scheme, on calibration data
+            where there is any; `nearest` rounds to nearest, at once.
         passes: a pipeline as text or a list of passes in place of the default.
         disable: names of passes to leave out.
         strict: make an operator that had to be left alone, or a refused kernel, an error.
@@ -68,6 +76,10 @@ def compile(  # noqa: A001  the name is the product's
         ignore: weights to leave alone: names, or `re:` and an expression; first match wins.
         quantize_head: also quantize the output head.
         quantize_embedding: also quantize token embeddings.
+        calibration: what recipes that need data run the model on: token ids [windows, length] (an array or the path of a .npy file),
+            text or the path of a .txt file, or an iterable of inputs that a plain module is called with; by default packaged text.
+        num_calibration_samples: windows or inputs used at most; by default all of an array, 64 of anything else.
+        max_seq_length: tokens of a window at most; by default those of an array, 512 of text.
         max_batch: sequences that plans and caches are made for.
         max_context: tokens per sequence that the cache holds; by default what the model was made for, at most 2048.
         fuel: stop after this many rewrites, to find a wrong one by bisection.
@@ -82,15 +94,19 @@ def compile(  # noqa: A001  the name is the product's
         QCompileError: one subclass per kind of mistake (`qcompile.errors`); nothing is half-written.
     """
     goal = _goal(target, scheme, group_size, symmetric, ignore, quantize_head, quantize_embedding)
-    pipeline = choose_passes(goal, recipe, passes, disable)
+    choose_passes(goal, recipe, passes, disable)  # a wrong pipeline is an error before a model is read
     loaded = frontend.load(
         model, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, revision=revision, trust_remote_code=trust_remote_code
     )
+    data = make_calibration(calibration, loaded.assets, num_calibration_samples=num_calibration_samples, max_seq_length=max_seq_length)
+    calibrated = calibration is not None or (loaded.graph.interface.kind == "causal_lm" and "tokenizer.json" in loaded.assets.files)
+    pipeline = choose_passes(goal, recipe, passes, disable, calibrated=calibrated)
     context = max_context or min(loaded.assets.max_positions or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
-    ctx = PassContext(goal, backend_for(goal), max_batch, context, min(context, 512), fuel)
+    ctx = PassContext(goal, backend_for(goal), max_batch, context, min(context, 512), fuel, calibration=data, work=WorkStore(program_key()))
     writer = _dump_instruments(dump or os.environ.get("QCOMPILE_DUMP"))
     wants_check = check if check is not None else os.environ.get("QCOMPILE_CHECK") == "1"
-    records = run_pipeline(loaded.graph, pipeline, ctx, [*instruments, *writer], NumericCheck() if wants_check else None)
+    with _progress(instruments) as ctx.report:
+        records = run_pipeline(loaded.graph, pipeline, ctx, [*instruments, *writer], NumericCheck() if wants_check else None)
     if strict:
         require_coverage(ctx.coverage)
     kernels, binaries = build(ctx.products.get("kernels", {}), goal)
@@ -131,6 +147,12 @@ def require_coverage(rows: Sequence[CoverageRow]) -> None:
             f"strict: expected a kernel for every operator, got {len(left)} left alone:\n{lines}{more}\ncompile with "
             "strict=False, or name them in ignore="
         )
+
+
+def _progress(instruments: Sequence[Instrument]) -> AbstractContextManager[Report]:
+    """Where long passes report to: an instrument that has a method `progress`, or the terminal."""
+    listening: list[Report] = [item.progress for item in instruments if hasattr(item, "progress")]
+    return nullcontext(listening[0]) if listening else terminal_progress()
 
 
 def _dump_instruments(directory: str | os.PathLike[str] | None) -> list[Any]:

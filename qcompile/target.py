@@ -11,9 +11,9 @@ from qcompile.errors import TargetError
 from qcompile.quant.scheme import CACHES, SCHEMES, CacheFormat, QuantScheme
 
 ARCHITECTURES = ("cpu", "reference", "sm80", "sm89", "sm90", "sm100")
-_ON_CPU = ("fp32", "bf16", "int8", "int4")
-_ON_GPU = ("bf16", "fp16", "int8", "int4")
-_ALIASES = {"w8a16": "int8", "w4a16": "int4"}
+_LOW_BIT = ("int8", "int4", "w8a8", "w4a8", "w4a4", "fp8", "int3", "int2", "nf4", "mxint8", "mxfp4", "nvfp4")
+_ON_CPU = ("fp32", "bf16", *_LOW_BIT)
+_ON_GPU = ("bf16", "fp16", *_LOW_BIT)
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ def parse_target(text: str | Target) -> Target:
     """
     if isinstance(text, Target):
         return text
-    match = re.fullmatch(r"(?P<arch>[a-z]+\d*)-(?P<scheme>[a-z]+\d+[a-z0-9]*?)(?:-?(?P<kv>kv[0-9a-z-]+))?", text.lower())
+    match = re.fullmatch(r"(?P<arch>[a-z]+\d*)-(?P<scheme>[a-z]+\d+[a-z0-9_]*?)(?:-?(?P<kv>kv[0-9a-z-]+))?", text.lower())
     if match is None or match["arch"] not in ARCHITECTURES:
         raise TargetError(f"target {text!r}: expected ARCH-SCHEME[-KV] as one of {', '.join(known_targets())}")
-    name = _ALIASES.get(match["scheme"], match["scheme"])
+    name = SCHEMES[match["scheme"]].name if match["scheme"] in SCHEMES else match["scheme"]
     if f"{match['arch']}-{name}" not in known_targets():
         raise TargetError(
             f"target {text!r}: scheme {match['scheme']!r} is not served on {match['arch']}; expected one of {', '.join(known_targets())}"

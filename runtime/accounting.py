@@ -8,8 +8,11 @@ from qcompile.ir.lowered import Plan
 from qcompile.ir.memory import dtype_of
 from qcompile.ir.size import Size
 
-_CODES_ARGUMENT = {"qcompile.quantized_linear.default": 1, "qcompile.quantized_embedding.default": 1, "qcompile.dequantize.default": 0}
-"""Operator -> place of its codes among the arguments."""
+_CODES_ARGUMENT = {
+    "qcompile.quantized_linear.default": 1, "qcompile.integer_linear.default": 3, "qcompile.float8_linear.default": 2,
+    "qcompile.quantized_embedding.default": 1, "qcompile.dequantize.default": 0,
+}  # fmt: skip
+"""Operator -> place of its weight's codes among the arguments."""
 
 
 def cache_bytes_per_token(plan: Plan) -> int:
@@ -35,6 +38,6 @@ def elements_of_codes(plan: Plan) -> dict[str, int]:
         if step.operator not in _CODES_ARGUMENT:
             continue
         name = step.args[_CODES_ARGUMENT[step.operator]]["buffer"]
-        wide = step.args[0]["buffer"] if step.operator == "qcompile.quantized_linear.default" else step.outputs[0]
+        wide = step.args[0]["buffer"] if step.operator.endswith("_linear.default") else step.outputs[0]
         found[name] = _static(entry.buffers[name].shape[0]) * _static(entry.buffers[wide].shape[-1])
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -122,11 +123,16 @@ def tiny_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def _without_logs(listing: str) -> str:
+    """A saved constant is the result of its log, which it therefore no longer has."""
+    return re.sub(r" +\[(?:times|basis).*\]$", "", listing, flags=re.MULTILINE)
+
+
 def test_a_saved_artifact_gives_the_same_tokens(tiny_int4: Path) -> None:
     compiled = qcompile.compile(tiny("llama"), "cpu-int4", max_batch=3, max_context=64)
     loaded = qcompile.load(tiny_int4, max_batch=3, max_context=64)
     assert loaded.generate(PROMPTS, max_new_tokens=8) == compiled.generate(PROMPTS, max_new_tokens=8)
-    assert loaded.graph.text() == compiled.graph.text()
+    assert _without_logs(loaded.graph.text()) == _without_logs(compiled.graph.text())
     assert loaded.report() == loaded.report()
     assert (loaded.bits_per_weight, loaded.weight_bytes) == (compiled.bits_per_weight, compiled.weight_bytes)
 
@@ -209,8 +215,8 @@ def test_strict_accepts_choices_and_refuses_what_had_to_be_left_alone() -> None:
 
 
 @pytest.mark.parametrize(("options", "error", "message"), [
-    ({"target": "cpu-int3"}, TargetError, "scheme 'int3' is not served on cpu; expected one of cpu-fp32"),
-    ({"target": "cpu-int4", "recipe": "magic"}, PipelineError, "recipe 'magic': expected one of nearest"),
+    ({"target": "cpu-int9"}, TargetError, "scheme 'int9' is not served on cpu; expected one of cpu-fp32"),
+    ({"target": "cpu-int4", "recipe": "magic"}, PipelineError, "recipe 'magic': expected one of best, nearest"),
     ({"target": "cpu-int4", "group_size": 1}, FormatError, "group_size=1: expected -1 .* or at least 2"),
     ({"target": "cpu-fp32", "group_size": 64}, FormatError, "scheme fp32: expected quantized weights for group_size"),
     ({"target": "cpu-int4", "passes": "canonicalize,rotate"}, PipelineError, "unknown pass 'rotate'"),
@@ -225,7 +231,7 @@ def test_nan_weights_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
     model = tiny("llama")
     model.model.layers[1].mlp.up_proj.weight.data[2, 3] = float("nan")  # type: ignore[union-attr, index]
     with pytest.raises(WeightError, match=r"model.layers.1.mlp.up_proj.weight\[2, 3\] is nan: expected finite weights"):
-        qcompile.compile(model, "cpu-int4").save(tmp_path / "out")
+        qcompile.compile(model, "cpu-int4", recipe="nearest").save(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

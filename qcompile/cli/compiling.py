@@ -36,12 +36,16 @@ class StatusInstrument:
         del record, graph
         self.status.update("generating code")
 
+    def progress(self, label: str, done: int, total: int) -> None:
+        """Say how far a long pass has come."""
+        self.status.update(f"{label}: {100 * done // max(total, 1)} %")
+
 
 def compile_model(
     model: Annotated[str, typer.Argument(help="A Hugging Face directory or hub id, or a .gguf file.")],
     target: Annotated[str, typer.Option("--target", "-t", help="ARCH-SCHEME[-KV], such as cpu-int4; see `qcompile targets`.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the artifact.")],
-    recipe: Annotated[str, typer.Option(help="How hard to try at the same bits.")] = "nearest",
+    recipe: Annotated[str, typer.Option(help="How hard to try at the same bits: best or nearest.")] = "best",
     dump: Annotated[Path | None, typer.Option(help="Directory for the listing after every pass.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Run the graph before and after every pass and compare.")] = False,
     group_size: Annotated[int | None, typer.Option(help="Input columns per scale; -1 is one scale per output channel.")] = None,
@@ -49,6 +53,9 @@ def compile_model(
     ignore: Annotated[list[str] | None, typer.Option(help="Leave weights of this name alone (re: for a pattern); repeatable.")] = None,
     quantize_head: Annotated[bool, typer.Option("--quantize-head", help="Also quantize the output head.")] = False,
     quantize_embedding: Annotated[bool, typer.Option("--quantize-embedding", help="Also quantize token embeddings.")] = False,
+    calibration: Annotated[str | None, typer.Option(help="Token ids (.npy), text (.txt) to calibrate on; default: packaged text.")] = None,
+    num_calibration_samples: Annotated[int | None, typer.Option(min=1, help="Windows of calibration data used at most.")] = None,
+    max_seq_length: Annotated[int | None, typer.Option(min=1, help="Tokens of a calibration window at most.")] = None,
     disable_pass: Annotated[list[str] | None, typer.Option(help="Leave a pass out; repeatable.")] = None,
     passes: Annotated[str | None, typer.Option(help="A pipeline, such as `canonicalize,raise-patterns`, in place of the default.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail if an operator is left alone or a kernel refused.")] = False,
@@ -70,8 +77,9 @@ def compile_model(
         compiled = qcompile.compile(
             model, target, recipe=recipe, passes=passes, disable=disable_pass or (), strict=strict, dump=dump, check=check or None,
             group_size=group_size, symmetric=False if asymmetric else None, ignore=ignore, quantize_head=quantize_head or None,
-            quantize_embedding=quantize_embedding or None, max_batch=max_batch, max_context=max_context, revision=revision,
-            trust_remote_code=trust_remote_code, instruments=[StatusInstrument(status)],
+            quantize_embedding=quantize_embedding or None, calibration=None if calibration is None else Path(calibration),
+            num_calibration_samples=num_calibration_samples, max_seq_length=max_seq_length, max_batch=max_batch, max_context=max_context,
+            revision=revision, trust_remote_code=trust_remote_code, instruments=[StatusInstrument(status)],
         )  # fmt: skip
         status.update(f"writing {out}")
         compiled.save(out, overwrite=overwrite)

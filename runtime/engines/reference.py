@@ -13,17 +13,24 @@ from torch.nn import functional
 from qcompile.ir.allowed import ALLOWED
 from qcompile.ir.lowered import Step
 from qcompile.runtime.engines.base import PlanEngine
+from qcompile.runtime.engines.packed import INTEGER, QUANTIZED, exact_integer_linear
 from qcompile.runtime.engines.program import Call, Kernels, Operands
-from qcompile.runtime.engines.weights import by_float_weight, float_weights
+from qcompile.runtime.engines.weights import Form, by_float_weight, prepared_weights
 from qcompile.runtime.kv_cache import KVCache
 
 ROWS = 16
 """Rows of a tile: one shape of matmul whatever the batch, so one order of summation."""
 ATTENTION = ("qcompile.cache_attend.default", "qcompile.cache_attend_packed.default")
 _FUNCTIONS = ("cos", "erf", "exp", "expm1", "gelu", "log", "log1p", "mish", "sigmoid", "silu", "sin", "softplus", "tanh")
-BY_TOKEN = ("qcompile.gated_activation.default", "qcompile.rotary_table.default", *(f"aten.{name}.default" for name in _FUNCTIONS))
-"""Torch computes these with vectors and the last few elements one by one, with other bits: what is last must not depend on the batch."""
-LINEARS = ("aten.linear.default", "qcompile.quantized_linear.default")
+BY_TOKEN = {
+    "qcompile.gated_activation.default": 2, "qcompile.rotary_table.default": 1, **{f"aten.{name}.default": 1 for name in _FUNCTIONS},
+    "qcompile.hadamard.default": 1, "qcompile.hadamard_quantize.default": 1, "qcompile.gated_quantize.default": 2,
+    "qcompile.norm_quantize.default": 1, "qcompile.add_norm_quantize.default": 2,
+}  # fmt: skip
+"""Operator -> how many of its first arguments are rows [B, S, ...].
+
+Torch computes these with vectors and the last few elements one by one, with other bits: what is last must not depend on the batch."""
+LINEARS = ("aten.linear.default", QUANTIZED)
 
 
 class ReferenceEngine(PlanEngine):
@@ -32,8 +39,8 @@ class ReferenceEngine(PlanEngine):
     name = "reference"
 
     def prepared_constants(self) -> Sequence[tuple[str, Tensor]]:
-        """Codes of linears as the float weights [N, K] they stand for."""
-        return [(name, tensor) for name, tensor, _ in float_weights(self.contents)]
+        """Codes of quantized linears as the float weights [N, K] they stand for, those of integer linears as signed integers."""
+        return [(name, tensor) for name, tensor, _ in prepared_weights(self.contents, _form)]
 
     def kernels(self, cache: KVCache | None) -> Kernels:
         """Linears in tiles, attention row by row, activations token by token, all else by the operators."""
@@ -41,25 +48,34 @@ class ReferenceEngine(PlanEngine):
         return _kernel
 
 
+def _form(step: Step, shared: bool) -> Form:
+    """What the operators' definitions multiply with, made once."""
+    if step.operator == INTEGER and not shared:
+        return Form.INTEGERS
+    return Form.FLOATS if step.operator == QUANTIZED else Form.PACKED
+
+
 def _kernel(step: Step, operands: Operands) -> Call | None:
     if step.operator in ATTENTION:
         return lambda: attend_by_row(ALLOWED[step.operator], operands)
     if step.operator in BY_TOKEN:
-        return lambda: call_by_token(ALLOWED[step.operator], operands)
-    if step.operator not in LINEARS:
+        return lambda: call_by_token(ALLOWED[step.operator], operands, BY_TOKEN[step.operator])
+    if step.operator == INTEGER:
+        return exact_integer_linear(operands)
+    if step.operator not in LINEARS or operands.args[1].dtype == torch.uint8:
         return by_float_weight(step, operands)
     x, weight = operands.args[:2]
     bias = operands.args[2 if step.operator == LINEARS[0] else 4] if len(operands.args) > 2 else None
     return lambda: tiled_linear(x, weight, bias, operands.out)
 
 
-def call_by_token(operator: Callable[..., Any], operands: Operands) -> None:
-    """An element-wise operator on each [1, 1, ...] of its tensors [B, S, ...]."""
+def call_by_token(operator: Callable[..., Any], operands: Operands, rows: int) -> None:
+    """An operator on each [1, 1, ...] of its first `rows` arguments [B, S, ...]."""
     leading = operands.out.shape[: max(1, min(2, operands.out.dim() - 1))]
     for place in product(*map(range, leading)):
         part = tuple(slice(index, index + 1) for index in place)
-        args = [item[part] if isinstance(item, Tensor) and item.shape[: len(part)] == leading else item for item in operands.args]
-        result = operator(*args, **operands.kwargs)
+        args = [item[part] if isinstance(item, Tensor) and item.shape[: len(part)] == leading else item for item in operands.args[:rows]]
+        result = operator(*args, *operands.args[rows:], **operands.kwargs)
         for out, value in zip(operands.outputs, result if isinstance(result, tuple | list) else (result,), strict=True):
             out[part] = value
 

@@ -20,10 +20,12 @@ from torch.nn import functional
 
 from qcompile.ir.lowered import Step
 from qcompile.ir.ops import ACTIVATIONS, masked_attention
+from qcompile.quant import activations
 from qcompile.quant.hadamard import split_transform
 from qcompile.runtime.engines.base import PlanEngine
+from qcompile.runtime.engines.packed import FLOAT8, INTEGER, dequantized_rows, integer_matmul, packed_weight
 from qcompile.runtime.engines.program import Call, Kernels, Operands, by_operator
-from qcompile.runtime.engines.weights import Readers, by_float_weight, float_weights
+from qcompile.runtime.engines.weights import Form, Readers, by_float_weight, prepared_weights
 from qcompile.runtime.kv_cache import KVCache
 
 
@@ -33,8 +35,11 @@ class TorchCpuEngine(PlanEngine):
     name = "torch_cpu"
 
     def prepared_constants(self) -> Sequence[tuple[str, Tensor]]:
-        """Float weights; float32 ones in oneDNN's blocks, or stored [K, N] where something else reads them as they are."""
-        return [(name, _packed(tensor, readers)) for name, tensor, readers in float_weights(self.contents)]
+        """Float weights; float32 ones in oneDNN's blocks, or stored [K, N] where something else reads them as they are.
+
+        Weights of integer linears with one scale per row stay integers: torch's int8 matmul is the fastest of all.
+        """
+        return [(name, _packed(tensor, readers)) for name, tensor, readers in prepared_weights(self.contents, _form)]
 
     def kernels(self, cache: KVCache | None) -> Kernels:
         """A function of `KERNELS` where there is one, else the operator's reference."""
@@ -46,6 +51,11 @@ class TorchCpuEngine(PlanEngine):
             return make(operands, runs) if make is not None else by_float_weight(step, operands)
 
         return choose
+
+
+def _form(step: Step, shared: bool) -> Form:
+    integers = step.operator == INTEGER and packed_weight(step).plain and not shared
+    return Form.INTEGERS if integers else Form.FLOATS
 
 
 def _packed(tensor: Tensor, readers: Readers) -> Tensor:
@@ -101,10 +111,39 @@ def linear(operands: Operands, runs: Runs) -> Call:
     return _matmul(operands.args[0], operands.args[1], operands.args[2] if len(operands.args) > 2 else None, operands.out)
 
 
-def quantized_linear(operands: Operands, runs: Runs) -> Call:
+def quantized_linear(operands: Operands, runs: Runs) -> Call | None:
     """The same: the codes' buffer holds the float weights they stand for."""
     del runs
+    if operands.args[1].dtype == torch.uint8:
+        return None
     return _matmul(operands.args[0], operands.args[1], operands.args[4], operands.out)
+
+
+def integer_linear(operands: Operands, runs: Runs) -> Call | None:
+    """One int8 matmul where scales are per row; in groups a float matmul over what the codes stand for."""
+    del runs
+    exact = integer_matmul(operands)
+    weight, bias = operands.args[3], operands.args[6]
+    return exact if exact is not None else _rows_matmul(operands, weight, bias)
+
+
+def float8_linear(operands: Operands, runs: Runs) -> Call | None:
+    """A float matmul over what the codes stand for."""
+    del runs
+    return _rows_matmul(operands, operands.args[2], operands.args[4])
+
+
+def _rows_matmul(operands: Operands, weight: Tensor, bias: Tensor | None) -> Call | None:
+    if weight.dtype in (torch.uint8, torch.int8):
+        return None
+    x = torch.empty(operands.args[0].shape, dtype=weight.dtype)
+    multiply = _matmul(x, weight, bias, operands.out)
+
+    def run() -> None:
+        x.copy_(dequantized_rows(operands))
+        multiply()
+
+    return run
 
 
 def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Call:
@@ -158,6 +197,62 @@ def _norm_options(args: Sequence[object]) -> tuple[Tensor | None, float]:
 def _norm(x: Tensor, weight: Tensor | None, eps: float, out: Tensor) -> Call:
     shape = (x.shape[-1],)
     return lambda: out.copy_(functional.rms_norm(x, shape, weight, eps))
+
+
+def norm_quantize(operands: Operands, runs: Runs) -> Call | None:
+    """The fused norm into a buffer of its own, then rotation and quantize."""
+    x, weight, eps, offset, *options = operands.args
+    normed = torch.empty_like(x)
+    norm = _norm(x, *_norm_options((weight, eps, offset)), normed)
+    return _in_order(norm, _rotate_quantize(normed, options, operands.outputs, runs))
+
+
+def add_norm_quantize(operands: Operands, runs: Runs) -> Call | None:
+    """The sum into its buffer, then as `norm_quantize`."""
+    x, residual, weight, eps, offset, *options = operands.args
+    total = operands.outputs[0]
+    normed = torch.empty_like(x)
+    norm = _norm(total, *_norm_options((weight, eps, offset)), normed)
+    return _in_order(lambda: torch.add(x, residual, out=total), norm, _rotate_quantize(normed, options, operands.outputs[1:], runs))
+
+
+def gated_quantize(operands: Operands, runs: Runs) -> Call | None:
+    """The gated activation into a buffer of its own, then rotation and quantize."""
+    gate, up, name, *options = operands.args
+    hidden = torch.empty_like(gate)
+    gated = gated_activation(Operands([gate, up, name], {}, [hidden], []), runs)
+    return _in_order(gated, _rotate_quantize(hidden, options, operands.outputs, runs))
+
+
+def hadamard_quantize(operands: Operands, runs: Runs) -> Call | None:
+    """Rotation, then quantize."""
+    return _rotate_quantize(operands.args[0], operands.args[1:], operands.outputs, runs)
+
+
+def _rotate_quantize(x: Tensor, options: Sequence[Any], outputs: Sequence[Tensor], runs: Runs) -> Call | None:
+    matrix, size, *form = options
+    codes, scale = outputs
+    rotated = torch.empty_like(x) if size else x
+    turn = hadamard(Operands([x, matrix, size], {}, [rotated], []), runs) if size else lambda: None
+
+    def run() -> None:
+        for made, place in zip(activations.quantize(rotated, *form), (codes, scale), strict=True):
+            place.copy_(made)
+
+    return _in_order(turn, run)
+
+
+def _in_order(*calls: Call | None) -> Call | None:
+    """One call that makes these one after the other; None if any of them is missing."""
+    known = [call for call in calls if call is not None]
+    if len(known) < len(calls):
+        return None
+
+    def run() -> None:
+        for call in known:
+            call()
+
+    return run
 
 
 def rope(operands: Operands, runs: Runs) -> Call:
@@ -291,12 +386,18 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, before: int, window: int, scale: fl
 KERNELS: dict[str, Callable[[Operands, Runs], Call | None]] = {
     "aten.linear.default": linear,
     "qcompile.quantized_linear.default": quantized_linear,
+    INTEGER: integer_linear,
+    FLOAT8: float8_linear,
     "aten.embedding.default": embedding,
     "qcompile.rms_norm.default": rms_norm,
     "qcompile.add_rms_norm.default": add_rms_norm,
     "qcompile.rope.default": rope,
     "qcompile.gated_activation.default": gated_activation,
     "qcompile.hadamard.default": hadamard,
+    "qcompile.hadamard_quantize.default": hadamard_quantize,
+    "qcompile.norm_quantize.default": norm_quantize,
+    "qcompile.add_norm_quantize.default": add_norm_quantize,
+    "qcompile.gated_quantize.default": gated_quantize,
     "aten.add.Tensor": add,
     "qcompile.cache_append_.default": cache_append,
     "qcompile.cache_attend.default": cache_attend,

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from qcompile.ir.lowered import Plan, Step
 from qcompile.ir.memory import buffers_in, dtype_of
+from qcompile.quant.activations import signed_weight
 from qcompile.quant.reference import dequantize
 from qcompile.runtime.artifact import ArtifactContents
+from qcompile.runtime.engines.packed import PACKED_LINEARS, packed_weight
 from qcompile.runtime.engines.program import Call, Operands
 
-_QUANTIZED = "qcompile.quantized_linear.default"
 _EMBED_CODES = "qcompile.quantized_embedding.default"
 _OTHER_READERS = {_EMBED_CODES: 1, "qcompile.dequantize.default": 0}
 """Operators beside the linear that read codes -> the place of the codes among their arguments."""
-_LINEAR = "aten.linear.default"
-_DEFAULTS = ("int", None)
-"""Element and second level of scales of a quantized linear that names neither."""
+_WEIGHTS = {**PACKED_LINEARS, "aten.linear.default": 1}
+"""Linears -> the place of their weight among their arguments."""
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Readers(enum.Enum):
@@ -33,18 +34,39 @@ class Readers(enum.Enum):
     OTHERS = enum.auto()
 
 
-def float_weights(contents: ArtifactContents) -> Iterator[tuple[str, Tensor, Readers]]:
+class Form(enum.Enum):
+    """What a packed weight is at hand as."""
+
+    PACKED = enum.auto()
+    """As it is stored."""
+    FLOATS = enum.auto()
+    """The floats [N, K] that it stands for (see `by_float_weight`)."""
+    INTEGERS = enum.auto()
+    """Signed codes [N, K]: int8, or int16 with the zero point taken off."""
+
+
+def prepared_weights(contents: ArtifactContents, wanted: Callable[[Step, bool], Form]) -> Iterator[tuple[str, Tensor, Readers]]:
     """Every constant, one after the other, and who reads it.
 
-    Codes of quantized linears become the float weights they stand for, under the codes' name (see `by_float_weight`).
+    Args:
+        contents: an artifact's.
+        wanted: the form a step wants its packed weight in, told whether something beside linears reads it. Where steps differ, it
+            stays packed.
     """
-    readers = _readers(contents.plan)
-    scales = {part["buffer"] for step in readers.values() for part in (*step.args[2:4], *step.args[8:9]) if part}
-    uses = _uses(contents.plan)
+    readers, uses = _readers(contents.plan), _uses(contents.plan)
+    forms: dict[str, Form] = {}
+    for name, steps in readers.items():
+        asked = {wanted(step, uses[name] is not Readers.LINEARS) for step in steps}
+        forms[name] = asked.pop() if len(asked) == 1 else Form.PACKED
+    floats = [step for name, steps in readers.items() if forms[name] is Form.FLOATS for step in steps]
+    folded = {part for step in floats for part in packed_weight(step).parts[1:]}
     for name, constant in contents.constants.items():
-        if name in readers:
-            tensor = _dequantized(contents, readers[name])
-        elif name in scales:
+        form = forms.get(name, Form.PACKED)
+        if form is Form.INTEGERS:
+            tensor = _integers(contents, readers[name][0])
+        elif form is Form.FLOATS:
+            tensor = _dequantized(contents, readers[name][0])
+        elif name in folded:
             tensor = torch.empty(constant.shape, dtype=constant.dtype)  # folded into the weights, never read
         else:
             tensor = constant.materialize()
@@ -63,21 +85,40 @@ def by_float_weight(step: Step, operands: Operands) -> Call | None:
     return lambda: out.copy_(weight)
 
 
+def _integers(contents: ArtifactContents, step: Step) -> Tensor:
+    weight, columns = packed_weight(step), _columns(contents, step)
+    codes, _, zero, _ = _parts(contents, step)
+    assert codes is not None
+    return signed_weight(codes, zero, weight.bits, weight.group_size, columns)
+
+
 def _dequantized(contents: ArtifactContents, step: Step) -> Tensor:
-    x, codes, scale, zero, _, bits, group_size, element, scale2 = (*step.args, *_DEFAULTS[len(step.args) - 7 :])
-    buffers = contents.plan.entries["forward"].buffers
-    columns = buffers[x["buffer"]].shape[-1]
+    weight, columns = packed_weight(step), _columns(contents, step)
+    codes, scale, zero, scale2 = _parts(contents, step)
+    assert codes is not None
+    assert scale is not None
+    dtype = dtype_of(contents.plan.entries["forward"].buffers[weight.x].dtype)
+    dtype = dtype if dtype in _FLOATS else torch.float32
+    return dequantize(codes, scale, zero, weight.bits, weight.group_size, columns, dtype, weight.element, scale2)
+
+
+def _columns(contents: ArtifactContents, step: Step) -> int:
+    columns = contents.plan.entries["forward"].buffers[packed_weight(step).x].shape[-1]
     assert isinstance(columns, int)
-    parts = [None if part is None else contents.constants[part["buffer"]].materialize() for part in (codes, scale, zero, scale2)]
-    packed, factor, offset, second = parts
-    assert packed is not None
-    assert factor is not None
-    return dequantize(packed, factor, offset, bits, group_size, columns, dtype_of(buffers[x["buffer"]].dtype), element, second)
+    return columns
 
 
-def _readers(plan: Plan) -> dict[str, Step]:
-    """Codes -> a quantized linear that reads them."""
-    return {step.args[1]["buffer"]: step for step in _steps(plan) if step.operator == _QUANTIZED}
+def _parts(contents: ArtifactContents, step: Step) -> list[Tensor | None]:
+    return [None if name is None else contents.constants[name].materialize() for name in packed_weight(step).parts]
+
+
+def _readers(plan: Plan) -> dict[str, list[Step]]:
+    """Codes -> the packed linears of the forward entry that read them."""
+    found: dict[str, list[Step]] = {}
+    for step in plan.entries["forward"].steps:
+        if step.operator in PACKED_LINEARS:
+            found.setdefault(step.args[PACKED_LINEARS[step.operator]]["buffer"], []).append(step)
+    return found
 
 
 def _uses(plan: Plan) -> dict[str, Readers]:
@@ -87,7 +128,7 @@ def _uses(plan: Plan) -> dict[str, Readers]:
     for step in _steps(plan):
         for place, argument in enumerate(step.args):
             for name in buffers_in(argument):
-                (weights if step.operator in (_LINEAR, _QUANTIZED) and place == 1 else others).add(name)
+                (weights if place == _WEIGHTS.get(step.operator) else others).add(name)
         others.update(buffers_in(list(step.kwargs.values())))
     return {name: Readers.LINEARS_AND_OTHERS if name in others else Readers.LINEARS for name in weights}
 

@@ -24,14 +24,15 @@ def test_compile_hands_every_option_on(model: FakeModel, invoke: Invoke, tmp_pat
         "compile", "m.gguf", "--target", "cpu-int4", "-o", tmp_path / "out", "--group-size", "32", "--asymmetric", "--ignore", "a",
         "--ignore", "re:b", "--quantize-head", "--quantize-embedding", "--disable-pass", "fold-constants", "--passes", "canonicalize",
         "--strict", "--check", "--dump", tmp_path / "d", "--revision", "v1", "--trust-remote-code", "--max-batch", "2",
-        "--max-context", "64",
+        "--max-context", "64", "--calibration", "c.npy", "--num-calibration-samples", "5", "--max-seq-length", "7",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     instruments = model.asked.pop("instruments")
     assert model.asked == {
-        "arguments": ("m.gguf", "cpu-int4"), "recipe": "nearest", "passes": "canonicalize", "disable": ["fold-constants"], "strict": True,
+        "arguments": ("m.gguf", "cpu-int4"), "recipe": "best", "passes": "canonicalize", "disable": ["fold-constants"], "strict": True,
         "dump": tmp_path / "d", "check": True, "group_size": 32, "symmetric": False, "ignore": ["a", "re:b"], "quantize_head": True,
-        "quantize_embedding": True, "max_batch": 2, "max_context": 64, "revision": "v1", "trust_remote_code": True,
+        "quantize_embedding": True, "calibration": Path("c.npy"), "num_calibration_samples": 5, "max_seq_length": 7, "max_batch": 2,
+        "max_context": 64, "revision": "v1", "trust_remote_code": True,
     }  # fmt: skip
     assert [type(item).__name__ for item in instruments] == ["StatusInstrument"]
     assert (tmp_path / "out" / "manifest.json").exists()
@@ -41,7 +42,8 @@ def test_compile_hands_every_option_on(model: FakeModel, invoke: Invoke, tmp_pat
 
 def test_compile_leaves_defaults_to_the_library(model: FakeModel, invoke: Invoke, tmp_path: Path) -> None:
     result = invoke("compile", "m", "-t", "cpu-fp32", "-o", tmp_path / "out", "--json")
-    assert {model.asked[key] for key in ("check", "symmetric", "ignore", "group_size", "quantize_head", "dump", "max_context")} == {None}
+    unset = ("check", "symmetric", "ignore", "group_size", "quantize_head", "dump", "max_context", "calibration", "max_seq_length")
+    assert {model.asked[key] for key in unset} == {None}
     printed = json.loads(result.stdout)
     assert printed["weight_bytes"] == 1_000_000
     assert [row["name"] for row in printed["passes"]] == ["canonicalize", "idle"]

@@ -84,7 +84,7 @@ def test_a_user_can_insert_replace_and_disable() -> None:
         choose_passes(target, "nearest", None, ["rotate"])
     with pytest.raises(PipelineError, match="insert options: expected one of the pipeline's passes"):
         insert(pipeline, Options(), after="rotate")
-    with pytest.raises(PipelineError, match="recipe 'hardest': expected one of nearest"):
+    with pytest.raises(PipelineError, match="recipe 'hardest': expected one of best, nearest"):
         default_pipeline(target, "hardest")
 
 

@@ -13,9 +13,11 @@ from qcompile.errors import PassError, SourceError
 from qcompile.ir.graph import Graph
 from qcompile.passes import statistics
 from qcompile.passes.calibration import Calibration
+from qcompile.passes.canonicalize import Canonicalize
+from qcompile.passes.collectors import gram
 from qcompile.passes.execution import Execution
 from qcompile.passes.manager import run_pipeline
-from qcompile.passes.pipelines import default_pipeline
+from qcompile.passes.remove_dead_code import RemoveDeadCode
 from qcompile.passes.statistics import Request, Statistics
 from qcompile.passes.work import WorkStore
 from tests.passes.helpers import capture, context
@@ -83,7 +85,7 @@ def test_padding_does_not_count(model: Graph) -> None:
 def test_convolutions_are_measured_by_channel() -> None:
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
     graph = capture(module, torch.randn(2, 3, 8, 8))
-    run_pipeline(graph, default_pipeline(context().target)[:4], context())
+    run_pipeline(graph, [Canonicalize(), RemoveDeadCode()], context())
     given = [torch.randn(2, 3, 8, 8), torch.randn(1, 3, 8, 8)]
     first, relu = graph.calls(aten.conv2d.default)[0], graph.calls(aten.conv2d.default)[1].args[0]
     requests = [Request(graph.placeholders[0].name, "absmax"), Request(first.name, "range"), Request(str(relu), "absmean")]
@@ -92,6 +94,16 @@ def test_convolutions_are_measured_by_channel() -> None:
     torch.testing.assert_close(found[requests[0]], torch.cat([x.movedim(1, -1).reshape(-1, 3) for x in given]).abs().amax(0))
     torch.testing.assert_close(found[requests[1]], torch.stack((outputs.amin(0), outputs.amax(0))))
     torch.testing.assert_close(found[requests[2]], outputs.relu().mean(0))
+
+
+@pytest.mark.parametrize("size", [5, 100, 200])
+def test_gram_matrices_are_symmetric_and_near(size: int) -> None:
+    rows = torch.randn(1500, size)
+    found, wide = gram(rows), rows.double()
+    assert torch.equal(found, found.T)
+    exact = wide.T @ wide
+    tolerance = (2**-8 if size == 200 else 1e-5) * exact.abs().max()  # large ones may be multiplied in bfloat16
+    assert (found - exact).abs().max() <= tolerance
 
 
 @pytest.fixture

@@ -18,11 +18,16 @@ from qcompile.ir.constants import Constant, tensor_constant
 from qcompile.ir.graph import Graph
 from qcompile.ir.records import Assets
 from qcompile.passes import execution, substitutes
+from qcompile.passes.base import Pass
 from qcompile.passes.calibration import Calibration, batches, make_calibration
+from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.convert_dtype import ConvertDtype
 from qcompile.passes.execution import Execution, Limits
+from qcompile.passes.fold_constants import FoldConstants
 from qcompile.passes.manager import run_pipeline
-from qcompile.passes.pipelines import default_pipeline
+from qcompile.passes.raise_patterns import RaisePatterns
+from qcompile.passes.remove_dead_code import RemoveDeadCode
+from qcompile.passes.rewrite_kv_cache import RewriteKvCache
 from qcompile.passes.stream import NodeInputs, real_rows, stream
 from qcompile.passes.substitutes import has_bfloat16_units, narrow_linear
 from qcompile.passes.work import WorkStore
@@ -35,8 +40,8 @@ aten = torch.ops.aten
 @functools.cache
 def _traced(family: str, cached: bool) -> Graph:
     graph = load(tiny(family)).graph
-    ctx = context()
-    run_pipeline(graph, default_pipeline(ctx.target)[: 5 if cached else 4], ctx)
+    steps: list[Pass] = [Canonicalize(), RaisePatterns(), FoldConstants(), RemoveDeadCode()]
+    run_pipeline(graph, [*steps, RewriteKvCache()] if cached else steps, context())
     return graph
 
 
@@ -225,7 +230,7 @@ def test_rows_of_every_layout() -> None:
 def test_plain_modules_stream_their_own_inputs() -> None:
     module = Gated().eval()
     graph = capture(module, torch.randn(2, 3, 32))
-    run_pipeline(graph, default_pipeline(context().target)[:4], context())
+    run_pipeline(graph, [Canonicalize(), RaisePatterns(), FoldConstants(), RemoveDeadCode()], context())
     given = [torch.randn(2, 3, 32), torch.randn(5, 3, 32)]
     found = linear_inputs(graph, calibration(given))
     down = graph.calls(aten.linear.default)[-1]

@@ -202,3 +202,13 @@ def test_a_failed_launch_names_the_kernel(stub: Stub, driver: Driver) -> None:
     launch()
     with pytest.raises(EngineError, match=r"kernel toy: cuLaunchKernel: .*CUDA_ERROR_ILLEGAL_ADDRESS \(700\): an illegal memory access"):
         launch()
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.int8, "i8"), (torch.float8_e4m3fn, "fp8e4nv")])
+def test_codes_of_activations_are_operands(stub: Stub, driver: Driver, dtype: torch.dtype, kind: str) -> None:
+    codes = torch.zeros(64, dtype=dtype)
+    toy = Launch("toy", (1, 1, 1), (pointer("codes", kind),))
+    frozen(driver, toy, {"codes": codes})()
+    assert struct.unpack_from("<Q", stub.calls("cuLaunchKernel")[0].packed)[0] == codes.data_ptr()
+    with pytest.raises(EngineError, match=f"parameter codes: expected elements of {kind}, got uint8"):
+        frozen(driver, toy, {"codes": torch.zeros(64, dtype=torch.uint8)})

@@ -168,6 +168,32 @@ def test_a_layout_is_applied_once_and_the_stored_form_is_not_uploaded(stub: Stub
     assert torch.equal(laid_out, split_half(codes))
 
 
+def test_an_integer_linear_runs_over_the_rows_of_its_codes(stub: Stub, driver: Driver) -> None:
+    """Rows and buckets come from the codes, scales and zero points are operands, and 8-bit weights arrive signed."""
+    weight = torch.tensor([[0, 127, 128, 255] * 4] * 8, dtype=torch.uint8)
+    names = (pointer("codes", "i8"), pointer("scale"), pointer("w_codes", "i8"), pointer("w_scale"), pointer("out"), integer("n", "rows"))
+    kernels = {
+        name: kernel(name, "integer_linear", launch(name, *names), layouts=(("w_codes", "signed"),)) for name in ("one", "few", "many")
+    }
+    buffers = [
+        buffer("a", "input", ("batch", "sequence", 16), "int8"),
+        buffer("s", "input", ("batch", "sequence", 1)),
+        buffer("w", "constant", (8, 16), "uint8"),
+        buffer("ws", "constant", (8, 1)),
+        buffer("z", "output", ("batch", "sequence", 8)),
+    ]
+    chosen = {"m1": "one", "m2-63": "few", "m64": "many"}
+    call = step(
+        "qcompile.integer_linear.default", "a", "s", None, "w", "ws", None, None, -1, 8, -1, {"dtype": "fp32"}, out="z", kernels=chosen
+    )
+    made, _ = context(driver, kernels, {"w": weight, "ws": torch.ones(8, 1)})
+    for sequence in (1, 40, 64):
+        Program(made, entry(buffers, [call], ("z",)), {"batch": 1, "sequence": sequence}, {}).run()
+    assert stub.launched() == ["one", "few", "many"]
+    assert [struct.unpack_from("<i", item.packed, 40)[0] for item in stub.calls("cuLaunchKernel")] == [1, 40, 64]
+    assert made.constants.get("w", "signed").tolist()[0][:4] == [-128, -1, 0, 127]
+
+
 def test_an_unknown_layout_is_refused(driver: Driver) -> None:
     toy = kernel("toy", "linear", launch("toy", pointer("weight")), layouts=(("weight", "spiral"),))
     made, _ = context(driver, {"toy": toy}, {"w": torch.zeros(4, 4)})

@@ -1,0 +1,118 @@
+"""Operators as functions that autograd can look into: the references themselves, or the same in less time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qcompile.ir import cache_ops, hadamard_ops, ops
+from qcompile.passes import substitutes
+
+_DENSE = 1024
+"""Up to so many tokens the whole matrix of scores is computed: its gradient is several times as fast as that of a blocked product."""
+
+
+_LEAST_NARROW = 128
+"""Smaller products gain nothing from bfloat16."""
+
+
+def narrowed(matrix: Tensor) -> Tensor:
+    """The operand of a linear in bfloat16 where the CPU multiplies that faster, else in float32."""
+    narrow = matrix.dim() == 2 and min(matrix.shape) >= _LEAST_NARROW and substitutes.has_bfloat16_units()
+    return matrix.to(torch.bfloat16 if narrow else torch.float32)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x · weightᵀ + bias` in float32; the product of bfloat16 operands where the weight comes as one."""
+    if weight.dtype != torch.bfloat16:
+        return functional.linear(x, weight, bias)
+    product = functional.linear(x.bfloat16(), weight).float()
+    return product if bias is None else product + bias
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, bias: Tensor | None,
+    scale: float, causal: bool, window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`qcompile::attention`, for a plain causal one of short texts with a gradient that is fast."""
+    plain = padding is None or bool((padding != 0).all())
+    if not (plain and causal and bias is None and not softcap and sinks is None) or q.shape[2] != k.shape[2] or 0 < window < k.shape[2]:
+        return ops.attention(q, k, v, padding, bias, scale, causal, window, softcap, sinks)
+    if k.shape[2] > _DENSE:
+        return substitutes.attention(q, k, v, None, None, scale, causal=True)
+    return _dense(q, k, v, scale)
+
+
+def cache_append(
+    keys: Tensor, values: Tensor, k: Tensor, v: Tensor, page_table: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`qcompile::cache_append` to an empty cache, which may hold packed vectors where k and v come as numbers."""
+    if _fills_pages(keys, page_table, positions):
+        return k, v
+    empty = torch.zeros(*keys.shape[:3], k.shape[3], dtype=k.dtype)
+    return ops.cache_append(empty, empty, k, v, page_table, positions)
+
+
+def cache_attend(
+    q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, positions: Tensor,
+    scale: float, window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`qcompile::cache_attend`, the same where every row starts at position 0, has no padding and fills one page."""
+    if not _fills_pages(keys, page_table, positions):
+        return ops.cache_attend(q, keys, values, page_table, positions, scale, window, softcap, sinks)
+    return attention(q, keys, values, None, None, scale, causal=True, window=window, softcap=softcap, sinks=sinks)
+
+
+def cache_attend_packed(
+    q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, positions: Tensor,
+    bits: int, scale: float, window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`qcompile::cache_attend_packed` over vectors that were rounded when they were stored, and are numbers here."""
+    del bits
+    return cache_attend(q, keys, values, page_table, positions, scale, window, softcap, sinks)
+
+
+def straight_vectors(x: Tensor, bits: int) -> Tensor:
+    """What is read back of `qcompile::pack_vectors(x, bits)`, with the gradient of x."""
+    with torch.no_grad():
+        change = cache_ops.unpack_vectors(cache_ops.pack_vectors(x, bits), bits, x.shape[-1], x.dtype) - x
+    return x + change
+
+
+def _fills_pages(keys: Tensor, page_table: Tensor, positions: Tensor) -> bool:
+    """Whether each row begins at position 0, has no padding and fills the page of its number."""
+    rows, tokens = positions.shape
+    if page_table.shape[1] != 1 or keys.shape[0] != rows or keys.shape[2] != tokens:
+        return False
+    return bool((positions == torch.arange(tokens)).all()) and bool((page_table[:, 0] == torch.arange(rows)).all())
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention by two batched products, q [B, H, S, D], k and v [B, L, S, D]; queries that share keys are stacked."""
+    batch, heads, tokens, size = q.shape
+    shared = k.shape[1]
+    narrow = torch.bfloat16 if tokens >= _LEAST_NARROW and substitutes.has_bfloat16_units() else torch.float32
+    queries = (q * scale).to(narrow).reshape(batch * shared, -1, size)
+    hidden = torch.full((tokens, tokens), -torch.inf, dtype=narrow).triu(1)
+    scores = torch.bmm(queries, k.to(narrow).reshape(batch * shared, tokens, size).transpose(1, 2))
+    weights = (scores.view(batch * shared, heads // shared, tokens, tokens) + hidden).softmax(-1).view_as(scores)
+    mixed = torch.bmm(weights, v.to(narrow).reshape(batch * shared, tokens, v.shape[3]))
+    return mixed.to(q.dtype).view(batch, heads, tokens, v.shape[3])
+
+
+_PLAIN = ("rms_norm", "add_rms_norm", "rotary_table", "rope", "gated_activation", "moe_experts", "gather_last")
+
+DIFFERENTIABLE: dict[Any, Any] = {
+    **{getattr(torch.ops.qcompile, name).default: getattr(ops, name) for name in _PLAIN},
+    torch.ops.qcompile.hadamard.default: hadamard_ops.hadamard,
+    torch.ops.qcompile.attention.default: attention,
+    torch.ops.qcompile.cache_append.default: cache_append,
+    torch.ops.qcompile.cache_attend.default: cache_attend,
+    torch.ops.qcompile.pack_vectors.default: straight_vectors,
+    torch.ops.qcompile.cache_attend_packed.default: cache_attend_packed,
+    torch.ops.aten.linear.default: linear,
+}
+"""Operator -> a function of the same arguments that passes gradients."""

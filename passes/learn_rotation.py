@@ -1,0 +1,158 @@
+"""Rotations and scales that are learned from what the linears read, instead of drawn at random."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from qcompile.errors import PipelineError
+from qcompile.ir.basis import Basis, Blocks, Diagonal, Hadamard, Orthogonal, identity_matrix
+from qcompile.ir.graph import Graph
+from qcompile.passes.base import Pass, PassContext
+from qcompile.passes.scale_readers import rounded_linears
+from qcompile.passes.space_channels import block_map, request_for, space_name
+from qcompile.passes.spaces import Kind, Space, Value, apply_basis_change, find_spaces
+from qcompile.passes.statistics import Request
+from qcompile.quant.hadamard import fast_hadamard, mixing_matrix
+from qcompile.quant.learned_basis import Course, Grid, Reading, learn_diagonal, learn_orthogonal, mean_noise, rotating, scaling
+from qcompile.quant.scheme import QuantScheme
+
+KINDS = ("orthogonal", "diagonal")
+_TOKENS = 512
+"""Sampled of each value; a quarter of them only judges what the others taught."""
+_ROWS = 256
+"""Taken of each weight: its other rows say nearly the same about its columns."""
+
+
+@dataclass(frozen=True)
+class LearnRotation(Pass):
+    """Orthogonal maps (SpinQuant, arXiv:2405.16406), then positive diagonals (OSTQuant, arXiv:2501.13987), by gradient.
+
+    Each space is learned on its own against the error that rounding is expected to leave in the outputs of the linears that read it, from a
+    randomised Hadamard rotation and from no scale; on tokens that were held out, what is learned has to be better than these and than nothing.
+    `online` says that `rotate-hadamard{online=linears}` will follow: scales are then learned for channels that are mixed before rounding.
+    """
+
+    name: ClassVar[str] = "learn-rotation"
+    kinds: tuple[str, ...] = KINDS
+    steps: int = 200
+    rate: float = 0.02
+    seed: int = 0
+    online: bool = False
+
+    def run(self, graph: Graph, ctx: PassContext) -> bool:
+        """All spaces of one kind, then those of the next."""
+        self._check()
+        if not rounds_anything(ctx.target.scheme):
+            return False
+        changed = False
+        for kind in self.kinds:
+            changed |= self._learn(graph, ctx, Kind(kind))
+        return changed
+
+    def _check(self) -> None:
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise PipelineError(f"pass {self.name}: option kinds: expected {' and '.join(KINDS)}, got {kind!r}")
+        if self.steps < 1 or self.rate <= 0:
+            raise PipelineError(f"pass {self.name}: expected steps of at least 1 and a positive rate, got {self.steps} and {self.rate:g}")
+
+    def _learn(self, graph: Graph, ctx: PassContext, kind: Kind) -> bool:
+        linears = {space: rounded_linears(graph, space, ctx) for space in find_spaces(graph, kind)}
+        known = [(space, found) for space, found in linears.items() if found]
+        if not known:
+            return False
+        measured = ctx.statistics(graph, [request_for(value, "sample", _TOKENS) for _, found in known for _, value in found])
+        changed = False
+        for number, (space, found) in enumerate(known):
+            readings = _readings(graph, found, measured, ctx.target.scheme)
+            basis = self._rotation(space, readings) if kind is Kind.ORTHOGONAL else self._scale(space, readings)
+            if basis is None:
+                ctx.note(self.name, f"space {space_name(space)}", f"no {kind.value} map makes its linears better", chosen=True)
+            elif ctx.spend():
+                apply_basis_change(graph, space, basis, ctx)
+                changed = True
+            if ctx.report is not None:
+                ctx.report(f"learning {kind.value} maps", number + 1, len(known))
+        return changed
+
+    def _rotation(self, space: Space, readings: Sequence[Reading]) -> Basis | None:
+        drawn = Hadamard(space.block_size, self.seed)
+        start = identity_matrix(drawn).float().expand(space.blocks, -1, -1).contiguous()
+        learned = learn_orthogonal([_taught(reading) for reading in readings], start, self._course())
+        held = [_held(reading) for reading in readings]
+        exact = [Orthogonal.nearest(part) for part in learned]
+        choices: list[tuple[float, Basis | None]] = [
+            (_noise(held, rotating(torch.eye(space.block_size).expand_as(start))), None),
+            (_noise(held, rotating(start)), drawn if space.blocks == 1 else Blocks((drawn,) * space.blocks)),
+            (_noise(held, rotating(learned)), exact[0] if space.blocks == 1 else Blocks(tuple(exact))),
+        ]
+        return min(choices, key=lambda choice: choice[0])[1]
+
+    def _scale(self, space: Space, readings: Sequence[Reading]) -> Basis | None:
+        behind = _mixed if self.online else None
+        start = torch.zeros(space.size)
+        learned = learn_diagonal([_taught(reading) for reading in readings], start, space.blocks, self._course(), behind)
+        held = [_held(reading) for reading in readings]
+        if _noise(held, scaling(learned, space.blocks, behind)) >= _noise(held, scaling(start, space.blocks, behind)):
+            return None
+        return block_map(space, Diagonal, learned.double().exp())
+
+    def _course(self) -> Course:
+        return Course(self.steps, self.rate, seed=self.seed)
+
+
+def rounds_anything(scheme: QuantScheme) -> bool:
+    """Whether linears are rounded at all."""
+    return scheme.weight is not None or scheme.activation is not None
+
+
+def _readings(
+    graph: Graph, linears: Sequence[tuple[fx.Node, Value]], measured: Mapping[Request, Tensor], scheme: QuantScheme
+) -> list[Reading]:
+    """One for each value, of all linears that read it."""
+    weights: dict[Value, list[Tensor]] = {}
+    for node, value in linears:
+        weight = graph.constants[str(node.args[1].target)].materialize().float()  # type: ignore[union-attr]
+        weights.setdefault(value, []).append(weight[:: max(1, len(weight) // _ROWS)])
+    grids = _input_grid(scheme), _weight_grid(scheme)
+    return [
+        Reading(measured[request_for(value, "sample", _TOKENS)], torch.cat(rows), tuple((at.start, at.block) for at in value.places), *grids)
+        for value, rows in weights.items()
+    ]
+
+
+def _input_grid(scheme: QuantScheme) -> Grid | None:
+    form = scheme.activation
+    if form is None:
+        return None
+    return Grid(form.element.bits, form.granularity.group_size, form.symmetric, form.clip, form.static)
+
+
+def _weight_grid(scheme: QuantScheme) -> Grid | None:
+    form = scheme.weight
+    return None if form is None else Grid(form.element.bits, form.granularity.group_size, form.symmetric)
+
+
+def _taught(reading: Reading) -> Reading:
+    return reading.on(slice(len(reading.inputs) // 4, None))
+
+
+def _held(reading: Reading) -> Reading:
+    return reading.on(slice(0, max(1, len(reading.inputs) // 4)))
+
+
+def _noise(readings: Sequence[Reading], move: Callable[[Tensor, Reading, bool], Tensor]) -> float:
+    with torch.no_grad():
+        return float(mean_noise(readings, move))
+
+
+def _mixed(rows: Tensor) -> Tensor:
+    """Behind the rotation that is done online."""
+    size = rows.shape[-1]
+    mixing = mixing_matrix(size)
+    return fast_hadamard(rows, None if mixing is None else mixing.to(rows.dtype), size)

@@ -1,0 +1,188 @@
+"""Roundings learned end to end: from where another method ends, levels and scales move to bring the whole graph's results back.
+
+Every step takes a few windows of calibration text, compares the graph's results with those it had in float, and moves all weights at
+once along the gradient (Adam, straight through the rounding; the idea of AutoRound, arXiv:2309.05516, with the objective of LLM-QAT,
+arXiv:2305.17888). Some windows are held out: if the result is no better on them, the start is what stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qcompile.ir.constants import tensor_constant
+from qcompile.ir.graph import Graph
+from qcompile.passes.base import PassContext
+from qcompile.passes.calibration import GraphInputs, batches
+from qcompile.passes.differentiable import Differentiable
+from qcompile.passes.divergence import Divergence, divergence
+from qcompile.passes.execution import Progress
+from qcompile.passes.gradients import narrowed
+from qcompile.passes.selection import find_heads
+from qcompile.passes.sites import Method, Parts, Site, marked
+from qcompile.passes.work import WorkStore, content_key
+from qcompile.quant.reference import Quantized
+from qcompile.quant.rounding.latent import LatentWeight
+
+
+_FASTER = 1.5
+"""Coarser grids have more to gain, and bear larger steps."""
+_BETAS = (0.9, 0.97)
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How long and how fast.
+
+    Attributes:
+        epochs: passes over the calibration data.
+        tokens_at_once: of one step.
+        rate: most that a step moves a continuous value, in steps of its grid, at 4 bits; half as much again for each bit less.
+        scale_rate: most that a step changes a scale, relative, at 4 bits; likewise.
+        warmup: share of the steps in which rates rise to the full, before they fall to 0.
+        held_out: one batch in so many is not learned from, but decides whether the result is taken.
+        seed: of the order of batches.
+    """
+
+    epochs: float = 1.0
+    tokens_at_once: int = 512
+    rate: float = 5e-4
+    scale_rate: float = 1e-4
+    warmup: float = 0.1
+    held_out: int = 16
+    seed: int = 0
+
+
+def learned(start: Method, label: str, settings: Learning) -> Method:
+    """The method that begins where `start` ends; needs calibration data, and memory for several copies of the weights."""
+
+    def run(graph: Graph, sites: Sequence[Site], ctx: PassContext) -> dict[str, Parts]:
+        calibration = ctx.require_calibration(f"quantize-weights{{rounding={label}}}")
+        parts = start(graph, sites, ctx)
+        store = _store(graph, sites, ctx, f"quantize-weights {label} {settings} {calibration.key}")
+        kept = _recall(sites, store)
+        if kept is not None:
+            return kept
+        inputs = batches(calibration, graph, settings.tokens_at_once)
+        course = _Course(graph, sites, parts, inputs, settings)
+        if course.learn(ctx.progress(f"learning roundings ({label})")):
+            return _keep(sites, course.latents, store)
+        ctx.note("quantize-weights", label, "learning did not help on the calibration data that was held out")
+        return parts
+
+    return run
+
+
+def _store(graph: Graph, sites: Sequence[Site], ctx: PassContext, what: str) -> WorkStore | None:
+    forms = " ".join(f"{site.weight}:{site.form}" for site in sites)
+    return None if ctx.work is None else ctx.work.part(f"{what} {content_key(graph)} {forms}")
+
+
+def _recall(sites: Sequence[Site], store: WorkStore | None) -> dict[str, Parts] | None:
+    if store is None:
+        return None
+    found = {site: store.get(site.weight) for site in sites}
+    return {site.weight: marked(parts, site.form) for site, parts in found.items() if parts} if all(found.values()) else None
+
+
+def _keep(sites: Sequence[Site], latents: dict[str, LatentWeight], store: WorkStore | None) -> dict[str, Parts]:
+    kept: dict[str, Parts] = {}
+    for site in sites:
+        rounded = latents[site.weight].rounded(site.weight)
+        tensors = {part: getattr(rounded, part) for part in site.form.parts}
+        parts = {part: tensor_constant(tensor) for part, tensor in tensors.items()} if store is None else store.put(site.weight, tensors)
+        kept[site.weight] = marked(parts, site.form)
+    return kept
+
+
+class _Course:
+    """One course of learning over a graph."""
+
+    def __init__(self, graph: Graph, sites: Sequence[Site], parts: dict[str, Parts], inputs: GraphInputs, settings: Learning) -> None:
+        self._inputs, self._settings = inputs, settings
+        self._sites = {site.weight: site for site in sites}
+        self._judge: Divergence = divergence(graph, find_heads(graph) - {reader for site in sites for reader in site.readers})
+        self._graph = Differentiable(graph, self._judge.ends, list(self._sites), inputs)
+        self._wanted = self._float_results(Differentiable(graph, self._judge.ends, list(self._sites), inputs, exact=True))
+        self.latents = {site.weight: _latent(site, parts[site.weight]) for site in sites}
+        self._optimizers = {name: self._optimizer(name) for name in self.latents}
+        self._weights = {name: self._rounded(name) for name in self.latents}
+
+    def learn(self, progress: Progress | None) -> bool:
+        """Take all steps; True if the batches held out have come nearer to the float results."""
+        count = len(self._inputs)
+        held = [index for index in range(count) if index % self._settings.held_out == self._settings.held_out - 1]
+        taught = [index for index in range(count) if index not in held]
+        order = self._order(taught)
+        before = self._distance(held)
+        for step, batch in enumerate(order):
+            self._step(batch, self._share(step, len(order)))
+            if progress is not None:
+                progress(step + 1, len(order))
+        return not held or self._distance(held) < before
+
+    def _order(self, taught: list[int]) -> list[int]:
+        generator = torch.Generator().manual_seed(self._settings.seed)
+        steps = max(1, round(self._settings.epochs * len(taught)))
+        order: list[int] = []
+        while len(order) < steps:
+            order += [taught[index] for index in torch.randperm(len(taught), generator=generator).tolist()]
+        return order[:steps]
+
+    def _share(self, step: int, steps: int) -> float:
+        """Of the full rate: rising, then falling to 0."""
+        return min(1.0, (step + 1) / max(1.0, self._settings.warmup * steps)) * (1 - step / steps)
+
+    def _step(self, batch: int, share: float) -> None:
+        kept = self._graph.forward(batch, self._weights)
+        _, gradients = self._judge(self._graph.results(kept), self._wanted[batch], self._inputs.real(batch))
+        for name, gradient in self._graph.backward(batch, self._weights, kept, gradients):
+            self._move(name, gradient, share)
+
+    def _move(self, name: str, gradient: Tensor, share: float) -> None:
+        latent, optimizer = self.latents[name], self._optimizers[name]
+        along, stretch = latent.gradients(gradient.reshape(latent.latent.shape))
+        latent.latent.grad, latent.stretch.grad = along, stretch
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * share
+        optimizer.step()
+        optimizer.zero_grad()
+        latent.confine()
+        self._weights[name] = self._rounded(name)
+
+    def _distance(self, held: list[int]) -> float:
+        total = 0.0
+        for batch in held:
+            results = self._graph.results(self._graph.forward(batch, self._weights))
+            total += self._judge(results, self._wanted[batch], self._inputs.real(batch))[0]
+        return total / max(1, len(held))
+
+    def _float_results(self, exact: Differentiable) -> list[list[Tensor]]:
+        """What the graph gives where nothing is rounded, per batch."""
+        weights = {name: _operand(site, site.constant.materialize().float()) for name, site in self._sites.items()}
+        return [exact.results(exact.forward(batch, weights)) for batch in range(len(self._inputs))]
+
+    def _optimizer(self, name: str) -> torch.optim.Adam:
+        latent, bits = self.latents[name], self._sites[name].form.element.bits
+        faster = _FASTER ** (4 - bits)
+        rate, scale_rate = self._settings.rate * faster * latent.spacing, self._settings.scale_rate * faster * latent.adapts_scale
+        groups = [{"params": [latent.latent], "rate": rate}, {"params": [latent.stretch], "rate": scale_rate}]
+        return torch.optim.Adam(groups, betas=_BETAS, eps=1e-12, fused=True)
+
+    def _rounded(self, name: str) -> Tensor:
+        return _operand(self._sites[name], self.latents[name].weight())
+
+
+def _latent(site: Site, parts: Parts) -> LatentWeight:
+    tensors = {part: constant.materialize() for part, constant in parts.items()}
+    rounded = Quantized(tensors["codes"], tensors["scale"], tensors.get("zero"), tensors.get("scale2"))
+    return LatentWeight(site.constant.materialize(), rounded, site.form)
+
+
+def _operand(site: Site, weight: Tensor) -> Tensor:
+    """In the shape that readers expect; narrow where only linears read it."""
+    only_linears = all(reader.target is torch.ops.aten.linear.default for reader in site.readers)
+    return narrowed(weight) if only_linears else weight.reshape(site.shape)

@@ -1,0 +1,143 @@
+"""Learned bases: exact on every family, better than what they start from, and never worse than nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qcompile.errors import PipelineError, SourceError
+from qcompile.ir.graph import Graph
+from qcompile.passes.base import PassContext
+from qcompile.passes.fold_norms import FoldNorms
+from qcompile.passes.instruments import outputs, relative_error
+from qcompile.passes.learn_rotation import LearnRotation
+from qcompile.passes.manager import run_pipeline
+from qcompile.passes.quantize_activations import QuantizeActivations
+from qcompile.passes.quantize_weights import QuantizeWeights
+from qcompile.passes.rotate_hadamard import RotateHadamard
+from qcompile.passes.smooth_activations import SmoothActivations
+from tests.passes.basis_cases import Outliers, after, calibrated, outlier_graph, with_data
+from tests.passes.helpers import capture, context, names
+from tests.passes.space_cases import canonical, family_graph
+
+QUICK = LearnRotation(steps=5)
+hadamard = torch.ops.qcompile.hadamard.default
+
+
+def quantized_error(graph: Graph, ctx: PassContext, target: str = "cpu-w4a8") -> float:
+    """Of the outputs, with weights and activations rounded to nearest as the target's scheme says."""
+    rounded = graph.clone()
+    run_pipeline(rounded, [QuantizeActivations(), QuantizeWeights()], context(target, calibration=ctx.calibration))
+    return relative_error(outputs(rounded, wide=True), outputs(graph, wide=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "qwen2_moe", "bert", "resnet"])
+def test_the_function_stays(family: str) -> None:
+    after(family, FoldNorms(), QUICK)
+
+
+@pytest.mark.parametrize("kind", ["orthogonal", "diagonal"])
+def test_each_kind_alone_changes_weights_only(kind: str) -> None:
+    graph, changed = after("llama", FoldNorms(), LearnRotation(kinds=(kind,), steps=5))
+    assert changed
+    folded, _ = after("llama", FoldNorms())
+    assert names(graph) == names(folded)
+    keys = "".join(constant.key for constant in graph.constants.values())
+    assert ("diagonal(" in keys) == (kind == "diagonal")
+
+
+def test_a_learned_basis_rounds_better_than_none() -> None:
+    graph, ctx = outlier_graph()
+    learned = graph.clone()
+    run_pipeline(learned, [LearnRotation(steps=50)], ctx)
+    assert quantized_error(learned, ctx) < 0.7 * quantized_error(graph, ctx)
+
+
+def test_scales_for_mixed_channels_help_behind_the_mixing() -> None:
+    """The norm keeps its gain: each channel takes the size that suits its linears before all are mixed."""
+    inputs = [torch.randn(32, 64, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    graph = canonical(capture(Outliers(), inputs[0]))
+    ctx = with_data([{"x": sample} for sample in inputs], "cpu-w4a8")
+    mixed = RotateHadamard(stream=False, online=("linears",))
+    learned = LearnRotation(kinds=("diagonal",), rate=0.05, online=True)
+    errors = {}
+    for name, steps in {"plain": [mixed], "learned": [learned, mixed], "smoothed": [SmoothActivations(measure="absmean"), mixed]}.items():
+        clone = graph.clone()
+        run_pipeline(clone, steps, ctx)
+        errors[name] = quantized_error(clone, ctx)
+    assert errors["learned"] < 0.7 * errors["plain"], errors
+    assert errors["smoothed"] < 0.7 * errors["plain"], errors
+
+
+def test_the_same_seed_gives_the_same_basis() -> None:
+    first, second, other = (
+        after("llama", FoldNorms(), LearnRotation(steps=5, seed=seed))[0].fingerprint() for seed in (0, 0, 1)
+    )
+    assert first == second != other
+
+
+def test_a_basis_that_is_no_better_is_left_out() -> None:
+    """Steps this large throw away whatever was there."""
+    ctx = calibrated()
+    graph, changed = after("llama", FoldNorms(), LearnRotation(kinds=("diagonal",), steps=1, rate=50.0), ctx=ctx)
+    notes = [reason for where, _, reason, chosen in ctx.notes if where == "learn-rotation" and chosen]
+    assert not changed
+    assert set(notes) == {"no diagonal map makes its linears better"}
+    assert "diagonal(" not in "".join(constant.key for constant in graph.constants.values())
+
+
+def test_progress_is_told() -> None:
+    told: list[tuple[str, int, int]] = []
+    ctx = calibrated()
+    ctx.report = lambda label, done, total: told.append((label, done, total))
+    after("llama", FoldNorms(), LearnRotation(kinds=("orthogonal",), steps=2), ctx=ctx)
+    learning = [entry for entry in told if entry[0] == "learning orthogonal maps"]
+    assert learning == [("learning orthogonal maps", done + 1, len(learning)) for done in range(len(learning))]
+    assert learning
+
+
+def test_schemes_that_round_nothing_are_left_alone() -> None:
+    assert not after("llama", FoldNorms(), QUICK, ctx=calibrated(target="cpu-fp32"))[1]
+
+
+def test_data_is_asked_for() -> None:
+    with pytest.raises(SourceError, match="expected calibration data, got none"):
+        QUICK.run(family_graph("llama").clone(), context("cpu-w4a8"))
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (LearnRotation(kinds=("permutation",)), "option kinds: expected orthogonal and diagonal, got 'permutation'"),
+        (LearnRotation(steps=0), "expected steps of at least 1 and a positive rate, got 0 and 0.02"),
+        (LearnRotation(rate=-1.0), "expected steps of at least 1 and a positive rate, got 200 and -1"),
+    ],
+)
+def test_mistakes_are_named(step: LearnRotation, message: str) -> None:
+    with pytest.raises(PipelineError, match=f"learn-rotation: {message}"):
+        step.run(family_graph("llama").clone(), calibrated())
+
+
+def test_a_stream_that_stays_is_rotated_behind_its_norms() -> None:
+    graph, _ = after("llama", SmoothActivations(measure="absmean"), RotateHadamard(stream=False, online=("linears",)))
+    read = [node.args[0] for node in graph.calls(torch.ops.aten.linear.default)]
+    per_layer = [hadamard] * 3 + [torch.ops.aten.reshape.default] + [hadamard] * 3
+    assert [node.target for node in read[:7]] == per_layer  # type: ignore[union-attr]
+    assert read[-1].target is not hadamard  # type: ignore[union-attr]  # the head stays in float
+
+
+def test_a_stream_that_could_be_rotated_is_noted() -> None:
+    ctx = calibrated()
+    after("llama", FoldNorms(), RotateHadamard(stream=False), ctx=ctx)
+    assert "stream=false" in [reason for where, _, reason, _ in ctx.notes if where == "rotate-hadamard"]
+
+
+def test_without_heads_all_of_them_are_mixed_before_the_output() -> None:
+    graph, _ = after("llama", RotateHadamard(stream=False, heads=False, online=("linears",)))
+    read = [node.args[0] for node in graph.calls(torch.ops.aten.linear.default)]
+    assert [node.target for node in read[:-1]] == [hadamard] * 14  # type: ignore[union-attr]
+
+
+def test_an_unknown_measure_is_refused() -> None:
+    with pytest.raises(PipelineError, match="smooth-activations: option measure: expected absmax or absmean, got 'median'"):
+        SmoothActivations(measure="median").run(family_graph("llama").clone(), calibrated())
