@@ -3,11 +3,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO_OUT ?= demo-out
+# Token ids [windows, length] of text for SmolLM2, and the interpreter of an environment with the libraries to compare with.
+CALIB ?= brown_calib.npy
+EVAL ?= brown_eval.npy
+PEERS ?=
 # One thread per test process: on few cores more threads only fight.
 TEST_ENV := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint demo bench clean
+.PHONY: help venv test lint demo bench accuracy clean
 
 help: ## print this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +36,9 @@ demo: $(INSTALLED) ## compile a real language model, let it speak, and show what
 
 bench: $(INSTALLED) ## decode speed beside llama.cpp on the same model (needs llama-cpp-python)
 	$(BIN)/python benchmarks/decode_cpu.py
+
+accuracy: $(INSTALLED) ## KL and perplexity at each bit width: CALIB=ids.npy EVAL=ids.npy [PEERS=python with other libraries]
+	$(BIN)/python -m benchmarks.accuracy --calib $(CALIB) --eval $(EVAL) $(if $(PEERS),--peers $(PEERS))
 
 clean: ## remove build outputs and caches; .venv stays
 	rm -rf build dist *.egg-info $(DEMO_OUT) .mypy_cache .pytest_cache .ruff_cache

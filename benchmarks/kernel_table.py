@@ -1,6 +1,7 @@
 """Print every Triton kernel of a model shaped like SmolLM2-135M as built for an architecture: registers, shared memory, instructions.
 
-Run from the root of the repository: `python -m benchmarks.kernel_table sm90 [--format "int8 channel sym fp16"]`. Needs no GPU.
+Run from the root of the repository: `python -m benchmarks.kernel_table sm90 [--format "int8 channel sym fp16"]`, or `--scheme w4a8`. Needs
+no GPU.
 """
 
 from __future__ import annotations
@@ -11,7 +12,13 @@ from qcompile.codegen.triton.backend import TritonBackend
 from qcompile.codegen.triton.build import build_kernels, kernel_cache
 from qcompile.codegen.triton.tiles import ARCHITECTURES
 from qcompile.ir import size
-from tests.codegen.triton.specs import small_llama
+from qcompile.ir.lowered import KernelSpec
+from tests.codegen.triton import activation_specs, specs
+
+
+def kernels_of(form: str, scheme: str | None) -> list[KernelSpec]:
+    """The whole model with weights of a format, or what a scheme with quantized activations adds to it."""
+    return specs.small_llama(form) if scheme is None else activation_specs.small_llama(scheme)
 
 
 def main() -> None:
@@ -19,9 +26,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("arch", choices=list(ARCHITECTURES))
     parser.add_argument("--format", default="int4 g64 sym fp16", help="how linear layers are quantized")
+    parser.add_argument("--scheme", choices=list(activation_specs.PRESETS), help="instead: the kernels of quantized activations")
     arguments = parser.parse_args()
     backend = TritonBackend(arguments.arch)
-    kernels, binaries = build_kernels([backend.emit(spec) for spec in small_llama(arguments.format)], arguments.arch, cache=kernel_cache())
+    emitted = [backend.emit(spec) for spec in kernels_of(arguments.format, arguments.scheme)]
+    kernels, binaries = build_kernels(emitted, arguments.arch, cache=kernel_cache())
     print(f"{'kernel':28}{'sizes':18}{'launch':20}{'grid':36}{'warps':>6}{'registers':>10}{'shared':>8}{'bytes':>8}  expects")
     for kernel in kernels:
         for launch in kernel.launches:

@@ -19,7 +19,7 @@ from qcompile.ir.constants import Constant
 from qcompile.ir.graph import Graph
 from qcompile.passes.base import Pass, PassContext
 from qcompile.passes.pipelines import default_pipeline, insert
-from qcompile.passes.quantize_weights import matching_pattern
+from qcompile.passes.selection import matching_pattern
 from qcompile.target import parse_target
 
 aten = torch.ops.aten
