@@ -39,7 +39,7 @@ def pipeline(rounding: str, *, rotated: bool, before: str) -> list[Pass]:
     """The default pipeline with this rounding, perhaps in a rotated basis, and with further passes right before the rounding."""
     steps = [
         QuantizeWeights(rounding=rounding) if step.name == QuantizeWeights.name else step
-        for step in default_pipeline(parse_target("cpu-int4"))
+        for step in default_pipeline(parse_target("cpu-int4"), "nearest")
     ]
     for step in parse_pipeline(before, registry()):
         steps = insert(steps, step, before=QuantizeWeights.name)
@@ -74,7 +74,7 @@ def main() -> None:
     model = options.model or smollm2_path()
     calibration, tokens = (torch.from_numpy(np.load(path).astype(np.int64)) for path in (options.calib, options.eval))
     tokens = tokens[: options.windows]
-    reference = qcompile.compile(model, "cpu-fp32", max_context=tokens.shape[1])
+    reference = qcompile.compile(model, "cpu-fp32", recipe="nearest", max_context=tokens.shape[1])
     print("| format | rounding | bits | KL | perplexity | rounding, s | compile, s |\n|---|---|---|---|---|---|---|")
     for text in options.formats.split(";"):
         for rounding in options.roundings.split(","):

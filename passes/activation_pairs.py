@@ -22,7 +22,10 @@ PRODUCERS = (
     qcompile.gated_quantize.default, qcompile.hadamard_quantize.default,
 )  # fmt: skip
 """Operators that make codes."""
-ACTIVATION_READERS = (qcompile.integer_linear.default, qcompile.float8_linear.default, qcompile.dequantize_activation.default)
+ACTIVATION_READERS = (
+    qcompile.integer_linear.default, qcompile.float8_linear.default, qcompile.integer_conv2d.default,
+    qcompile.dequantize_activation.default,
+)  # fmt: skip
 """Operators that read codes, as their first argument."""
 _MOVES = (
     aten.transpose.int, aten.permute.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.select.int,
@@ -60,58 +63,60 @@ def format_of(node: fx.Node | None) -> ActivationFormat | None:
 def move_down(graph: Graph, dequantize: fx.Node, spend: Callable[[], bool]) -> bool:
     """Dequantize after what only moves elements, so that it meets the operator that reads them; true iff it moved."""
     moved = False
-    for user in list(dequantize.users):
-        if user.target not in _MOVES or user.args[0] is not dequantize or user.kwargs:
-            continue
-        parts = _moved_parts(graph, dequantize, user)
-        if parts is None or not spend():
-            continue
-        codes, scale, zero = parts
-        group_size, dtype = dequantize.args[3:5]
-        graph.replace(user, graph.insert(user, dequantize.target, (codes, scale, zero, group_size, dtype), source=dequantize))  # type: ignore[arg-type]
-        moved = True
+    codes, scale, zero, group_size, dtype = dequantize.args
+    for view in [user for user in dequantize.users if _movable(dequantize, user)]:
+        if spend():
+            parts = (_viewed(graph, codes, view), *(_moved_scale(graph, part, view, fake_value(dequantize)) for part in (scale, zero)))
+            below = graph.insert(view, qcompile.dequantize_activation.default, (*parts, group_size, dtype), source=dequantize)
+            graph.replace(view, below)
+            moved = True
     if moved and not dequantize.users:
         graph.fx.erase_node(dequantize)
     return moved
 
 
-def _moved_parts(graph: Graph, dequantize: fx.Node, view: fx.Node) -> tuple[Any, Any, Any] | None:
-    """Codes, scale and zero after `view`; None where that would part numbers from their scale."""
-    codes, scale, zero = dequantize.args[:3]
-    shared = fake_value(scale).dim() == 1 and fake_value(codes).dim() > 1
-    if shared:
-        return graph.insert(view, view.target, (codes, *view.args[1:]), source=view), scale, zero  # type: ignore[arg-type]
-    parts = [_moved_scale(graph, part, view, fake_value(dequantize)) for part in (scale, zero) if part is not None]
-    if None in parts:
-        return None
-    return (graph.insert(view, view.target, (codes, *view.args[1:]), source=view), *parts, None)[:3]  # type: ignore[arg-type, return-value]
+def _shared(dequantize: fx.Node) -> bool:
+    """Whether one scale serves every token."""
+    return fake_value(dequantize.args[1]).dim() == 1 and fake_value(dequantize).dim() > 1
 
 
-def _moved_scale(graph: Graph, scale: fx.Node, view: fx.Node, before: torch.Tensor) -> fx.Node | None:
-    """The scale [..., G] of a dequantize after `view`: its last axis has to stay what it is."""
-    after, groups = fake_value(view), fake_value(scale).shape[-1]
-    if not _keeps_last(view, before, after):
-        inside = view.target is aten.slice.Tensor and groups == 1  # one scale serves any part of a token
-        return scale if inside else None
-    args = list(view.args[1:])
+def _movable(dequantize: fx.Node, view: fx.Node) -> bool:
+    """Whether every number keeps its scale if `view` comes first: its last axis stays, or what is cut out of it shares one scale."""
+    if view.target not in _MOVES or view.args[0] is not dequantize or view.kwargs:
+        return False
+    if _shared(dequantize) or _keeps_last(view, fake_value(dequantize), fake_value(view)):
+        return True
+    return view.target is aten.slice.Tensor and fake_value(dequantize.args[1]).shape[-1] == 1
+
+
+def _viewed(graph: Graph, value: Any, view: fx.Node, *args: Any) -> fx.Node:
+    return graph.insert(view, view.target, (value, *(args or view.args[1:])), source=view)  # type: ignore[arg-type]
+
+
+def _moved_scale(graph: Graph, scale: Any, view: fx.Node, before: torch.Tensor) -> fx.Node | None:
+    """The scale or zero [..., G] of a dequantize after `view`; None stays None."""
+    if scale is None or (fake_value(scale).dim() == 1 and before.dim() > 1) or not _keeps_last(view, before, fake_value(view)):
+        return scale  # type: ignore[no-any-return]
+    args: list[Any] = list(view.args[1:])
     if view.target in (aten.reshape.default, aten.expand.default):
-        args[0] = [*args[0][:-1], groups]  # type: ignore[index]
-    return graph.insert(view, view.target, (scale, *args), source=view)  # type: ignore[arg-type]
+        args[0] = [*args[0][:-1], fake_value(scale).shape[-1]]
+    return _viewed(graph, scale, view, *args)
 
 
 def _keeps_last(view: fx.Node, before: torch.Tensor, after: torch.Tensor) -> bool:
     """Whether the last axis of the result is the last axis of the operand."""
-    target, args, rank = view.target, view.args[1:], before.dim()
+    args: Any = view.args[1:]
+    target, rank = view.target, before.dim()
     if target is aten.t.default or not after.dim() or not isinstance(before.shape[-1], int) or after.shape[-1] != before.shape[-1]:
         return False
     if target is aten.transpose.int:
-        return rank - 1 not in {int(axis) % rank for axis in args}  # type: ignore[call-overload]
+        return rank - 1 not in {axis % rank for axis in args}
     if target is aten.permute.default:
-        return int(args[0][-1]) % rank == rank - 1  # type: ignore[index, call-overload, arg-type]
+        return bool(args[0][-1] % rank == rank - 1)
     if target in (aten.slice.Tensor, aten.select.int):
-        return int(args[0] if args else 0) % rank != rank - 1  # type: ignore[call-overload]
+        return bool((args[0] if args else 0) % rank != rank - 1)
     if target in (aten.unsqueeze.default, aten.squeeze.dim):
-        return int(args[0]) % after.dim() != after.dim() - 1 and int(args[0]) != -1  # type: ignore[call-overload]
+        return bool(args[0] % after.dim() != after.dim() - 1 and args[0] != -1)
     if target in (aten.flatten.using_ints, aten.unflatten.int):
         return _inner_axes(view, rank)
     return True

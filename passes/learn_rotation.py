@@ -32,8 +32,9 @@ _ROWS = 256
 class LearnRotation(Pass):
     """Orthogonal maps (SpinQuant, arXiv:2405.16406), then positive diagonals (OSTQuant, arXiv:2501.13987), by gradient.
 
-    Each space is learned on its own against the error that rounding is expected to leave in the outputs of the linears that read it, from a
-    randomised Hadamard rotation and from no scale; on tokens that were held out, what is learned has to be better than these and than nothing.
+    Each space is learned on its own against the error that rounding is expected to leave in the outputs of the linears that read it,
+    from a randomised Hadamard rotation and from no scale; on tokens that were held out, what is learned has to be better than these
+    and than nothing.
     `online` says that `rotate-hadamard{online=linears}` will follow: scales are then learned for channels that are mixed before rounding.
     """
 
@@ -120,10 +121,11 @@ def _readings(
         weight = graph.constants[str(node.args[1].target)].materialize().float()  # type: ignore[union-attr]
         weights.setdefault(value, []).append(weight[:: max(1, len(weight) // _ROWS)])
     grids = _input_grid(scheme), _weight_grid(scheme)
-    return [
-        Reading(measured[request_for(value, "sample", _TOKENS)], torch.cat(rows), tuple((at.start, at.block) for at in value.places), *grids)
-        for value, rows in weights.items()
-    ]
+    readings = []
+    for value, rows in weights.items():
+        runs = tuple((place.start, place.block) for place in value.places)
+        readings.append(Reading(measured[request_for(value, "sample", _TOKENS)], torch.cat(rows), runs, *grids))
+    return readings
 
 
 def _input_grid(scheme: QuantScheme) -> Grid | None:

@@ -15,6 +15,7 @@ from qcompile.passes.fuse_dequantize import FuseDequantize
 from qcompile.passes.fuse_quantize_dequantize import FuseQuantizeDequantize
 from qcompile.passes.fuse_residual_norm import FuseResidualNorm
 from qcompile.passes.insert_low_rank_branch import InsertLowRankBranch
+from qcompile.passes.learn_rotation import LearnRotation
 from qcompile.passes.lower_to_kernels import LowerToKernels
 from qcompile.passes.plan_memory import PlanMemory
 from qcompile.passes.quantize_activations import QuantizeActivations
@@ -74,7 +75,7 @@ def _change_basis(target: Target, *, calibrated: bool) -> list[Pass]:
     packed_keys = ("keys",) if scheme.cache.bits is not None and scheme.cache.bits <= 4 else ()
     if scheme.weight is None and scheme.activation is None:
         return [RotateHadamard(stream=False, heads=False, online=packed_keys)] if packed_keys else []
-    if scheme.activation is not None and calibrated:
+    if calibrated and (scheme.activation is not None or _is_coarse(target)):
         # Each norm's gain suits its own linears, and channels are mixed behind it: a third of the error of one rotated stream.
         return [SmoothActivations(measure="absmean"), RotateHadamard(stream=False, online=("linears", *packed_keys))]
     online = ("linears", *packed_keys) if scheme.activation is not None else packed_keys
@@ -82,6 +83,11 @@ def _change_basis(target: Target, *, calibrated: bool) -> list[Pass]:
         FoldNorms(),  # gains stand in the way of rotations
         RotateHadamard(online=online),  # online only what is rounded while the model runs: inputs of linears, cached keys
     ]
+
+
+def _is_coarse(target: Target) -> bool:
+    """Whether weights have so few levels that rotating while the model runs is worth its time."""
+    return target.scheme.weight is not None and target.scheme.weight.element.bits <= 4
 
 
 def _round(target: Target, *, calibrated: bool) -> list[Pass]:
@@ -95,7 +101,7 @@ def registry() -> dict[str, type[Pass]]:
     """Every pass by name, in pipeline order."""
     passes = (
         Canonicalize, RaisePatterns, FoldConstants, RemoveDeadCode, FoldBatchNorms, SmoothActivations, ScaleSalientWeights, ScaleKeys,
-        FoldNorms, RotateHadamard, ReorderChannels, RewriteKvCache,
+        FoldNorms, LearnRotation, RotateHadamard, ReorderChannels, RewriteKvCache,
         ConvertDtype, SplitOutliers, InsertLowRankBranch, QuantizeActivations, QuantizeWeights, FuseResidualNorm, FuseQuantizeDequantize,
         FuseDequantize, LowerToKernels, PlanMemory,
     )  # fmt: skip

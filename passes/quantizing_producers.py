@@ -52,7 +52,7 @@ def fuse_producer(graph: Graph, quantize: fx.Node, spend: Callable[[], bool]) ->
 
 def _is_normed(node: fx.Node) -> bool:
     made = node.args[0]
-    return isinstance(made, fx.Node) and made.target is qcompile.add_rms_norm.default and node.args[1] == 1
+    return isinstance(made, fx.Node) and made.target is qcompile.add_rms_norm.default and int(node.args[1]) == 1  # type: ignore[arg-type]
 
 
 def _place(graph: Graph, quantize: fx.Node, before: fx.Node, target: Any, args: tuple[Any, ...], first: int = 0) -> fx.Node:

@@ -104,7 +104,9 @@ def _unrotated(graph: Graph, rotated: set[fx.Node], ctx: PassContext) -> dict[fx
     found: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.calls(aten.linear.default):
         value = node.args[0]
-        if is_rounded(graph, node, ctx) and isinstance(value, fx.Node) and value not in rotated and isinstance(fake_value(value).shape[-1], int):
+        if not (is_rounded(graph, node, ctx) and isinstance(value, fx.Node)) or value in rotated:
+            continue
+        if isinstance(fake_value(value).shape[-1], int):
             found.setdefault(value, []).append(node)
     return found
 

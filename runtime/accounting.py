@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
-from qcompile.ir.lowered import Plan
+from qcompile.ir.lowered import Entry, Plan, Step
 from qcompile.ir.memory import dtype_of
 from qcompile.ir.size import Size
 
 _CODES_ARGUMENT = {
     "qcompile.quantized_linear.default": 1, "qcompile.integer_linear.default": 3, "qcompile.float8_linear.default": 2,
-    "qcompile.quantized_embedding.default": 1, "qcompile.dequantize.default": 0,
+    "qcompile.integer_conv2d.default": 3, "qcompile.quantized_embedding.default": 1, "qcompile.dequantize.default": 0,
 }  # fmt: skip
 """Operator -> place of its weight's codes among the arguments."""
 
@@ -38,6 +38,14 @@ def elements_of_codes(plan: Plan) -> dict[str, int]:
         if step.operator not in _CODES_ARGUMENT:
             continue
         name = step.args[_CODES_ARGUMENT[step.operator]]["buffer"]
-        wide = step.args[0]["buffer"] if step.operator.endswith("_linear.default") else step.outputs[0]
-        found[name] = _static(entry.buffers[name].shape[0]) * _static(entry.buffers[wide].shape[-1])
+        found[name] = _static(entry.buffers[name].shape[0]) * _columns(step, entry)
     return found
+
+
+def _columns(step: Step, entry: Entry) -> int:
+    """K of the matrix that a step reads as codes."""
+    if step.operator == "qcompile.integer_conv2d.default":
+        x, kernel, groups = entry.buffers[step.args[0]["buffer"]], step.args[6], step.args[10]
+        return _static(x.shape[1]) // groups * math.prod(kernel)  # type: ignore[no-any-return]
+    wide = step.args[0]["buffer"] if step.operator.endswith("_linear.default") else step.outputs[0]
+    return _static(entry.buffers[wide].shape[-1])

@@ -141,3 +141,36 @@ def float8_linear(
     weight = w_codes.view(torch.float8_e4m3fn) if w_codes.dtype == torch.uint8 else w_codes
     factors = activations.WeightScales(w_scale, w_scale2, w_group_size)
     return _finish(activations.integer_matmul(codes, scale, None, weight, factors, group_size, _FLOAT8_BOUND), codes, bias, dtype)
+
+
+def _fake_integer_conv2d(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None, kernel: list[int],
+    stride: list[int], padding: list[int], dilation: list[int], groups: int, w_bits: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    weight = codes.new_empty((w_codes.shape[0], codes.shape[1] // groups, *kernel), dtype=dtype)
+    return torch.conv2d(codes.to(dtype), weight, None, stride, padding, dilation, groups)
+
+
+@define(
+    "integer_conv2d(Tensor codes, Tensor scale, Tensor? zero, Tensor w_codes, Tensor w_scale, Tensor? bias, int[] kernel, int[] stride, "
+    "int[] padding, int[] dilation, int groups, int w_bits, ScalarType dtype) -> Tensor",
+    _fake_integer_conv2d,
+)
+def integer_conv2d(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, w_codes: Tensor, w_scale: Tensor, bias: Tensor | None, kernel: list[int],
+    stride: list[int], padding: list[int], dilation: list[int], groups: int, w_bits: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """`scale · w_scale · conv2d(code - zero, w_code - 2^(b-1)) + bias` as `dtype` [B, N, H', W']; the convolution is exact (int32).
+
+    codes int8 [B, C, H, W], scale [1], zero int32 [1] or None, w_codes uint8 [N, ceil(C/groups·h·w·b/8)], w_scale [N, 1], bias [N],
+    kernel (h, w). What pads the codes stands for 0.
+    """
+    columns = codes.shape[1] // groups * kernel[0] * kernel[1]
+    weight = activations.signed_weight(w_codes, None, w_bits, -1, columns).view(w_codes.shape[0], -1, *kernel)
+    x = codes.to(torch.int16) if zero is None else codes.to(torch.int16) - zero.to(torch.int16)
+    bound = 1 << (7 + (zero is not None) + w_bits - 1)
+    # A GPU's library may pick a fast convolution that rounds; none is made for float64.
+    work = activations.exact_dtype(bound, columns) if codes.device.type == "cpu" else torch.float64
+    total = torch.conv2d(x.to(work), weight.to(work), None, stride, padding, dilation, groups).to(scale.dtype)
+    total = total * (scale * w_scale.to(scale.dtype).flatten()).view(1, -1, 1, 1)
+    return (total if bias is None else total + bias.to(total.dtype).view(1, -1, 1, 1)).to(dtype)

@@ -49,7 +49,8 @@ view.default view_as.default where.Scalar where.ScalarOther where.ScalarSelf whe
 _QCOMPILE = """
 rms_norm add_rms_norm rotary_table rope gated_activation attention cache_append cache_append_ cache_attend dequantize quantized_linear
 quantized_embedding moe_experts gather_last hadamard pack_vectors cache_attend_packed quantize_activation quantize_activation_asym
-quantize_static dequantize_activation integer_linear float8_linear norm_quantize add_norm_quantize gated_quantize hadamard_quantize
+quantize_static dequantize_activation integer_linear integer_conv2d float8_linear norm_quantize add_norm_quantize gated_quantize
+hadamard_quantize
 """
 _PYTHON = (
     operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg, operator.getitem, operator.pow,

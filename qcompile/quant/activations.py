@@ -34,7 +34,7 @@ def _grouped(x: Tensor, size: int) -> Tensor:
     """View [..., K] as [..., G, g], the last group filled up with 0."""
     if size == x.shape[-1]:
         return x.unsqueeze(-2)
-    return torch.nn.functional.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % size)).reshape(*x.shape[:-1], -1, size)
 
 
 def _spread(values: Tensor, size: int, columns: int) -> Tensor:
@@ -98,6 +98,11 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, group_size: in
     return (values * _spread(scale, size, columns)).to(dtype)
 
 
+def exact_dtype(bound: int, terms: int) -> torch.dtype:
+    """The float that adds `terms` integers of magnitude `bound` at most without rounding: float32 below 2^24, else float64."""
+    return torch.float32 if bound * terms <= _FLOAT32_INTEGERS else torch.float64
+
+
 def exact_matmul(a: Tensor, b: Tensor, bound: int) -> Tensor:
     """`a · bᵀ` of integer-valued a [M, K] and b [N, K] (any dtype) without rounding, as float32 or float64.
 
@@ -106,7 +111,7 @@ def exact_matmul(a: Tensor, b: Tensor, bound: int) -> Tensor:
         b: [N, K].
         bound: what no `|a[m, k] · b[n, k]|` exceeds; where K times it stays below 2^24, float32 holds every partial sum.
     """
-    work = torch.float32 if bound * a.shape[-1] <= _FLOAT32_INTEGERS else torch.float64
+    work = exact_dtype(bound, a.shape[-1])
     return torch.matmul(a.to(work), b.to(work).t())
 
 

@@ -51,7 +51,8 @@ class Grid:
     def grouped(self, x: Tensor) -> Tensor:
         """View [M, K] as [M, G, g]; the last group is filled up with 0."""
         size = x.shape[-1] if self.group_size == -1 else min(self.group_size, x.shape[-1])
-        return torch.nn.functional.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
+        padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % size))
+        return padded.view(len(padded), -1, size)
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,9 @@ def _by_runs(rows: Tensor, reading: Reading, size: int, act: Callable[[Tensor, i
     return torch.cat([*pieces, rows[:, done:]], dim=1)
 
 
-def learn_orthogonal(readings: Sequence[Reading], start: Tensor, course: Course, progress: Callable[[int, int], None] | None = None) -> Tensor:
+def learn_orthogonal(
+    readings: Sequence[Reading], start: Tensor, course: Course, progress: Callable[[int, int], None] | None = None
+) -> Tensor:
     """Maps [blocks, n, n] that leave less noise than `start`, orthogonal up to float32.
 
     Cayley steps with momentum along the gradient within the group (SpinQuant, arXiv:2405.16406), normalised to an angle.

@@ -20,7 +20,8 @@ from qcompile.quant.hadamard import mixing_matrix
 
 ops = torch.ops.qcompile
 NAMES = (
-    "quantize_activation", "quantize_activation_asym", "quantize_static", "dequantize_activation", "integer_linear", "float8_linear",
+    "quantize_activation", "quantize_activation_asym", "quantize_static", "dequantize_activation", "integer_linear",
+    "float8_linear", "integer_conv2d",
     "norm_quantize", "add_norm_quantize", "gated_quantize", "hadamard_quantize",
 )  # fmt: skip
 
@@ -135,6 +136,20 @@ def test_float8_sums_are_exact_too() -> None:
     assert torch.equal(got, units.double() / 512**2)
 
 
+def test_a_convolution_of_codes_is_exact_to_the_last_bit() -> None:
+    """Depthwise with few terms is summed in float32, dense with many in float64: both are integers."""
+    generator = torch.Generator().manual_seed(0)
+    for channels, groups in ((8, 8), (256, 1)):
+        codes = torch.randint(-128, 128, (2, channels, 6, 6), dtype=torch.int8, generator=generator)
+        weight = torch.randint(0, 256, (8, channels // groups * 9), dtype=torch.uint8, generator=generator)
+        zero = torch.tensor([5], dtype=torch.int32)
+        scale, ones = torch.ones(1, dtype=torch.float64), torch.ones(8, 1)
+        got = ops.integer_conv2d(codes, scale, zero, weight, ones, None, [3, 3], [2, 1], [1, 1], [1, 1], groups, 8, torch.float64)
+        signed = (weight.long() - 128).view(8, -1, 3, 3)
+        expected = torch.conv2d(codes.long() - 5, signed, None, [2, 1], [1, 1], [1, 1], groups)
+        assert torch.equal(got, expected.double())
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("form", [QuantFormat(INT8), QuantFormat(INT4, Granularity(32), symmetric=False)])
 def test_a_row_does_not_depend_on_its_batch(form: QuantFormat, symmetric: bool) -> None:
@@ -197,6 +212,10 @@ def test_fakes_have_the_shapes_and_dtypes_of_results(dtype: torch.dtype) -> None
     ]
     codes, scale = ops.quantize_activation(x, 8, 16)
     calls.append((ops.dequantize_activation, (codes, scale, None, 16, dtype)))
+    image = torch.zeros(2, 4, 5, 5, dtype=torch.int8)
+    filters = reference.quantize(torch.randn(6, 36), QuantFormat(INT8))
+    windows = ([3, 3], [1, 1], [0, 0], [1, 1], 1, 8)
+    calls.append((ops.integer_conv2d, (image, torch.ones(1), None, filters.codes, filters.scale, torch.zeros(6), *windows, dtype)))
     calls.append((ops.integer_linear, (codes, scale, None, weight.codes, weight.scale, None, None, 16, 4, 16, dtype)))
     with FakeTensorMode() as mode:
         for operator, args in calls:

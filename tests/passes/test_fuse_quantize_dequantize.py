@@ -251,3 +251,23 @@ def test_without_fuel_nothing_is_fused() -> None:
     ctx.fuel = 0
     run_pipeline(graph, [FuseQuantizeDequantize()], ctx)
     assert "integer_linear" not in names(graph)
+
+
+class Convolutions(nn.Module):
+    """Strided, padded, grouped and pointwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 8, 3, stride=2, padding=1), nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8)
+        self.third = nn.Conv2d(8, 6, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(nn.functional.relu6(self.second(nn.functional.relu6(self.first(x)))))
+
+
+def test_convolutions_read_codes_too() -> None:
+    x = torch.randn(2, 4, 9, 9)
+    before, graph, _ = fused(Convolutions(), x, W8A8, [torch.randn(2, 4, 9, 9)])
+    assert names(graph).count("integer_conv2d") == 3
+    assert not {"dequantize_activation", "dequantize", "aten.conv2d"} & set(names(graph))
+    assert_same_function(before, graph)

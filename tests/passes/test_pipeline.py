@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -17,21 +19,38 @@ from qcompile.passes.base import Pass, PassContext, parse_pipeline
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.instruments import NumericCheck
 from qcompile.passes.manager import run_pipeline
-from qcompile.passes.pipelines import choose_passes, default_pipeline, insert, pipeline_text, registry
+from qcompile.passes.pipelines import RECIPES, choose_passes, default_pipeline, insert, pipeline_text, registry
 from qcompile.target import known_targets, parse_target
 from tests.passes.helpers import Gated, capture, context
 
+ROOM = Path(__file__).parents[2] / "passes"
 
-@pytest.mark.parametrize("target", known_targets())
-def test_every_default_pipeline_prints_and_parses_back(target: str) -> None:
-    pipeline = default_pipeline(parse_target(target))
+
+@pytest.mark.parametrize("target", [*known_targets(), "cpu-fp32-kv4", "sm90-w4a4-kv4"])
+@pytest.mark.parametrize("calibrated", [True, False])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_default_pipeline_prints_and_parses_back(recipe: str, calibrated: bool, target: str) -> None:
+    pipeline = default_pipeline(parse_target(target), recipe, calibrated=calibrated)
     assert parse_pipeline(pipeline_text(pipeline), registry()) == pipeline
 
 
-def test_every_pass_is_registered_with_a_line_of_description() -> None:
-    used = {step.name for step in default_pipeline(parse_target("cpu-int4"))}
-    assert used == set(registry())
-    assert all((item.__doc__ or "").strip() for item in registry().values())
+def test_every_pass_of_the_room_is_registered_with_a_line_of_description() -> None:
+    modules = [importlib.import_module(f"qcompile.passes.{path.stem}") for path in ROOM.glob("*.py") if path.stem != "__init__"]
+    found = {item for module in modules for item in vars(module).values() if isinstance(item, type) and issubclass(item, Pass)}
+    assert {item.name: item for item in found - {Pass}} == registry()
+    assert all((item.__doc__ or "").strip() for item in found)
+
+
+def test_best_without_data_needs_none() -> None:
+    names = [step.name for step in default_pipeline(parse_target("cpu-w4a8-kv4"), "best", calibrated=False)]
+    assert "smooth-activations" not in names
+    assert "quantize-weights{rounding=mse-clip}" in pipeline_text(default_pipeline(parse_target("cpu-int4"), "best", calibrated=False))
+
+
+def test_nearest_changes_no_basis_and_high_precision_nothing() -> None:
+    plain = pipeline_text(default_pipeline(parse_target("cpu-int4"), "nearest"))
+    assert not any(name in plain for name in ("rotate", "smooth", "fold-norms", "gptq"))
+    assert pipeline_text(default_pipeline(parse_target("sm90-bf16"), "best")).count("rotate") == 0
 
 
 @dataclass(frozen=True)

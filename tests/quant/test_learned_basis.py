@@ -12,14 +12,14 @@ from qcompile.quant import activations
 from qcompile.quant.hadamard import fast_hadamard, random_orthogonal
 from qcompile.quant.learned_basis import Course, Grid, Reading, learn_diagonal, learn_orthogonal, mean_noise, rotating, scaling
 
-INT8 = Grid(8)
+INT8, INT4 = Grid(8), Grid(4, 16)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def uneven(grid: Grid | None = INT8, weights: Grid | None = Grid(4, 16)) -> Reading:
+def uneven(grid: Grid | None = INT8, weights: Grid | None = INT4) -> Reading:
     """Linears of 32 channels, some of which are large where the weights are small."""
     sizes = torch.logspace(-1, 1, 32)[torch.randperm(32, generator=torch.Generator().manual_seed(3))]
     return Reading(normal(256, 32) * sizes, normal(96, 32, seed=1) / sizes.sqrt(), ((0, 0),), grid, weights)

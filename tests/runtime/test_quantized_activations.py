@@ -89,3 +89,14 @@ def test_what_is_saved_loads_and_gives_the_same_logits(scheme: str, tmp_path: Pa
 def test_weights_take_the_bits_of_their_format_whatever_reads_them() -> None:
     assert compiled("llama", "w8a8").bits_per_weight == compiled("llama", "int8").bits_per_weight
     assert compiled("llama", "w4a8").bits_per_weight == compiled("llama", "int4").bits_per_weight
+
+
+def test_a_network_of_convolutions_is_close_to_its_float_model() -> None:
+    model, inputs = tiny("resnet"), example_inputs("resnet")
+    data = [{name: torch.randn_like(value) for name, value in inputs.items()} for _ in range(4)]
+    made = qcompile.compile(model, "cpu-w8a8", recipe="nearest", example_inputs=inputs, calibration=data)
+    with torch.no_grad():
+        expected = model.eval()(**inputs).pooler_output
+    assert (made(**inputs)["pooler_output"] - expected).abs().max() / expected.abs().max() <= 0.05
+    assert {row.operator for row in made.coverage} == {"quantize_static", "integer_conv2d"}
+    assert 8 < made.bits_per_weight < 9
