@@ -27,7 +27,6 @@ from qcompile.passes.work import WorkStore, content_key
 from qcompile.quant.reference import Quantized
 from qcompile.quant.rounding.latent import LatentWeight
 
-
 _FASTER = 1.5
 """Coarser grids have more to gain, and bear larger steps."""
 _BETAS = (0.9, 0.97)

@@ -77,7 +77,9 @@ def _change_basis(target: Target, *, calibrated: bool) -> list[Pass]:
         return [RotateHadamard(stream=False, heads=False, online=packed_keys)] if packed_keys else []
     if calibrated and (scheme.activation is not None or _is_coarse(target)):
         # Each norm's gain suits its own linears, and channels are mixed behind it: a third of the error of one rotated stream.
-        return [SmoothActivations(measure="absmean"), RotateHadamard(stream=False, online=("linears", *packed_keys))]
+        whole = scheme.activation is not None and scheme.activation.granularity.group_size == -1
+        # One scale per token wants the input of the output projection mixed across heads too, groups of channels do not.
+        return [SmoothActivations(measure="absmean"), RotateHadamard(stream=False, heads=not whole, online=("linears", *packed_keys))]
     online = ("linears", *packed_keys) if scheme.activation is not None else packed_keys
     return [
         FoldNorms(),  # gains stand in the way of rotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from torch import nn
 import qcompile
 from qcompile.compiled import CompiledModel
 from qcompile.errors import CapacityError, CoverageError, FormatError, PipelineError, QCompileError, TargetError, WeightError
+from tests.listings import without_logs
 from tests.models import CAUSAL_FAMILIES, OTHER_FAMILIES, example_inputs, tiny
 from tests.passes.helpers import Gated
 
@@ -123,16 +123,11 @@ def tiny_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _without_logs(listing: str) -> str:
-    """A saved constant is the result of its log, which it therefore no longer has."""
-    return re.sub(r" +\[(?:times|basis).*\]$", "", listing, flags=re.MULTILINE)
-
-
 def test_a_saved_artifact_gives_the_same_tokens(tiny_int4: Path) -> None:
     compiled = qcompile.compile(tiny("llama"), "cpu-int4", max_batch=3, max_context=64)
     loaded = qcompile.load(tiny_int4, max_batch=3, max_context=64)
     assert loaded.generate(PROMPTS, max_new_tokens=8) == compiled.generate(PROMPTS, max_new_tokens=8)
-    assert _without_logs(loaded.graph.text()) == _without_logs(compiled.graph.text())
+    assert without_logs(loaded.graph.text()) == without_logs(compiled.graph.text())
     assert loaded.report() == loaded.report()
     assert (loaded.bits_per_weight, loaded.weight_bytes) == (compiled.bits_per_weight, compiled.weight_bytes)
 

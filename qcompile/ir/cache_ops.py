@@ -65,7 +65,7 @@ def cache_attend_packed(
     """`cache_attend` of q [B, H, S, D] over packed keys and values uint8 [P, L, R, W], which are unpacked first."""
     longest = max(1, int(positions.max()) + 1) if positions.numel() else 1
     pages = page_table.long()[:, : max(1, -(-longest // keys.shape[2]))]
-    used, place = pages.unique(return_inverse=True)
+    used, place = pages.unique(return_inverse=True)  # type: ignore[no-untyped-call]
     work = working_dtype(q.dtype)
     k, v = (unpack_vectors(state[used], bits, q.shape[3], work) for state in (keys, values))
     return cache_attend(q, k, v, place, positions, scale, window, softcap, sinks)

@@ -105,7 +105,7 @@ def test_nan_weights_are_refused_by_name_when_they_are_read() -> None:
 
 def test_an_unknown_rounding_is_refused() -> None:
     graph = capture(Gated(), torch.randn(3, 32))
-    with pytest.raises(PipelineError, match="option rounding: expected one of nearest, mse-clip, gptq, .*got 'best'"):
+    with pytest.raises(PipelineError, match=r"option rounding: expected one of nearest, mse-clip, gptq, .*got 'best'"):
         run(graph, QuantizeWeights(rounding="best"), target="cpu-int4")
 
 
