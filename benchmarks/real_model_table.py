@@ -1,6 +1,6 @@
 """Models that are no language model, compiled to 8 and 4 bits, beside the float model on inputs that calibration did not see.
 
-    python benchmarks/real_model_table.py [--targets cpu-w8a8 cpu-w4a16] [--models whisper minilm efficientnet]
+    python -m benchmarks.real_model_table [--targets cpu-w8a8 cpu-w4a16] [--models whisper minilm efficientnet]
 
 Needs transformers, and for the photographs scikit-image. Figures: the largest error over the largest output (`max`), the root mean
 square of the error over that of the output (`rms`), and how often both choose the same: the next token, the nearest other sentence,
@@ -40,7 +40,7 @@ def main() -> None:
         for target in options.targets:
             rows.append(row(name, model, target, expected))
             print(rows[-1], flush=True)
-    command = f"python benchmarks/real_model_table.py --models {' '.join(options.models)} --targets {' '.join(options.targets)}"
+    command = f"python -m benchmarks.real_model_table --models {' '.join(options.models)} --targets {' '.join(options.targets)}"
     RESULTS.write_text(f"# Models that are no language model\n\n`{command}`\n\n" + "\n".join(rows) + "\n", encoding="utf-8")
 
 
