@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from qcompile.ir.constants import Cast, Constant, TensorSource, widened
+from qcompile.ir.constants import Cast, Constant, TensorSource, tensor_constant, widened
+from qcompile.ir.folds import Scaled
 from qcompile.ir.graph import Graph, operator_name
-from qcompile.ir.scale_axis import ScaleAxis
 from qcompile.passes.base import Pass, PassContext
 
 aten = torch.ops.aten
@@ -75,7 +75,7 @@ def _fold(graph: Graph, node: fx.Node) -> None:
     weight = producer.args[1]
     name = str(weight.target)
     dtype = graph.constants[name].dtype
-    graph.bind(name, _scaled(graph.constants[name], ScaleAxis(0, factor)))
+    graph.bind(name, _scaled(graph.constants[name], Scaled(0, tensor_constant(factor))))
     total = shifted if offset is None else shifted + offset
     new_bias = graph.add_constant(name.removesuffix(".weight") + ".folded_bias", Constant(TensorSource(total), (Cast(dtype),)), source=node)
     producer.args = (*producer.args[:2], new_bias, *producer.args[3:])
@@ -84,7 +84,7 @@ def _fold(graph: Graph, node: fx.Node) -> None:
     graph.replace(node, producer)
 
 
-def _scaled(constant: Constant, scale: ScaleAxis) -> Constant:
+def _scaled(constant: Constant, scale: Scaled) -> Constant:
     changed = constant.then(scale)
     return changed if changed.dtype == constant.dtype else changed.then(Cast(constant.dtype))
 

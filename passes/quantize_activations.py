@@ -59,7 +59,9 @@ class QuantizeActivations(Pass):
     def _readers(self, graph: Graph, form: ActivationFormat, ctx: PassContext) -> Readers:
         """Value and format -> the nodes that are to read it quantized, in order."""
         found: Readers = {}
-        ahead = {reader for site in find_sites(graph, ctx, self.name) for reader in site.readers}
+        # quantize-weights notes what it leaves alone, and spends fuel on what it does not.
+        looking = replace(ctx, fuel=None, notes=[])
+        ahead = {reader for site in find_sites(graph, looking, self.name) for reader in site.readers}
         for node in graph.calls(aten.linear.default, *_CONVOLUTIONS):
             if node not in ahead and not _is_quantized(node.args[1]):
                 continue

@@ -7,4 +7,4 @@ import re
 
 def without_logs(listing: str) -> str:
     """The listing without what was done to each constant: a saved one is the result of its log, which it therefore no longer has."""
-    return re.sub(r" +\[(?:times|basis|scale|plus|centred).*\]$", "", listing, flags=re.MULTILINE)
+    return re.sub(r" +\[(?:times|basis|plus|centred).*\]$", "", listing, flags=re.MULTILINE)
