@@ -57,13 +57,20 @@ class PassContext:
     measured: Statistics | None = None
     report: Callable[[str, int, int], None] | None = None
 
-    def statistics(self, graph: Graph, requests: Iterable[Request]) -> Measured:
+    def statistics(self, graph: Graph, requests: Iterable[Request], *, tokens: int | None = None) -> Measured:
         """Statistics of values of `graph` over the calibration data; what is known already is not measured again.
+
+        Args:
+            graph: the graph as it stands.
+            requests: what to measure.
+            tokens: how many of the data's tokens will do; None is all.
 
         Raises:
             SourceError: without calibration data.
         """
         calibration = self.require_calibration("statistics")
+        if tokens is not None:
+            calibration = calibration.first(tokens)
         return self.taken.measure(graph, calibration, requests, progress=self.progress("measuring activations"))
 
     def stream(

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from qcompile.errors import PassError
 from qcompile.ir.basis import Basis, Blocks, Diagonal, Hadamard, Permutation, Signs, compose, identity_matrix
-from qcompile.ir.change_basis import ChangeBasis, change_basis
+from qcompile.ir.change_basis import ChangeBasis, carrier_name, change_basis
 from qcompile.ir.constants import Cast, tensor_constant
 from qcompile.ir.graph import Graph, operator_name
 from qcompile.ir.verify import where
@@ -151,7 +151,7 @@ def _transform(graph: Graph, x: fx.Node, basis: Basis, before: fx.Node) -> fx.No
     if isinstance(basis, Permutation):
         order = graph.add_constant(f"{x.name}.order", basis.order, source=before)
         return graph.insert(before, aten.index_select.default, (x, -1, order), source=before)
-    matrix = _stored(graph, f"{x.name}.basis", identity_matrix(basis), x, before)
+    matrix = _stored(graph, carrier_name(x.name), identity_matrix(basis), x, before)
     return graph.insert(before, aten.linear.default, (x, matrix), source=before)
 
 

@@ -42,6 +42,10 @@ class Calibration:
         """What tells this data from other: a hash of its content."""
         return self.data.key
 
+    def first(self, tokens: int) -> Calibration:
+        """The windows that hold the first `tokens` tokens, at least one; inputs of a plain module are all kept."""
+        return Calibration(lambda: self.data.first(tokens))
+
 
 def make_calibration(
     asked: Asked, assets: Assets, *, num_calibration_samples: int | None = None, max_seq_length: int | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,12 @@ class CalibrationData:
             digest.update(f"{leaf.dtype}{list(leaf.shape)}".encode())
             digest.update(leaf.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    def first(self, tokens: int) -> CalibrationData:
+        """The windows that hold the first `tokens` tokens, at least one; without windows all samples."""
+        if self.tokens is None:
+            return self
+        return replace(self, tokens=self.tokens[: max(1, tokens // self.tokens.shape[1])])
 
 
 def read_data(asked: Asked, assets: Assets, samples: int | None, length: int | None) -> CalibrationData:

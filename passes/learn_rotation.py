@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -13,12 +13,15 @@ from qcompile.errors import PipelineError
 from qcompile.ir.basis import Basis, Blocks, Diagonal, Hadamard, Orthogonal, identity_matrix
 from qcompile.ir.graph import Graph
 from qcompile.passes.base import Pass, PassContext
-from qcompile.passes.scale_readers import rounded_linears
-from qcompile.passes.space_channels import block_map, request_for, space_name
+from qcompile.passes.collectors import gram
+from qcompile.passes.fold_norms import FoldNorms
+from qcompile.passes.scale_readers import STEADY_TOKENS, rounded_linears
+from qcompile.passes.space_channels import block_map, covers, request_for, space_name
 from qcompile.passes.spaces import Kind, Space, Value, apply_basis_change, find_spaces
 from qcompile.passes.statistics import Request
 from qcompile.quant.hadamard import fast_hadamard, mixing_matrix
 from qcompile.quant.learned_basis import Course, Grid, Reading, learn_diagonal, learn_orthogonal, mean_noise, rotating, scaling
+from qcompile.quant.moment_basis import MomentPair, learn_from_moments, mean_moment_noise, principal_axes
 from qcompile.quant.scheme import QuantScheme
 
 KINDS = ("orthogonal", "diagonal")
@@ -26,6 +29,11 @@ _TOKENS = 512
 """Sampled of each value; a quarter of them only judges what the others taught."""
 _ROWS = 256
 """Taken of each weight: its other rows say nearly the same about its columns."""
+_PAIRS = 12
+"""Of moments that each step looks at."""
+_MOMENT_BYTES = 2 << 30
+_WORTH = 1 / 7
+"""Less error than this is not worth a matrix product before a head whose weight an embedding shares."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,10 @@ class LearnRotation(Pass):
     Each space is learned on its own against the error that rounding is expected to leave in the outputs of the linears that read it,
     from a randomised Hadamard rotation and from no scale; on tokens that were held out, what is learned has to be better than these
     and than nothing.
-    `online` says that `rotate-hadamard{online=linears}` will follow: scales are then learned for channels that are mixed before rounding.
+    `online` says that `rotate-hadamard{stream=false,online=linears}` will follow: scales are then learned for channels that are mixed
+    before rounding, and a rotation of the residual stream for channels that will be scaled and mixed (`qcompile.quant.moment_basis`), from
+    the basis as it is or from the principal axes, whichever promises less error. Norms are folded for it, if it promises a seventh less
+    than the basis as it is; spaces of several blocks (heads) are left to that pass.
     """
 
     name: ClassVar[str] = "learn-rotation"
@@ -63,6 +74,8 @@ class LearnRotation(Pass):
             raise PipelineError(f"pass {self.name}: expected steps of at least 1 and a positive rate, got {self.steps} and {self.rate:g}")
 
     def _learn(self, graph: Graph, ctx: PassContext, kind: Kind) -> bool:
+        if self.online and kind is Kind.ORTHOGONAL:
+            return self._align(graph, ctx)
         linears = {space: rounded_linears(graph, space, ctx) for space in find_spaces(graph, kind)}
         known = [(space, found) for space, found in linears.items() if found]
         if not known:
@@ -80,6 +93,36 @@ class LearnRotation(Pass):
             if ctx.report is not None:
                 ctx.report(f"learning {kind.value} maps", number + 1, len(known))
         return changed
+
+    def _align(self, graph: Graph, ctx: PassContext) -> bool:
+        """Rotate streams to where scaling and mixing their readers' channels leaves least error: tried on a copy first."""
+        tried = graph.clone()
+        FoldNorms().run(tried, replace(ctx, fuel=None, notes=[], measured=ctx.taken))
+        found = {space_name(space): self._aligned(tried, space, ctx) for space in find_spaces(tried, Kind.ORTHOGONAL) if space.blocks == 1}
+        maps = {name: basis for name, basis in found.items() if basis is not None}
+        if not maps or not ctx.spend():
+            return False
+        FoldNorms().run(graph, ctx)
+        for space in find_spaces(graph, Kind.ORTHOGONAL):
+            if space_name(space) in maps:
+                apply_basis_change(graph, space, maps[space_name(space)], ctx)
+        return True
+
+    def _aligned(self, graph: Graph, space: Space, ctx: PassContext) -> Basis | None:
+        """A rotation that is worth it, if there is any."""
+        pairs = _moment_pairs(graph, space, ctx)
+        if not pairs:
+            return None
+        here, axes = torch.eye(space.size), principal_axes(pairs)
+        start = min((here, axes), key=lambda rotation: mean_moment_noise(pairs, rotation))
+        learned = learn_from_moments(pairs, start, Course(self.steps, self.rate, _PAIRS, self.seed), ctx.progress("learning a rotation"))
+        basis = Orthogonal.nearest(learned)
+        before, after = (mean_moment_noise(pairs, rotation) for rotation in (here, basis.matrix.float()))
+        if after > before * (1 - _WORTH):
+            reason = f"its own axes do: the best rotation found promises {100 * (1 - after / before):.0f} % less error"
+            ctx.note(self.name, f"space {space_name(space)}", reason, chosen=True)
+            return None
+        return basis
 
     def _rotation(self, space: Space, readings: Sequence[Reading]) -> Basis | None:
         drawn = Hadamard(space.block_size, self.seed)
@@ -110,6 +153,24 @@ class LearnRotation(Pass):
 def rounds_anything(scheme: QuantScheme) -> bool:
     """Whether linears are rounded at all."""
     return scheme.weight is not None or scheme.activation is not None
+
+
+def _moment_pairs(graph: Graph, space: Space, ctx: PassContext) -> list[MomentPair]:
+    """Of the values that lie in the space as they are; where all would be too large, of as many as memory bears, evenly spread."""
+    readers: dict[Value, list[fx.Node]] = {}
+    for node, value in rounded_linears(graph, space, ctx):
+        if covers(value, space):
+            readers.setdefault(value, []).append(node)
+    stride = -(-len(readers) * 8 * space.size**2 // _MOMENT_BYTES)
+    chosen = list(readers)[:: max(1, stride)]
+    measured = ctx.statistics(graph, [request_for(value, "second_moment") for value in chosen], tokens=STEADY_TOKENS)
+    pairs = []
+    for value in chosen:
+        weights = torch.zeros(space.size, space.size)
+        for node in readers[value]:
+            weights += gram(graph.constants[str(node.args[1].target)].materialize().float())  # type: ignore[union-attr]
+        pairs.append(MomentPair(measured[request_for(value, "second_moment")], weights))
+    return pairs
 
 
 def _readings(

@@ -30,6 +30,8 @@ from qcompile.quant.rounding.latent import LatentWeight
 _FASTER = 1.5
 """Coarser grids have more to gain, and bear larger steps."""
 _BETAS = (0.9, 0.97)
+_BYTES = 24
+"""Of memory for each weight: its continuous value, two moments, its gradient and copies in float32 and bfloat16, from what was measured."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Learning:
         warmup: share of the steps in which rates rise to the full, before they fall to 0.
         held_out: one batch in so many is not learned from, but decides whether the result is taken.
         seed: of the order of batches.
+        most_elements: weights of larger models are left as they are at the start.
     """
 
     epochs: float = 1.0
@@ -53,6 +56,7 @@ class Learning:
     warmup: float = 0.1
     held_out: int = 16
     seed: int = 0
+    most_elements: int = 500_000_000
 
 
 def learned(start: Method, label: str, settings: Learning) -> Method:
@@ -61,6 +65,11 @@ def learned(start: Method, label: str, settings: Learning) -> Method:
     def run(graph: Graph, sites: Sequence[Site], ctx: PassContext) -> dict[str, Parts]:
         calibration = ctx.require_calibration(f"quantize-weights{{rounding={label}}}")
         parts = start(graph, sites, ctx)
+        elements = sum(site.constant.nbytes // site.constant.dtype.itemsize for site in sites)
+        if elements > settings.most_elements:
+            what = f"learning takes {_BYTES} bytes for each of {elements:.2g} weights, at most {settings.most_elements:.2g} are learned"
+            ctx.note("quantize-weights", label, what, chosen=True)
+            return parts
         store = _store(graph, sites, ctx, f"quantize-weights {label} {settings} {calibration.key}")
         kept = _recall(sites, store)
         if kept is not None:
@@ -69,7 +78,7 @@ def learned(start: Method, label: str, settings: Learning) -> Method:
         course = _Course(graph, sites, parts, inputs, settings)
         if course.learn(ctx.progress(f"learning roundings ({label})")):
             return _keep(sites, course.latents, store)
-        ctx.note("quantize-weights", label, "learning did not help on the calibration data that was held out")
+        ctx.note("quantize-weights", label, "learning did not help on the calibration data that was held out", chosen=True)
         return parts
 
     return run

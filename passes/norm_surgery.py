@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from qcompile.ir.change_basis import then_before_casts
+from qcompile.ir.change_basis import carrier_name, then_before_casts
 from qcompile.ir.constants import Constant, Transform, tensor_constant
 from qcompile.ir.folds import Centred, PlusProduct, Scaled
 from qcompile.ir.graph import Graph
-from qcompile.passes.norm_plan import Norm, Plan
+from qcompile.passes.norm_plan import Norm, Plan, find_norms
 
 aten = torch.ops.aten
 
@@ -67,7 +67,7 @@ class Surgery:
                 self._append(name, Scaled(member.axis, scaled.gain, scaled.offset))
             done.add(name)
         if shared:
-            self._diagonal_before(shared, f"{gain.target}.diagonal", scaled, norm.bias)
+            self._diagonal_before(shared, carrier_name(str(gain.target), "diagonal"), scaled, norm.bias)
 
     def _shift(self, reader: fx.Node, vector: Constant) -> None:
         """The bias of a linear takes over what was added to its operand."""
@@ -91,7 +91,7 @@ class Surgery:
 
     def _centre_behind(self, writer: fx.Node, name: str) -> None:
         """What is written is centred by a linear, because the constant may not be."""
-        matrix = self._square(writer, f"{name}.centring", Centred(1))
+        matrix = self._square(writer, carrier_name(name, "centring"), Centred(1))
         users = list(writer.users)
         made = self._graph.insert(writer.next, aten.linear.default, (writer, matrix), source=writer)
         for user in users:
@@ -105,3 +105,19 @@ class Surgery:
     def _append(self, name: str, transform: Transform) -> None:
         constant = self._graph.constants[name]
         self._graph.bind(name, then_before_casts(constant, transform, constant.dtype))
+
+
+def give_gains(graph: Graph) -> bool:
+    """A gain of ones for each RMS norm that has none and that linears read, so that a diagonal finds room in it; True if there was any."""
+    bare = [norm for norm in find_norms(graph) if norm.is_plain and _is_read_by_linears(norm.node)]
+    for norm in bare:
+        value = norm.node.args[0].meta["val"]  # type: ignore[union-attr]
+        ones = tensor_constant(torch.ones(value.shape[-1], dtype=value.dtype))
+        norm.node.update_arg(norm.place, graph.add_constant(f"{norm.node.name}.gain", ones, source=norm.node))
+    return bool(bare)
+
+
+def _is_read_by_linears(norm: fx.Node) -> bool:
+    """Whether linears read the normalised value, which of a sum and its norm is the second."""
+    read = [norm] if norm.target is torch.ops.qcompile.rms_norm.default else [user for user in norm.users if user.args[1:] == (1,)]
+    return any(user.target is aten.linear.default for value in read for user in value.users)

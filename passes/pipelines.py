@@ -79,7 +79,11 @@ def _change_basis(target: Target, *, calibrated: bool) -> list[Pass]:
         # Each norm's gain suits its own linears, and channels are mixed behind it: a third of the error of one rotated stream.
         whole = scheme.activation is not None and scheme.activation.granularity.group_size == -1
         # One scale per token wants the input of the output projection mixed across heads too, groups of channels do not.
-        return [SmoothActivations(measure="absmean"), RotateHadamard(stream=False, heads=not whole, online=("linears", *packed_keys))]
+        return [
+            LearnRotation(kinds=("orthogonal",), online=True),  # to the stream's own axes, where something has hidden them
+            SmoothActivations(measure="absmean"),
+            RotateHadamard(stream=False, heads=not whole, online=("linears", *packed_keys)),
+        ]
     online = ("linears", *packed_keys) if scheme.activation is not None else packed_keys
     return [
         FoldNorms(),  # gains stand in the way of rotations
@@ -93,10 +97,11 @@ def _is_coarse(target: Target) -> bool:
 
 
 def _round(target: Target, *, calibrated: bool) -> list[Pass]:
-    """Weights: rounded layer by layer against what the layers before really give, then tuned end to end."""
+    """Weights: rounded layer by layer against what the layers before really give, then, where levels are few, tuned end to end."""
     if target.scheme.weight is None:
         return []
-    return [QuantizeWeights(rounding="gptq" if calibrated else "mse-clip")]
+    sequential = "learned" if _is_coarse(target) else "gptq"
+    return [QuantizeWeights(rounding=sequential if calibrated else "mse-clip")]
 
 
 def registry() -> dict[str, type[Pass]]:

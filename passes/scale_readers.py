@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, fx
 
+from qcompile.ir.change_basis import is_carrier
 from qcompile.ir.graph import Graph
 from qcompile.passes.base import PassContext
 from qcompile.passes.selection import find_heads, matching_pattern
@@ -20,6 +21,8 @@ from qcompile.quant.scale_search import Reader, Rounding
 
 READER_ROWS = 512
 """Tokens on which the error of a linear is measured."""
+STEADY_TOKENS = 8192
+"""Means and moments over more would be nearly the same: unlike maxima, and unlike what weights are rounded against."""
 
 
 def rounds(ctx: PassContext) -> bool:
@@ -32,7 +35,8 @@ def is_rounded(graph: Graph, linear: fx.Node, ctx: PassContext) -> bool:
     scheme = ctx.target.scheme
     if graph.constant(linear.args[1]) is None or (linear in find_heads(graph) and not scheme.quantize_head):
         return False
-    return matching_pattern(str(linear.args[1].target), scheme.ignore) is None  # type: ignore[union-attr]
+    name = str(linear.args[1].target)  # type: ignore[union-attr]
+    return not is_carrier(name) and matching_pattern(name, scheme.ignore) is None
 
 
 def rounded_linears(graph: Graph, space: Space, ctx: PassContext) -> list[tuple[fx.Node, Value]]:

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from qcompile.ir.branches import is_branch
+from qcompile.ir.change_basis import is_carrier
 from qcompile.ir.graph import Graph
 from qcompile.passes.base import PassContext
 from qcompile.passes.sites import Site, make_site
@@ -65,6 +66,8 @@ def _chosen(node: fx.Node, scheme: QuantScheme, heads: set[fx.Node], routers: se
         return None
     if is_branch(str(behind_cast(weight_operand(node)).target)):
         return "it is the high-precision side of a weight that is split"
+    if is_carrier(str(behind_cast(weight_operand(node)).target)):
+        return "it carries a change of basis that no weight could absorb"
     pattern = matching_pattern(str(weight_operand(node).target), scheme.ignore)
     if pattern is not None:
         return f"ignored by pattern {pattern!r}"

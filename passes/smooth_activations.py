@@ -13,7 +13,8 @@ from qcompile.errors import PipelineError
 from qcompile.ir.basis import Diagonal
 from qcompile.ir.graph import Graph
 from qcompile.passes.base import Pass, PassContext
-from qcompile.passes.scale_readers import READER_ROWS, readers_of, rounds
+from qcompile.passes.norm_surgery import give_gains
+from qcompile.passes.scale_readers import READER_ROWS, STEADY_TOKENS, readers_of, rounds
 from qcompile.passes.space_channels import block_map, member_magnitudes, read_values, request_for, space_name, value_magnitudes
 from qcompile.passes.spaces import Kind, Space, apply_basis_change, find_spaces
 from qcompile.passes.statistics import Request
@@ -29,6 +30,7 @@ class SmoothActivations(Pass):
 
     With `measure=absmean` means take the place of the maxima: with `alpha=0.5` the least error where channels are mixed before they are
     rounded (`rotate-hadamard{stream=false,online=linears}` after it), since it then is `tr(D S D) · tr(D⁻¹ WᵀW D⁻¹)` that counts.
+    RMS norms without a gain that linears read are given one, for the diagonal to go into.
     `alpha` is a for all of them, or `search`: for each space the one that leaves the least error in the outputs of its linears, both
     operands rounded as the scheme rounds them.
     """
@@ -42,15 +44,16 @@ class SmoothActivations(Pass):
         fixed = self._fixed()
         if self.measure not in MEASURES:
             raise PipelineError(f"pass {self.name}: option measure: expected {' or '.join(MEASURES)}, got {self.measure!r}")
+        gains = give_gains(graph)
         spaces = [space for space in find_spaces(graph, Kind.DIAGONAL) if read_values(space)]
         if not spaces or (fixed is None and not rounds(ctx)):
-            return False
+            return gains
         values = [value for space in spaces for value in read_values(space)]
         requests = [request_for(value, self.measure) for value in values]
         if fixed is None:
             requests += [request_for(value, "sample", READER_ROWS) for value in values]
-        measured = ctx.statistics(graph, requests)
-        changed = False
+        measured = ctx.statistics(graph, requests, tokens=STEADY_TOKENS if self.measure == "absmean" else None)
+        changed = gains
         for space in spaces:
             scale = self._scale(graph, space, measured, ctx, fixed)
             if scale is None:

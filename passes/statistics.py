@@ -77,7 +77,8 @@ class Statistics:
     def __init__(self, work: WorkStore | None = None) -> None:
         """Start with nothing in memory."""
         self._work = work
-        self._known: dict[str, dict[Request, Constant]] = {}
+        self._known: dict[str, dict[str, dict[Request, Constant]]] = {}
+        """By the graph's fingerprint, then by the key of the data."""
 
     def measure(
         self, graph: Graph, calibration: Calibration, requests: Iterable[Request], *, limits: Limits | None = None,
@@ -93,7 +94,7 @@ class Statistics:
         for request in wanted:
             if request.kind not in COLLECTORS:
                 raise PassError(f"statistics: expected one of {', '.join(COLLECTORS)}, got {request.kind!r} for {request.node}")
-        known = self._known.setdefault(graph.fingerprint(), {})
+        known = self._known.setdefault(graph.fingerprint(), {}).setdefault(calibration.key, {})
         missing = [request for request in wanted if request not in known]
         if missing:
             store = None if self._work is None else self._work.part(f"statistics {content_key(graph)} {calibration.key}")
@@ -112,13 +113,15 @@ class Statistics:
             basis: the map T; second moments become T·H·Tᵀ and samples X·Tᵀ, maxima and means of these values are forgotten.
         """
         axes = {name: (axis, contravariant) for name, axis, contravariant in values}
-        moved = {}
-        for request, result in self._known.get(before, {}).items():
-            if request.node not in axes:
-                moved[request] = result
-            elif request.kind in ("second_moment", "sample") and _on_features(graph, request, axes[request.node][0], basis):
-                moved[request] = tensor_constant(_mapped(result.materialize(), request.kind, basis, axes[request.node][1]))
-        self._known.setdefault(graph.fingerprint(), {}).update(moved)
+        after = self._known.setdefault(graph.fingerprint(), {})
+        for key, results in list(self._known.get(before, {}).items()):
+            moved = {}
+            for request, result in results.items():
+                if request.node not in axes:
+                    moved[request] = result
+                elif request.kind in ("second_moment", "sample") and _on_features(graph, request, axes[request.node][0], basis):
+                    moved[request] = tensor_constant(_mapped(result.materialize(), request.kind, basis, axes[request.node][1]))
+            after.setdefault(key, {}).update(moved)
 
 
 def feature_axis(node: fx.Node) -> int:

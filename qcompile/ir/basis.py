@@ -200,6 +200,11 @@ class Orthogonal(Basis):
         return rows @ self.matrix.double().T
 
     def __str__(self) -> str:
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
+        """Read over and over, as part of the key of every constant."""
         return f"orthogonal({self.size}, {_digest(self.matrix.double())})"
 
 
@@ -276,6 +281,11 @@ class Invertible(Basis):
         return rows @ (self.dual if contravariant else self.matrix.double()).T
 
     def __str__(self) -> str:
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
+        """Read over and over, as part of the key of every constant."""
         return f"invertible({self.size}, {_digest(self.matrix.double())})"
 
 

@@ -80,6 +80,19 @@ class ChangeBasis:
         return f"basis(axis={self.axis}, {self.basis}{dual}{where}{offset})"
 
 
+_CARRIER = ".change_of_basis"
+
+
+def carrier_name(owner: str, what: str = "") -> str:
+    """The name of the weight of a linear that only carries a change of basis: `model.norm.weight.change_of_basis.diagonal`."""
+    return f"{owner}{_CARRIER}{'.' if what else ''}{what}"
+
+
+def is_carrier(name: str) -> bool:
+    """Whether the weight called `name` belongs to such a linear, which is no layer of the model and stays in high precision."""
+    return _CARRIER in name
+
+
 def change_basis(constant: Constant, change: ChangeBasis) -> Constant:
     """The constant in another basis; a change of the same axis that it follows and this one become one."""
     bare = uncast(constant)

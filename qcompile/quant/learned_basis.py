@@ -167,20 +167,27 @@ def learn_orthogonal(
     Cayley steps with momentum along the gradient within the group (SpinQuant, arXiv:2405.16406), normalised to an angle.
     """
     maps = start.float()
-    identity = torch.eye(maps.shape[-1])
     momentum = torch.zeros_like(maps)
     for step, (drawn, share) in enumerate(course.draws(len(readings))):
         leaf = maps.detach().requires_grad_()
         with torch.enable_grad():
             noise = mean_noise([readings[index] for index in drawn], rotating(leaf))
         gradient = torch.autograd.grad(noise, leaf)[0] @ maps.mT
-        momentum = _MOMENTUM * momentum + (gradient - gradient.mT)
-        angle = momentum.flatten(1).norm(dim=1).clamp(min=_TINY) / maps.shape[-1] ** 0.5
-        turn = momentum * (-course.rate * share / 2 / angle).view(-1, 1, 1)
-        maps = torch.linalg.solve(identity - turn, maps + turn @ maps)
+        maps, momentum = turned(maps, momentum, gradient, course.rate * share)
         if progress is not None:
             progress(step + 1, course.steps)
     return maps
+
+
+def turned(maps: Tensor, momentum: Tensor, gradient: Tensor, angle: float) -> tuple[Tensor, Tensor]:
+    """One Cayley step with momentum: maps [..., n, n] turned by `angle` (radians, root mean square), and the new momentum.
+
+    `gradient` is in the maps times the maps transposed; its antisymmetric part lies in the group.
+    """
+    momentum = _MOMENTUM * momentum + (gradient - gradient.mT)
+    size = momentum.flatten(-2).norm(dim=-1).clamp(min=_TINY) / maps.shape[-1] ** 0.5
+    turn = momentum * (-angle / 2 / size)[..., None, None]
+    return torch.linalg.solve(torch.eye(maps.shape[-1]) - turn, maps + turn @ maps), momentum
 
 
 def learn_diagonal(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qcompile.errors import PipelineError, SourceError
+from qcompile.ir.basis import Orthogonal
 from qcompile.ir.graph import Graph
 from qcompile.passes.base import Pass, PassContext
 from qcompile.passes.fold_norms import FoldNorms
@@ -16,6 +17,7 @@ from qcompile.passes.quantize_activations import QuantizeActivations
 from qcompile.passes.quantize_weights import QuantizeWeights
 from qcompile.passes.rotate_hadamard import RotateHadamard
 from qcompile.passes.smooth_activations import SmoothActivations
+from qcompile.passes.spaces import Kind, apply_basis_change, find_spaces
 from tests.passes.basis_cases import Outliers, after, calibrated, with_data
 from tests.passes.helpers import capture, context, names
 from tests.passes.space_cases import canonical, family_graph
@@ -85,6 +87,39 @@ def test_scales_for_mixed_channels_help_behind_the_mixing() -> None:
         errors[name] = quantized_error(clone, ctx, "linear_1")
     assert errors["learned"] < 0.7 * errors["plain"], errors
     assert errors["smoothed"] < 0.7 * errors["plain"], errors
+
+
+def test_a_hidden_basis_is_found_again() -> None:
+    """Outliers in a few channels, then the same function in a random basis of the stream: with the rotation learned, neither matters."""
+    graph, ctx = outliers()
+    hidden = graph.clone()
+    run_pipeline(hidden, [FoldNorms()], ctx)
+    (space,) = (space for space in find_spaces(hidden, Kind.ORTHOGONAL) if space.blocks == 1)
+    q = torch.linalg.qr(torch.randn(space.size, space.size, dtype=torch.float64, generator=torch.Generator().manual_seed(3))).Q
+    apply_basis_change(hidden, space, Orthogonal(q), ctx)
+    mixing: list[Pass] = [SmoothActivations(measure="absmean"), RotateHadamard(stream=False, online=("linears",))]
+    align = LearnRotation(kinds=("orthogonal",), online=True)
+    errors = {}
+    for name, program, steps in (("plain", graph, mixing), ("hidden", hidden, mixing), ("found", hidden, [align, *mixing])):
+        clone = program.clone()
+        run_pipeline(clone, steps, ctx)
+        errors[name] = quantized_error(clone, ctx, "linear_1")
+    assert errors["found"] < 0.7 * errors["hidden"], errors
+    assert errors["found"] < 1.2 * errors["plain"], errors
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_an_aligned_stream_computes_the_same(family: str) -> None:
+    after(family, LearnRotation(kinds=("orthogonal",), steps=3, online=True), SmoothActivations(measure="absmean"))
+
+
+def test_a_stream_whose_axes_do_keeps_its_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qcompile.passes.learn_rotation._WORTH", 1.0)
+    ctx = calibrated()
+    graph, changed = after("llama", LearnRotation(kinds=("orthogonal",), steps=2, online=True), ctx=ctx)
+    assert not changed
+    assert graph.fingerprint() == family_graph("llama").fingerprint()
+    assert any("its own axes do: the best rotation found promises" in reason and chosen for _, _, reason, chosen in ctx.notes)
 
 
 def test_the_same_seed_gives_the_same_basis() -> None:

@@ -105,7 +105,17 @@ def test_a_result_that_is_no_better_on_held_out_text_is_not_taken(monkeypatch: p
     graph, ctx = rounded(loaded, "cpu-int4", "learned")
     start = packed(rounded(loaded, "cpu-int4", "gptq")[0])
     assert all(torch.equal(value, start[name]) for name, value in packed(graph).items())
-    assert ("quantize-weights", "learned", "learning did not help on the calibration data that was held out", False) in ctx.notes
+    assert ("quantize-weights", "learned", "learning did not help on the calibration data that was held out", True) in ctx.notes
+
+
+def test_a_model_that_is_too_large_keeps_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = prepared("cpu-int4")
+    bounded = learned(roundings.ROUNDINGS["gptq"], "learned", Learning(most_elements=1000))
+    monkeypatch.setitem(roundings.ROUNDINGS, "learned", bounded)
+    graph, ctx = rounded(loaded, "cpu-int4", "learned")
+    start = packed(rounded(loaded, "cpu-int4", "gptq")[0])
+    assert all(torch.equal(value, start[name]) for name, value in packed(graph).items())
+    assert any("at most 1e+03 are learned" in reason and chosen for _, _, reason, chosen in ctx.notes)
 
 
 def test_a_plain_module_is_judged_by_its_outputs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,13 @@ def test_best_without_data_needs_none() -> None:
     assert "quantize-weights{rounding=mse-clip}" in pipeline_text(default_pipeline(parse_target("cpu-int4"), "best", calibrated=False))
 
 
+@pytest.mark.parametrize(
+    ("target", "rounding"), [("cpu-int8", "gptq"), ("cpu-w8a8", "gptq"), ("cpu-int4", "learned"), ("sm90-w4a4", "learned")]
+)
+def test_best_with_data_learns_where_levels_are_few(target: str, rounding: str) -> None:
+    assert f"quantize-weights{{rounding={rounding}}}" in pipeline_text(default_pipeline(parse_target(target), "best"))
+
+
 def test_nearest_changes_no_basis_and_high_precision_nothing() -> None:
     plain = pipeline_text(default_pipeline(parse_target("cpu-int4"), "nearest"))
     assert not any(name in plain for name in ("rotate", "smooth", "fold-norms", "gptq"))

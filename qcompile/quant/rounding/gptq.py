@@ -17,6 +17,7 @@ from torch import Tensor
 from qcompile.errors import WeightError
 from qcompile.quant.format import QuantFormat
 from qcompile.quant.levels import snap
+from qcompile.quant.precision import medium_precision
 from qcompile.quant.reference import Grid, Quantized, nearest_grid, per_column, require_weight, snap_to_grid
 from qcompile.quant.rounding.mse_clip import Storage, search
 from qcompile.quant.scales import spread
@@ -51,11 +52,12 @@ def gptq(weight: Tensor, hessian: Tensor, form: QuantFormat, *, damping: float =
     factor = inverse_factor(second[order][:, order], damping, name)
     nearest = nearest_grid(values, form, name)
     plain = nearest, snap_to_grid(values, nearest)
-    grid, levels = _Walk(values, order, factor, nearest, name).run()
-    grid = fit_scales(values, second, grid, levels, name)
-    # Nothing made up for the error of columns that were never active, and no fit asked for them.
-    levels = torch.where(second.diagonal() > 0, levels, snap_to_grid(values, grid))
-    return _better_rows(values, second, (grid, levels), plain)
+    with medium_precision():  # what makes up for an error needs few digits: it is rounded to a level itself
+        grid, levels = _Walk(values, order, factor, nearest, name).run()
+        grid = fit_scales(values, second, grid, levels, name)
+        # Nothing made up for the error of columns that were never active, and no fit asked for them.
+        levels = torch.where(second.diagonal() > 0, levels, snap_to_grid(values, grid))
+        return _better_rows(values, second, (grid, levels), plain)
 
 
 def require_hessian(hessian: Tensor, columns: int, name: str) -> Tensor:
@@ -88,16 +90,30 @@ def inverse_factor(hessian: Tensor, damping: float, name: str) -> Tensor:
     Raises:
         WeightError: if no damping up to a hundred times the mean makes H positive definite.
     """
-    wide = hessian.to(torch.float64)
-    mean = wide.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    one = torch.eye(len(wide), dtype=torch.float64)
+    # With H turned over, L Lᵀ = J H J gives U = J L⁻¹ J: one factorisation, and no inverse of H itself.
+    turned = hessian.flip(0, 1).to(torch.float64)
+    mean = turned.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny) * damping
     for retry in range(_RETRIES):
-        # With H turned over, L Lᵀ = J H J gives U = J L⁻¹ J: one factorisation, and no inverse of H itself.
-        lower, failed = torch.linalg.cholesky_ex((wide + one * (mean * damping * 10**retry)).flip(0, 1))
+        turned.diagonal().add_(mean * (10**retry - (10 ** (retry - 1) if retry else 0)))
+        lower, failed = torch.linalg.cholesky_ex(turned)
         if not failed:
-            inverse: Tensor = torch.linalg.solve_triangular(lower, one, upper=False)
-            return inverse.flip(0, 1).to(torch.float32)
+            return _inverse_of_lower(lower).to(torch.float32).flip(0, 1)
     raise WeightError(f"{name}: expected a positive semidefinite second moment, got one that damping does not mend; calibrate again")
+
+
+def _inverse_of_lower(lower: Tensor) -> Tensor:
+    """L⁻¹ by halves, `[[A, 0], [C, B]]⁻¹ = [[A⁻¹, 0], [-B⁻¹ C A⁻¹, B⁻¹]]`: products instead of substitutions, none of them with zeros."""
+    size = len(lower)
+    if size <= _BLOCK:
+        one = torch.eye(size, dtype=lower.dtype)
+        solved: Tensor = torch.linalg.solve_triangular(lower, one, upper=False)
+        return solved
+    half = size // 2
+    first, second = _inverse_of_lower(lower[:half, :half]), _inverse_of_lower(lower[half:, half:])
+    result = lower.new_zeros(size, size)
+    result[:half, :half], result[half:, half:] = first, second
+    result[half:, :half] = -(second @ (lower[half:, :half] @ first))
+    return result
 
 
 @dataclass
