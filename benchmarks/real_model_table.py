@@ -31,17 +31,24 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--targets", nargs="+", default=["cpu-w8a8", "cpu-w4a16"])
     options = parser.parse_args()
-    rows = [HEADER]
+    rows = _known()
     print(HEADER)
     for name in options.models:
         model = MODELS[name]()
         with torch.no_grad():
             expected = [model.module(**inputs) for inputs in model.evaluation]
         for target in options.targets:
-            rows.append(row(name, model, target, expected))
-            print(rows[-1], flush=True)
-    command = f"python -m benchmarks.real_model_table --models {' '.join(options.models)} --targets {' '.join(options.targets)}"
-    RESULTS.write_text(f"# Models that are no language model\n\n`{command}`\n\n" + "\n".join(rows) + "\n", encoding="utf-8")
+            rows[name, target] = row(name, model, target, expected)
+            print(rows[name, target], flush=True)
+    text = "\n".join([HEADER, *(rows[key] for key in sorted(rows, key=lambda key: list(MODELS).index(key[0])))])
+    RESULTS.write_text(f"# Models that are no language model\n\n`python -m benchmarks.real_model_table`\n\n{text}\n", encoding="utf-8")
+
+
+def _known() -> dict[tuple[str, str], str]:
+    """Rows of earlier runs by model and target: what is not asked for keeps its row."""
+    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
+    cells = [(line, [cell.strip() for cell in line.split("|")]) for line in lines if line.startswith("| ")]
+    return {(cell[1], cell[2]): line for line, cell in cells if cell[1] in MODELS}
 
 
 def row(name: str, model: RealModel, target: str, expected: list[Tensor]) -> str:

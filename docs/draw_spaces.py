@@ -23,7 +23,9 @@ from qcompile.target import parse_target
 COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#76b7b2", "#edc948", "#9c755f", "#ff9da7")
 NONE = "#e8e8e8"
 SHOWN = ("embedding", "rms_norm", "linear", "rope", "attention", "gated_activation", "add")
-ROW, LEFT, CELL, TOP = 20, 300, 108, 44
+ROW, CELL, TOP = 20, 108, 44
+LETTER, GAP = 7, 12
+"""Pixels of a letter, at least, and between columns of text."""
 TEXT = 'font-family="monospace" font-size="11"'
 
 Cells = dict[str, tuple[int, str]]
@@ -56,11 +58,13 @@ def rows_of(graph: Graph) -> list[tuple[str, str]]:
 
 def draw(rows: list[tuple[str, str]], columns: dict[str, Cells]) -> str:
     """One row per value, one column per kind; equal colours within a column change together."""
-    width, height = LEFT + CELL * len(columns) + 8, TOP + ROW * len(rows) + 8
+    middle = 6 + LETTER * max(len(name) for name, _ in rows) + GAP
+    left = middle + LETTER * max(len(constant) for _, constant in rows) + GAP
+    width, height = left + CELL * len(columns) + 8, TOP + ROW * len(rows) + 8
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">']
     parts.append(f'<rect width="{width}" height="{height}" fill="white"/>')
     for place, (title, cells) in enumerate(columns.items()):
-        x, colours = LEFT + CELL * place, dict[int, str]()
+        x, colours = left + CELL * place, dict[int, str]()
         for line, words in enumerate(title.split("\n")):
             parts.append(f'<text x="{x + 4}" y="{18 + 14 * line}" {TEXT}>{escape(words)}</text>')
         for row, (name, _) in enumerate(rows):
@@ -71,7 +75,9 @@ def draw(rows: list[tuple[str, str]], columns: dict[str, Cells]) -> str:
             parts.append(f'<text x="{x + 6}" y="{y + 12}" {TEXT} fill="white">{shape}</text>')
     for row, (name, constant) in enumerate(rows):
         y = TOP + ROW * row + 12
-        parts.append(f'<text x="6" y="{y}" {TEXT}>{escape(name)}</text><text x="142" y="{y}" {TEXT} fill="#777">{escape(constant)}</text>')
+        parts.append(
+            f'<text x="6" y="{y}" {TEXT}>{escape(name)}</text><text x="{middle}" y="{y}" {TEXT} fill="#666">{escape(constant)}</text>'
+        )
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

@@ -17,9 +17,14 @@ from qcompile.quant.granularity import Granularity
 aten = torch.ops.aten
 qcompile = torch.ops.qcompile
 QUANTIZE = (qcompile.quantize_activation.default, qcompile.quantize_activation_asym.default, qcompile.quantize_static.default)
+ASYMMETRIC = (
+    qcompile.quantize_activation_asym.default, qcompile.norm_quantize_asym.default, qcompile.add_norm_quantize_asym.default,
+    qcompile.gated_quantize_asym.default, qcompile.hadamard_quantize_asym.default,
+)  # fmt: skip
+"""Operators that make codes with a zero point of each scale."""
 PRODUCERS = (
-    *QUANTIZE, qcompile.norm_quantize.default, qcompile.add_norm_quantize.default,
-    qcompile.gated_quantize.default, qcompile.hadamard_quantize.default,
+    qcompile.quantize_activation.default, qcompile.quantize_static.default, qcompile.norm_quantize.default,
+    qcompile.add_norm_quantize.default, qcompile.gated_quantize.default, qcompile.hadamard_quantize.default, *ASYMMETRIC,
 )  # fmt: skip
 """Operators that make codes."""
 ACTIVATION_READERS = (
@@ -55,7 +60,7 @@ def format_of(node: fx.Node | None) -> ActivationFormat | None:
         return None
     options = arguments(node)
     static = node.target is qcompile.quantize_static.default
-    symmetric = options["zero"] is None if static else node.target is not qcompile.quantize_activation_asym.default
+    symmetric = options["zero"] is None if static else node.target not in ASYMMETRIC
     form = element_of(options.get("element", "int"), options["bits"])
     return ActivationFormat(form, Granularity(options.get("group_size", -1)), symmetric, static, options.get("clip", 1.0))
 
@@ -130,7 +135,10 @@ def _inner_axes(view: fx.Node, rank: int) -> bool:
 
 
 def cancel(graph: Graph, quantize: fx.Node, spend: Callable[[], bool]) -> bool:
-    """Codes that are dequantized and quantized again in the same format stay what they were; true iff `quantize` went."""
+    """Codes that are dequantized and quantized again in the same format stay what they were; true iff `quantize` went.
+
+    Not where a dynamic range is asymmetric: a tie in its zero point leaves one end without a code, and the next range is shorter.
+    """
     dequantize = quantize.args[0]
     if (
         quantize.target not in QUANTIZE
@@ -140,7 +148,7 @@ def cancel(graph: Graph, quantize: fx.Node, spend: Callable[[], bool]) -> bool:
         return False
     source = producer(dequantize.args[0])
     form = format_of(quantize)
-    if form is None or form.clip != 1 or form != format_of(source):
+    if form is None or form.clip != 1 or form != format_of(source) or not (form.symmetric or form.static):
         return False
     if form.static:
         if quantize.args[1:3] != dequantize.args[1:3] or not spend():

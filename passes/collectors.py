@@ -43,7 +43,7 @@ def add_gram(total: Tensor, rows: Tensor) -> None:
     inputs, which a factorisation then takes for negative ones.
     """
     size = rows.shape[1]
-    step = max(96, -(-size // _BLOCKS))
+    step = max(_LEAST_BLOCK, -(-size // _BLOCKS))
     with medium_precision():
         for start in range(0, size, step):
             total[start:, start : start + step].addmm_(rows[:, start:].T, rows[:, start : start + step])
@@ -61,8 +61,9 @@ def gram(rows: Tensor) -> Tensor:
     return mirrored(total)
 
 
-_BLOCKS = 3
-"""More save more of what is computed twice, but are slower each."""
+_BLOCKS = 4
+_LEAST_BLOCK = 192
+"""More blocks save more of what is computed twice, but are slower each."""
 
 
 class SecondMoment(Collector):

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from qcompile.ir import activation_ops as _activation_ops  # noqa: F401  registers operators of quantized activations
 from qcompile.ir import fused_activation_ops as _fused_activation_ops  # noqa: F401  registers producers of quantized activations
+from qcompile.ir import fused_asymmetric_ops as _fused_asymmetric_ops  # noqa: F401  registers their asymmetric twins
 from qcompile.ir.graph import Graph
 from qcompile.ir.lowered import BUCKETS, KernelSpec
 from qcompile.passes.raise_patterns import activation_name
@@ -79,6 +80,12 @@ OPERATORS: dict[Any, tuple[str, tuple[str, ...], Callable[[dict[str, Any]], Size
     qcompile.norm_quantize.default: ("norm_quantize", ("x", "weight", "", "", "matrix"), _rotated, False),
     qcompile.add_norm_quantize.default: ("add_norm_quantize", ("x", "residual", "weight", "", "", "matrix"), _rotated, False),
     qcompile.gated_quantize.default: ("gated_quantize", ("gate", "up", "", "matrix"), _rotated, False),
+    qcompile.hadamard_quantize_asym.default: ("hadamard_quantize_asym", ("x", "matrix"), _rotated, False),
+    qcompile.norm_quantize_asym.default: ("norm_quantize_asym", ("x", "weight", "", "", "matrix"), _rotated, False),
+    qcompile.add_norm_quantize_asym.default: (
+        "add_norm_quantize_asym", ("x", "residual", "weight", "", "", "matrix"), _rotated, False,
+    ),
+    qcompile.gated_quantize_asym.default: ("gated_quantize_asym", ("gate", "up", "", "matrix"), _rotated, False),
     qcompile.gather_last.default: ("gather_last", ("x", "positions"), _last("x", "K"), False),
     aten.add.Tensor: ("add", ("x", "y"), _last("x", "K"), False),
     aten.gelu.default: ("activation", ("x",), _last("x", "K"), False),
@@ -147,6 +154,10 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "norm_quantize": ("hadamard_size", *_NORM, *_RANGE),
     "add_norm_quantize": ("hadamard_size", *_NORM, *_RANGE),
     "gated_quantize": ("hadamard_size", "activation", *_RANGE),
+    "hadamard_quantize_asym": ("hadamard_size", *_RANGE),
+    "norm_quantize_asym": ("hadamard_size", *_NORM, *_RANGE),
+    "add_norm_quantize_asym": ("hadamard_size", *_NORM, *_RANGE),
+    "gated_quantize_asym": ("hadamard_size", "activation", *_RANGE),
 }
 """Specification -> the arguments that are static attributes of it, by the names of the operator's schema."""
 

@@ -21,8 +21,9 @@ from qcompile.passes.differentiable import Differentiable
 from qcompile.passes.divergence import Divergence, divergence
 from qcompile.passes.execution import Progress
 from qcompile.passes.gradients import narrowed
+from qcompile.passes.round_filters import bias_name
 from qcompile.passes.selection import find_heads
-from qcompile.passes.sites import Method, Parts, Site, marked
+from qcompile.passes.sites import BIAS, Method, Parts, Site, marked
 from qcompile.passes.work import WorkStore, content_key
 from qcompile.quant.reference import Quantized
 from qcompile.quant.rounding.latent import LatentWeight
@@ -77,7 +78,7 @@ def learned(start: Method, label: str, settings: Learning) -> Method:
         inputs = batches(calibration, graph, settings.tokens_at_once)
         course = _Course(graph, sites, parts, inputs, settings)
         if course.learn(ctx.progress(f"learning roundings ({label})")):
-            return _keep(sites, course.latents, store)
+            return _keep(sites, course.latents, store, parts)
         ctx.note("quantize-weights", label, "learning did not help on the calibration data that was held out", chosen=True)
         return parts
 
@@ -96,11 +97,13 @@ def _recall(sites: Sequence[Site], store: WorkStore | None) -> dict[str, Parts] 
     return {site.weight: marked(parts, site.form) for site, parts in found.items() if parts} if all(found.values()) else None
 
 
-def _keep(sites: Sequence[Site], latents: dict[str, LatentWeight], store: WorkStore | None) -> dict[str, Parts]:
+def _keep(sites: Sequence[Site], latents: dict[str, LatentWeight], store: WorkStore | None, start: dict[str, Parts]) -> dict[str, Parts]:
     kept: dict[str, Parts] = {}
     for site in sites:
         rounded = latents[site.weight].rounded(site.weight)
         tensors = {part: getattr(rounded, part) for part in site.form.parts}
+        if BIAS in start[site.weight]:
+            tensors[BIAS] = start[site.weight][BIAS].materialize()
         parts = {part: tensor_constant(tensor) for part, tensor in tensors.items()} if store is None else store.put(site.weight, tensors)
         kept[site.weight] = marked(parts, site.form)
     return kept
@@ -113,7 +116,7 @@ class _Course:
         self._inputs, self._settings = inputs, settings
         self._sites = {site.weight: site for site in sites}
         self._judge: Divergence = divergence(graph, find_heads(graph) - {reader for site in sites for reader in site.readers})
-        self._graph = Differentiable(graph, self._judge.ends, list(self._sites), inputs)
+        self._graph = Differentiable(_with_biases(graph, sites, parts), self._judge.ends, list(self._sites), inputs)
         self._wanted = self._float_results(Differentiable(graph, self._judge.ends, list(self._sites), inputs, exact=True))
         self.latents = {site.weight: _latent(site, parts[site.weight]) for site in sites}
         self._optimizers = {name: self._optimizer(name) for name in self.latents}
@@ -182,6 +185,15 @@ class _Course:
 
     def _rounded(self, name: str) -> Tensor:
         return _operand(self._sites[name], self.latents[name].weight())
+
+
+def _with_biases(graph: Graph, sites: Sequence[Site], parts: dict[str, Parts]) -> Graph:
+    """The graph with the biases that the roundings at the start asked for."""
+    result = graph.clone()
+    for site in sites:
+        if BIAS in parts[site.weight]:
+            result.bind(bias_name(site.readers[0]), parts[site.weight][BIAS])
+    return result
 
 
 def _latent(site: Site, parts: Parts) -> LatentWeight:

@@ -81,7 +81,8 @@ def _change_basis(target: Target, *, calibrated: bool) -> list[Pass]:
         # One scale per token wants the input of the output projection mixed across heads too, groups of channels do not.
         return [
             LearnRotation(kinds=("orthogonal",), online=True),  # to the stream's own axes, where something has hidden them
-            SmoothActivations(measure="absmean"),
+            # What batch norms left a convolution is alike already, and only its filters would suffer.
+            SmoothActivations(measure="absmean", convolutions=False),
             RotateHadamard(stream=False, heads=not whole, online=("linears", *packed_keys)),
         ]
     online = ("linears", *packed_keys) if scheme.activation is not None else packed_keys

@@ -28,15 +28,15 @@ Readers = dict[tuple[fx.Node, ActivationFormat], list[fx.Node]]
 class QuantizeActivations(Pass):
     """Put `dequantize_activation(quantize_activation(x))` where x meets a quantized weight; one pair per value and format.
 
-    Static ranges come from `samples` calibration tokens by `ranges` (`qcompile.quant.static_range`). Convolutions are always static and
-    asymmetric: their channels are not the last axis, and what an activation function leaves is one-sided.
+    Static ranges come from the extremes and `samples` calibration tokens by `ranges` (`qcompile.quant.static_range`). Convolutions are
+    always static and asymmetric: their channels are not the last axis, and what an activation function leaves is one-sided.
     """
 
     name: ClassVar[str] = "quantize-activations"
     exact: ClassVar[bool] = False
     ranges: str = "mse"
     percentile: float = 0.9999
-    samples: int = 512
+    samples: int = 4096
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:
         """Before quantize-weights or after: what meets a weight that is quantized, or that the scheme wants quantized."""
@@ -44,17 +44,22 @@ class QuantizeActivations(Pass):
             raise PipelineError(f"pass {self.name}: option ranges: expected one of {', '.join(METHODS)}, got {self.ranges!r}")
         form = ctx.target.scheme.activation
         readers = {} if form is None else self._readers(graph, form, ctx)
-        static = [Request(value.name, "sample", self.samples) for value, chosen in readers if chosen.static]
+        static = [request for value, chosen in readers if chosen.static for request in self._requests(value)]
         measured = ctx.statistics(graph, static) if static else {}
         for (value, chosen), nodes in readers.items():
             if chosen.static:
-                sample = measured[Request(value.name, "sample", self.samples)]
+                sample = torch.cat([measured[request] for request in self._requests(value)])
                 result = _static_pair(graph, value, nodes[0], chosen, *static_range(sample, chosen, self.ranges, self.percentile))
             else:
                 result = _dynamic_pair(graph, value, nodes[0], chosen)
             for node in nodes:
                 node.update_arg(0, result)
         return bool(readers)
+
+    def _requests(self, value: fx.Node) -> list[Request]:
+        """Tokens of a value and its extremes: rare as they are, a range that is chosen without them may cut off what counts most."""
+        sample = Request(value.name, "sample", self.samples)
+        return [sample] if self.ranges == "percentile" else [sample, Request(value.name, "range")]
 
     def _readers(self, graph: Graph, form: ActivationFormat, ctx: PassContext) -> Readers:
         """Value and format -> the nodes that are to read it quantized, in order."""

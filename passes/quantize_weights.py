@@ -8,11 +8,13 @@ from typing import Any, ClassVar
 import torch
 
 from qcompile.errors import PipelineError
+from qcompile.ir.constants import Cast
 from qcompile.ir.graph import Graph, fake_value
 from qcompile.passes.base import Pass, PassContext
+from qcompile.passes.round_filters import bias_name
 from qcompile.passes.roundings import ROUNDINGS
 from qcompile.passes.selection import find_sites, weight_operand
-from qcompile.passes.sites import Parts, Site
+from qcompile.passes.sites import BIAS, Parts, Site
 
 aten = torch.ops.aten
 qcompile = torch.ops.qcompile
@@ -41,7 +43,11 @@ class QuantizeWeights(Pass):
 def _read_packed(graph: Graph, site: Site, constants: Parts) -> None:
     """Let the site's readers read a dequantize of the packed parts, and a convolution its filters unfolded again."""
     operand = weight_operand(site.readers[0])
-    parts = {part: graph.add_constant(f"{site.weight}.{part}", value, source=operand) for part, value in constants.items()}
+    packed = {part: value for part, value in constants.items() if part != BIAS}
+    parts = {part: graph.add_constant(f"{site.weight}.{part}", value, source=operand) for part, value in packed.items()}
+    if BIAS in constants:
+        name = bias_name(site.readers[0])
+        graph.bind(name, constants[BIAS].then(Cast(graph.constants[name].dtype)))
     form, value = site.form, fake_value(operand)
     rows, columns = site.constant.shape
     size = -1 if form.granularity.group_size == -1 else form.granularity.size(columns)

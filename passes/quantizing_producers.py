@@ -23,9 +23,7 @@ def fuse_producer(graph: Graph, quantize: fx.Node, spend: Callable[[], bool]) ->
     """
     if quantize.target is qcompile.quantize_static.default:
         return "its range is static: quantizing is elementwise and stays its own operator"
-    if quantize.target is qcompile.quantize_activation_asym.default:
-        return "its range is asymmetric: quantizing stays its own operator"
-    if quantize.target is not qcompile.quantize_activation.default:
+    if quantize.target not in (qcompile.quantize_activation.default, qcompile.quantize_activation_asym.default):
         return None
     x, *options = quantize.args
     assert isinstance(x, fx.Node)
@@ -56,7 +54,9 @@ def _is_normed(node: fx.Node) -> bool:
 
 
 def _place(graph: Graph, quantize: fx.Node, before: fx.Node, target: Any, args: tuple[Any, ...], first: int = 0) -> fx.Node:
-    """Insert the fused operator; its results from `first` on take the place of those of `quantize`."""
+    """Insert the fused operator, or its asymmetric twin; its results from `first` on take the place of those of `quantize`."""
+    if quantize.target is qcompile.quantize_activation_asym.default:
+        target = _ASYMMETRIC[target]
     fused = graph.insert(before, target, args, source=quantize)
     after = fused.next
     for part in list(quantize.users):
@@ -87,6 +87,12 @@ def _gated(graph: Graph, quantize: fx.Node, source: fx.Node, options: tuple[Any,
     _place(graph, quantize, quantize, qcompile.gated_quantize.default, (*source.args[:3], *options))
 
 
+_ASYMMETRIC: dict[Any, Any] = {
+    qcompile.norm_quantize.default: qcompile.norm_quantize_asym.default,
+    qcompile.add_norm_quantize.default: qcompile.add_norm_quantize_asym.default,
+    qcompile.gated_quantize.default: qcompile.gated_quantize_asym.default,
+    qcompile.hadamard_quantize.default: qcompile.hadamard_quantize_asym.default,
+}
 _PRODUCED: dict[Any, Callable[[Graph, fx.Node, fx.Node, tuple[Any, ...]], None]] = {
     qcompile.rms_norm.default: _norm,
     operator.getitem: _residual_norm,

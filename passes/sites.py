@@ -15,7 +15,9 @@ from qcompile.quant.format import QuantFormat
 from qcompile.quant.reference import Quantized, restore
 
 Parts = dict[str, Constant]
-"""The packed tensors of one weight, by the names of `QuantFormat.parts`."""
+"""The packed tensors of one weight, by the names of `QuantFormat.parts`; and the bias beside it under `BIAS`, where rounding moved it."""
+BIAS = "bias"
+"""Float32 [N], in place of the bias of the convolution that reads the weight."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +91,7 @@ def restored(site: Site, parts: Parts) -> Constant:
 
 def marked(parts: Mapping[str, Constant], form: QuantFormat) -> Parts:
     """The parts with their format, which the printer and the count of bits go by."""
-    return {part: replace(constant, format=form) for part, constant in parts.items()}
+    return {part: constant if part == BIAS else replace(constant, format=form) for part, constant in parts.items()}
 
 
 Method = Callable[[Graph, Sequence[Site], PassContext], dict[str, Parts]]

@@ -14,6 +14,7 @@ from qcompile.ir.basis import Diagonal
 from qcompile.ir.graph import Graph
 from qcompile.passes.base import Pass, PassContext
 from qcompile.passes.norm_surgery import give_gains
+from qcompile.passes.patches import CONVOLUTIONS
 from qcompile.passes.scale_readers import READER_ROWS, STEADY_TOKENS, readers_of, rounds
 from qcompile.passes.space_channels import block_map, member_magnitudes, read_values, request_for, space_name, value_magnitudes
 from qcompile.passes.spaces import Kind, Space, apply_basis_change, find_spaces
@@ -32,12 +33,13 @@ class SmoothActivations(Pass):
     rounded (`rotate-hadamard{stream=false,online=linears}` after it), since it then is `tr(D S D) · tr(D⁻¹ WᵀW D⁻¹)` that counts.
     RMS norms without a gain that linears read are given one, for the diagonal to go into.
     `alpha` is a for all of them, or `search`: for each space the one that leaves the least error in the outputs of its linears, both
-    operands rounded as the scheme rounds them.
+    operands rounded as the scheme rounds them. Without `convolutions`, spaces that one reads stay as they are.
     """
 
     name: ClassVar[str] = "smooth-activations"
     alpha: str = "0.5"
     measure: str = "absmax"
+    convolutions: bool = True
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:
         """One diagonal per space that something reads."""
@@ -45,7 +47,7 @@ class SmoothActivations(Pass):
         if self.measure not in MEASURES:
             raise PipelineError(f"pass {self.name}: option measure: expected {' or '.join(MEASURES)}, got {self.measure!r}")
         gains = give_gains(graph)
-        spaces = [space for space in find_spaces(graph, Kind.DIAGONAL) if read_values(space)]
+        spaces = [space for space in find_spaces(graph, Kind.DIAGONAL) if self._is_chosen(space)]
         if not spaces or (fixed is None and not rounds(ctx)):
             return gains
         values = [value for space in spaces for value in read_values(space)]
@@ -85,3 +87,6 @@ class SmoothActivations(Pass):
             return smoothing_scale(inputs, weights, fixed)
         readers = readers_of(graph, space, measured, ctx)
         return best_scale((smoothing_scale(inputs, weights, alpha) for alpha in _ALPHAS), readers)[0] if readers else None
+
+    def _is_chosen(self, space: Space) -> bool:
+        return bool(read_values(space)) and (self.convolutions or not any(node.target in CONVOLUTIONS for node in space.readers))

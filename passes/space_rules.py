@@ -25,7 +25,7 @@ def affine(system: System, node: fx.Node, x: fx.Node, weight: object, bias: obje
     """`x Wᵀ + b` for W [N, K] (`transposed`: W [K, N]): reads one space, writes another, absorbs any map of either."""
     layouts = system.constant(weight, (0, 1)) if isinstance(weight, fx.Node) and weight.meta["val"].dim() == 2 else None
     if layouts is None:
-        return system.block(node, "its weight is computed, not a constant")
+        return system.block(node, _why_no_constant(weight, "weight"))
     rows, columns = reversed(layouts) if transposed else layouts
     read, written = system.channels(x, -1, node), rows.reshape(-1)
     system.tie(read, dual(columns.reshape(-1)), node)
@@ -35,6 +35,12 @@ def affine(system: System, node: fx.Node, x: fx.Node, weight: object, bias: obje
     if isinstance(bias, fx.Node):
         system.tie(result, system.value(bias), node)
     return result
+
+
+def _why_no_constant(weight: object, what: str) -> str:
+    if isinstance(weight, fx.Node) and weight.target is qcompile.dequantize.default:
+        return f"its {what} is quantized: change bases before"
+    return f"its {what} is computed, not a constant"
 
 
 def linear(system: System, node: fx.Node) -> Layouts:
@@ -89,7 +95,7 @@ def embedding(system: System, node: fx.Node) -> Layouts:
     """A row of the table is written; its rows keep their order."""
     layouts = system.constant(node.args[0], (1,))
     if layouts is None:
-        return system.block(node, "its table is computed, not a constant")
+        return system.block(node, _why_no_constant(node.args[0], "table"))
     result = layouts[0].reshape(-1).view(*[1] * (node.meta["val"].dim() - 1), -1)
     system.writes.append((node, result))
     return result
@@ -174,6 +180,21 @@ def _stopped(system: System, node: fx.Node, x: Tensor, reason: str) -> Layout:
     why = Identity(node.name, reason)
     system.pin(x, why)
     return why
+
+
+def hadamard(system: System, node: fx.Node) -> Layouts:
+    """A rotation that runs mixes the channels of a block: what goes in as T comes out as `H T Hᵀ`.
+
+    One factor for a whole block would come out as it went in; no pass has a use for it.
+    """
+    channels = system.channels(node.args[0], -1, node)  # type: ignore[arg-type]
+    return _stopped(system, node, channels, "mixes channels while the graph runs: a map would come out as another")
+
+
+def dequantize(system: System, node: fx.Node) -> Layouts:
+    """Codes and their scales keep what they were rounded in."""
+    del system
+    return Identity(node.name, "is quantized")
 
 
 def rotary_table(system: System, node: fx.Node) -> Layouts:
@@ -278,6 +299,8 @@ DEFAULT_RULES: dict[Any, Rule] = {
     aten.layer_norm.default: layer_norm,
     qcompile.rms_norm.default: rms_norm,
     qcompile.add_rms_norm.default: add_rms_norm,
+    qcompile.hadamard.default: hadamard,
+    qcompile.dequantize.default: dequantize,
     qcompile.rotary_table.default: rotary_table,
     qcompile.rope.default: rope,
     qcompile.attention.default: attention,

@@ -15,6 +15,7 @@ from qcompile.passes.space_system import Identity, Layouts, Rule, System
 
 aten = torch.ops.aten
 
+_UNKNOWN_CHANNELS = "takes channels by a number that is only known at run time"
 _PRIMES = (1_000_003, 999_983, 999_979, 999_961, 999_959, 999_953)
 """Stand for symbolic sizes: products of axes then agree only where they agree for every size."""
 
@@ -111,7 +112,7 @@ def along(system: System, node: fx.Node) -> Layouts:
     axis = _axis(node) % layout.dim()
     if layout.shape[axis] > 1:
         if any(isinstance(argument, fx.Node) for argument in node.args[1:]):
-            return system.block(node, "takes channels by a number that is only known at run time")
+            return system.block(node, _UNKNOWN_CHANNELS)
         made = node.target(layout, *node.args[1:], **node.kwargs)  # type: ignore[operator]
         return tuple(made) if isinstance(made, list | tuple) else made
     loses = node.target in (aten.select.int, aten.unbind.int)
@@ -146,11 +147,29 @@ def index(system: System, node: fx.Node) -> Layouts:
     assert isinstance(which, fx.Node)
     if layout.shape[axis] == 1:
         return layout.reshape(*layout.shape[:axis], *[1] * which.meta["val"].dim(), *layout.shape[axis + 1 :])
-    constant = system.graph.constant(which)
-    if constant is None or not constant.is_bound or constant.dtype != torch.int64:
-        return system.block(node, "takes channels by a number that is only known at run time")
-    picked: Tensor = aten.index.Tensor(layout, [*[None] * axis, constant.materialize()])
+    chosen = _known_numbers(system, which)
+    if chosen is None:
+        return system.block(node, _UNKNOWN_CHANNELS)
+    picked: Tensor = aten.index.Tensor(layout, [*[None] * axis, chosen])
     return picked
+
+
+def index_select(system: System, node: fx.Node) -> Layouts:
+    """A constant order of channels, or a part of them, is taken from the layout; rows may be taken by anything."""
+    x, axis, which = node.args[:3]
+    layout = system.value(x)
+    assert isinstance(axis, int)
+    if isinstance(layout, Identity) or layout.shape[axis] == 1:
+        return layout
+    chosen = _known_numbers(system, which)
+    return system.block(node, _UNKNOWN_CHANNELS) if chosen is None else layout.index_select(axis, chosen.reshape(-1))
+
+
+def _known_numbers(system: System, which: object) -> Tensor | None:
+    """The indices that a constant holds as int64, or None for what is computed."""
+    constant = system.graph.constant(which) if isinstance(which, fx.Node) else None
+    known = constant is not None and constant.is_bound and constant.dtype in (torch.int32, torch.int64)
+    return constant.materialize().long() if known and constant is not None else None
 
 
 def gather_last(system: System, node: fx.Node) -> Layouts:
@@ -218,6 +237,7 @@ SHAPE_RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default), reduce),
     **dict.fromkeys((aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default), expand),
     aten.index.Tensor: index,
+    aten.index_select.default: index_select,
     aten.cat.default: cat,
     operator.getitem: getitem,
     torch.ops.qcompile.gather_last.default: gather_last,

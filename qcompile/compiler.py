@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from qcompile import frontend
 from qcompile.codegen.select import backend_for, build
@@ -22,6 +22,7 @@ from qcompile.passes.pipelines import choose_passes, pipeline_text
 from qcompile.passes.work import WorkStore, program_key
 from qcompile.progress import Report, terminal_progress
 from qcompile.quant.scheme import QuantScheme
+from qcompile.quant.scheme_options import SchemeOptions
 from qcompile.runtime.artifact import ArtifactContents
 from qcompile.target import Target, parse_target, resolve
 
@@ -41,11 +42,6 @@ def compile(  # noqa: A001  the name is the product's
     strict: bool = False,
     dump: str | os.PathLike[str] | None = None,
     check: bool | None = None,
-    group_size: int | None = None,
-    symmetric: bool | None = None,
-    ignore: Sequence[str] | None = None,
-    quantize_head: bool | None = None,
-    quantize_embedding: bool | None = None,
     calibration: Any = None,
     num_calibration_samples: int | None = None,
     max_seq_length: int | None = None,
@@ -55,6 +51,7 @@ def compile(  # noqa: A001  the name is the product's
     revision: str | None = None,
     trust_remote_code: bool = False,
     instruments: Sequence[Instrument] = (),
+    **options: Unpack[SchemeOptions],
 ) -> CompiledModel:
     """Compile a model for a target.
 
@@ -71,11 +68,6 @@ def compile(  # noqa: A001  the name is the product's
         strict: make an operator that had to be left alone, or a refused kernel, an error.
         dump: a directory for the listing after every pass (environment: QCOMPILE_DUMP).
         check: run the graph before and after every pass and compare (environment: QCOMPILE_CHECK=1).
-        group_size: input columns per scale; -1 is one scale per output channel.
-        symmetric: whether weights have no zero point.
-        ignore: weights to leave alone: names, or `re:` and an expression; first match wins.
-        quantize_head: also quantize the output head.
-        quantize_embedding: also quantize token embeddings.
         calibration: what recipes that need data run the model on: token ids [windows, length] (an array or the path of a .npy file),
             text or the path of a .txt file, or an iterable of inputs that a plain module is called with; by default packaged text.
         num_calibration_samples: windows or inputs used at most; by default all of an array, 64 of anything else.
@@ -86,6 +78,20 @@ def compile(  # noqa: A001  the name is the product's
         revision: of a hub id.
         trust_remote_code: run code that comes with a checkpoint; never implicit.
         instruments: further hooks before and after each pass.
+        **options: what to change in the scheme (`qcompile.quant.scheme_options.SchemeOptions`). Of weights:
+
+            - `weight_format`: text in place of the scheme's format, such as `nf4 g36 sym int8`;
+            - `group_size`: input columns per scale; -1 is one scale per output channel;
+            - `symmetric`: whether they have no zero point;
+            - `ignore`: which to leave alone: names, or `re:` and an expression; first match wins;
+            - `quantize_head`, `quantize_embedding`: whether the output head and token embeddings are quantized too.
+
+            Of activations, in schemes that quantize them (`w8a8`, `w4a8`, `w4a4`, `fp8`):
+
+            - `activation_group_size`: columns of a token that share a scale; -1 is the whole token;
+            - `activation_symmetric`: whether they have no zero point;
+            - `activation_static`: one scale for the whole tensor, measured on calibration data, in place of one per token or group;
+            - `activation_clip`: the share of the range, above 0 and at most 1, that is kept; what is beyond saturates.
 
     Returns:
         The compiled model, ready to run on this machine and to be saved.
@@ -93,7 +99,7 @@ def compile(  # noqa: A001  the name is the product's
     Raises:
         QCompileError: one subclass per kind of mistake (`qcompile.errors`); nothing is half-written.
     """
-    goal = _goal(target, scheme, group_size, symmetric, ignore, quantize_head, quantize_embedding)
+    goal = _goal(target, scheme, options)
     choose_passes(goal, recipe, passes, disable)  # a wrong pipeline is an error before a model is read
     loaded = frontend.load(
         model, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, revision=revision, trust_remote_code=trust_remote_code
@@ -119,17 +125,10 @@ def compile(  # noqa: A001  the name is the product's
     return CompiledModel(contents, max_batch=max_batch, max_context=context)
 
 
-def _goal(
-    target: str | Target, scheme: QuantScheme | None, group_size: int | None, symmetric: bool | None,
-    ignore: Sequence[str] | None, quantize_head: bool | None, quantize_embedding: bool | None,
-) -> Target:  # fmt: skip
-    """The target with the caller's scheme and weight options in it."""
+def _goal(target: str | Target, scheme: QuantScheme | None, options: SchemeOptions) -> Target:
+    """The target with the caller's scheme and options in it."""
     goal = parse_target(target)
-    chosen = scheme or goal.scheme
-    chosen = chosen.with_options(
-        group_size=group_size, symmetric=symmetric, ignore=None if ignore is None else tuple(ignore),
-        quantize_head=quantize_head, quantize_embedding=quantize_embedding,
-    )  # fmt: skip
+    chosen = (scheme or goal.scheme).with_options(**options)
     return resolve(goal.arch, chosen, chosen.cache if scheme else goal.scheme.cache)
 
 

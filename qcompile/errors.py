@@ -12,6 +12,10 @@ class TargetError(QCompileError):
     """A target, scheme, or cache format that does not exist or does not go together."""
 
 
+class OptionError(QCompileError, TypeError):
+    """A keyword option that does not exist, or holds what it cannot."""
+
+
 class FormatError(QCompileError):
     """A quantization format that cannot hold what it was asked to hold."""
 

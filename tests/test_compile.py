@@ -15,7 +15,7 @@ from torch import nn
 
 import qcompile
 from qcompile.compiled import CompiledModel
-from qcompile.errors import CapacityError, CoverageError, FormatError, PipelineError, QCompileError, TargetError, WeightError
+from qcompile.errors import CapacityError, CoverageError, FormatError, OptionError, PipelineError, QCompileError, TargetError, WeightError
 from tests.listings import without_logs
 from tests.models import CAUSAL_FAMILIES, OTHER_FAMILIES, example_inputs, tiny
 from tests.passes.helpers import Gated
@@ -186,6 +186,24 @@ def test_ignore_group_size_and_symmetry_are_heeded() -> None:
     assert "the output head stays in high precision" in rows["lm_head.weight"].reason
 
 
+def test_formats_of_weights_and_activations_are_heeded() -> None:
+    compiled = qcompile.compile(
+        tiny("llama"), "cpu-w4a8", recipe="nearest", weight_format="int3 g16 sym int8",
+        activation_group_size=16, activation_symmetric=False, activation_clip=0.9,
+    )  # fmt: skip
+    rows = [row for row in compiled.coverage if row.weight == "model.layers.0.self_attn.q_proj.weight"]
+    assert [row.format for row in rows] == ["int3 g16 sym int8"]
+    formats = {row.operator: row.format for row in compiled.coverage if row.operator.endswith("_asym")}
+    assert {"norm_quantize_asym", "add_norm_quantize_asym", "gated_quantize_asym"} <= set(formats)
+    assert set(formats.values()) == {"int8 g16 asym dynamic clip 0.9"}
+
+
+def test_activations_are_static_by_option() -> None:
+    compiled = qcompile.compile(tiny("llama"), "cpu-w8a8", recipe="nearest", activation_static=True, calibration=torch.tensor([[5, 6, 7]]))
+    assert compiled.graph.calls(torch.ops.qcompile.quantize_static.default)
+    assert not compiled.graph.calls(torch.ops.qcompile.quantize_activation.default, torch.ops.qcompile.norm_quantize.default)
+
+
 def test_head_and_embedding_are_quantized_by_option() -> None:
     compiled = qcompile.compile(tiny("llama"), "cpu-int8", quantize_head=True, quantize_embedding=True)
     formats = {row.operator: row.format for row in compiled.coverage if row.weight in ("lm_head.weight", "model.embed_tokens.weight")}
@@ -214,6 +232,11 @@ def test_strict_accepts_choices_and_refuses_what_had_to_be_left_alone() -> None:
     ({"target": "cpu-int4", "recipe": "magic"}, PipelineError, "recipe 'magic': expected one of best, nearest"),
     ({"target": "cpu-int4", "group_size": 1}, FormatError, "group_size=1: expected -1 .* or at least 2"),
     ({"target": "cpu-fp32", "group_size": 64}, FormatError, "scheme fp32: expected quantized weights for group_size"),
+    ({"target": "cpu-int4", "activation_static": True}, FormatError, "expected quantized activations for activation_static"),
+    ({"target": "cpu-w8a8", "activation_clip": 2.0}, FormatError, "clip=2.0: expected a share of the range"),
+    ({"target": "cpu-int4", "weight_format": "int4"}, FormatError, "expected a format like 'int4 g64 sym fp16', got 'int4'"),
+    ({"target": "cpu-int4", "ignore": "down_proj"}, OptionError, "ignore='down_proj': expected a list of names"),
+    ({"target": "cpu-int4", "recipes": "best"}, OptionError, "option 'recipes': expected a parameter of the function, or one of weight"),
     ({"target": "cpu-int4", "passes": "canonicalize,rotate"}, PipelineError, "unknown pass 'rotate'"),
     ({"target": "cpu-int4", "disable": ["rotate"]}, PipelineError, "disabled pass 'rotate': expected one of"),
 ])  # fmt: skip

@@ -61,7 +61,8 @@ def _options() -> dict[str, set[str]]:
     group: Any = typer.main.get_command(app)
     context = typer.Context(group)
     return {
-        name: {option for parameter in command.get_params(context) for option in parameter.opts} for name, command in group.commands.items()
+        name: {option for parameter in command.get_params(context) for option in (*parameter.opts, *parameter.secondary_opts)}
+        for name, command in group.commands.items()
     }
 
 

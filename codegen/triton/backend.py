@@ -40,6 +40,10 @@ OPERATORS: Mapping[str, Operator] = MappingProxyType(
         "norm_quantize": quantize.NORM_QUANTIZE,
         "add_norm_quantize": quantize.ADD_NORM_QUANTIZE,
         "gated_quantize": quantize.GATED_QUANTIZE,
+        "hadamard_quantize_asym": quantize.HADAMARD_QUANTIZE_ASYM,
+        "norm_quantize_asym": quantize.NORM_QUANTIZE_ASYM,
+        "add_norm_quantize_asym": quantize.ADD_NORM_QUANTIZE_ASYM,
+        "gated_quantize_asym": quantize.GATED_QUANTIZE_ASYM,
     }
 )
 

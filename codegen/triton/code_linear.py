@@ -62,7 +62,7 @@ _WEIGHT: dict[str, tuple[str, ...]] = {"w_codes": (), "w_scale": (), "bias": (*H
 
 INTEGER_LINEAR = Operator(
     emit=emit_code_linear,
-    operands={"codes": ("i8",), "scale": ("fp32",), "zero": ("i32",), **_WEIGHT, "w_zero": ("uint8",)},
+    operands={"codes": ("i8",), "scale": ("fp32", "fp16"), "zero": ("i32",), **_WEIGHT, "w_zero": ("uint8",)},
     optional=frozenset({"zero", "w_zero", "bias"}),
     sizes=("K", "N"),
     options=("group_size", "static"),
@@ -72,7 +72,7 @@ INTEGER_LINEAR = Operator(
 )
 FLOAT8_LINEAR = Operator(
     emit=emit_code_linear,
-    operands={"codes": (FLOAT8,), "scale": ("fp32",), **_WEIGHT},
+    operands={"codes": (FLOAT8,), "scale": ("fp32", "fp16"), **_WEIGHT},
     optional=frozenset({"bias"}),
     sizes=("K", "N"),
     options=("group_size", "static"),

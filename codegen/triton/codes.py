@@ -179,5 +179,5 @@ def activation_scales(codes: Codes, row: str, group: str, mask: str, name: str, 
         if codes.static:
             lines.append(f"x_{operand}_{name} = tl.full({shape}, tl.load({operand}), {kind})")
         else:
-            lines += load(f"x_{operand}_{name}", f"{operand} + {place}", mask, other)
+            lines += load(f"x_{operand}_{name}", f"{operand} + {place}", mask, other, f".to({kind})" if operand == "scale" else "")
     return lines

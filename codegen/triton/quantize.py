@@ -11,6 +11,8 @@ from qcompile.codegen.triton.tiles import Architecture, row_warps
 from qcompile.ir.lowered import Kernel, KernelSpec, Launch
 
 FLOAT8_LARGEST = 448.0
+HALF_LEAST, HALF_MAX = 2.0**-24, 65504.0
+"""The smallest and the greatest positive float16."""
 ROUND, ROUND_BITS = 12582912.0, "0x4B400000"
 """1.5 · 2^23, and its bits as a float32: what is added to it has no fraction left."""
 
@@ -21,9 +23,14 @@ def groups_of(spec: KernelSpec) -> tuple[int, int]:
     return (0, 1) if size == -1 or size >= columns else (size, -(-columns // size))
 
 
+def asymmetric(spec: KernelSpec) -> bool:
+    """Whether codes have zero points."""
+    return spec.operator.endswith("_asym")
+
+
 def results(spec: KernelSpec) -> dict[str, str]:
     """What each result is called in this file -> its operand name."""
-    names = ["codes", "scale", *(["zero"] if spec.operator == "quantize_activation_asym" else [])]
+    names = ["codes", "scale", *(["zero"] if asymmetric(spec) else [])]
     if spec.format("residual"):
         names.insert(0, "sum")
     return {name: f"out{place or ''}" for place, name in enumerate(names)}
@@ -37,6 +44,8 @@ def refuses_quantize(spec: KernelSpec) -> str | None:
     codes, wanted = spec.format(results(spec)["codes"]), "i8" if element == "int" else "fp8e4nv"
     if codes != wanted:
         return f"{results(spec)['codes']} is {codes}: expected {wanted} for {element} codes"
+    if spec.operator != "quantize_static" and spec.format(results(spec)["scale"]) != scale_kind(spec):
+        return f"{results(spec)['scale']} is {spec.format(results(spec)['scale'])}: expected {scale_kind(spec)} for the scale"
     if "activation" in dict(spec.options) and spec.option("activation") not in ACTIVATIONS:
         return f"activation {spec.option('activation')!r}: expected one of {', '.join(ACTIVATIONS)}"
     mixed = same_storage(spec, "x", "residual", "gate", "up", *(["out"] if spec.format("residual") else []))
@@ -62,24 +71,41 @@ def round_lines(target: str, scaled: str, low: int, high: int) -> Lines:
     ]
 
 
+def scale_kind(spec: KernelSpec) -> str:
+    """What scales are stored in: float16 for groups."""
+    return "fp32" if int(spec.option("group_size", -1)) == -1 else "fp16"
+
+
+def stored_lines(spec: KernelSpec) -> Lines:
+    """`spread` as it is stored, so that codes are made by what will be read."""
+    guard = "spread = tl.where(spread != 0.0, spread, 1.0)"
+    if scale_kind(spec) == "fp32":
+        return [guard]
+    return [
+        guard,
+        f"size = tl.minimum(tl.maximum(tl.abs(spread), {HALF_LEAST!r}), {HALF_MAX})",
+        "spread = tl.where(spread < 0.0, -size, size).to(tl.float16).to(tl.float32)",
+    ]
+
+
 def range_lines(spec: KernelSpec, axis: int) -> Lines:
     """`spread` of each group, its scale; for asymmetric codes also `middle`, the zero point. Padding is 0, which no range excludes."""
     bits, clip = int(spec.option("bits", 8)), float(spec.option("clip", 1.0))
-    guard = "spread = tl.where(spread != 0.0, spread, 1.0)"
+    store = stored_lines(spec)
     if spec.option("element", "int") == "fp8":
-        return [f"spread = tl.max(tl.abs(numbers), axis={axis}) * {clip / FLOAT8_LARGEST!r}", guard]
+        return [f"spread = tl.max(tl.abs(numbers), axis={axis}) * {clip / FLOAT8_LARGEST!r}", *store]
     ends = [f"greatest = tl.max(numbers, axis={axis})", f"least = tl.min(numbers, axis={axis})"]
     half = 1 << (bits - 1)
-    if spec.operator != "quantize_activation_asym":
+    if not asymmetric(spec):
         # The end of larger magnitude becomes the lowest code, its sign kept in the scale: one level more for the longer tail.
-        return [*ends, f"spread = tl.where(greatest > -least, greatest, least) * {-clip / half!r}", guard]
+        return [*ends, f"spread = tl.where(greatest > -least, greatest, least) * {-clip / half!r}", *store]
     clipped = f" * {clip!r}" if clip != 1.0 else ""
     return [
         *ends,
         f"greatest = tl.maximum(greatest, 0.0){clipped}",
         f"least = tl.minimum(least, 0.0){clipped}",
         f"spread = tl.div_rn(greatest - least, {float(2 * half - 1)})",
-        guard,
+        *store,
         *round_lines("middle", "tl.div_rn(-least, spread)", 0, 2 * half - 1),
         f"middle -= {half}",
     ]
@@ -197,8 +223,13 @@ def _rows(
     )
 
 
+_SCALES = ("fp32", "fp16")
+_QUANTIZED = (CODES, _SCALES)
+_ASYMMETRIC = (("i8",), _SCALES, ("i32",))
 _ROTATION = {"matrix": ("fp32",)}
-_QUANTIZED = (CODES, ("fp32",))
+_NORMED = {"x": HALVES, "weight": FLOATS, **_ROTATION}
+_SUMMED = {"x": HALVES, "residual": HALVES, "weight": FLOATS, **_ROTATION}
+_GATED = {"gate": HALVES, "up": HALVES, **_ROTATION}
 
 HADAMARD = Operator(
     emit=emit_rows,
@@ -210,13 +241,15 @@ HADAMARD = Operator(
     refuses=lambda spec: same_storage(spec, "x", "out") or refuses_row(spec),
 )
 QUANTIZE_ACTIVATION = _rows({"x": HALVES}, _QUANTIZED, (), ())
-QUANTIZE_ACTIVATION_ASYM = _rows({"x": HALVES}, (("i8",), ("fp32",), ("i32",)), (), ())
+QUANTIZE_ACTIVATION_ASYM = _rows({"x": HALVES}, _ASYMMETRIC, (), ())
 HADAMARD_QUANTIZE = _rows({"x": HALVES, **_ROTATION}, _QUANTIZED, ("hadamard_size",), ())
-NORM_QUANTIZE = _rows({"x": HALVES, "weight": FLOATS, **_ROTATION}, _QUANTIZED, ("hadamard_size", *_NORM), ("eps",))
-ADD_NORM_QUANTIZE = _rows(
-    {"x": HALVES, "residual": HALVES, "weight": FLOATS, **_ROTATION}, (HALVES, *_QUANTIZED), ("hadamard_size", *_NORM), ("eps",)
-)
-GATED_QUANTIZE = _rows({"gate": HALVES, "up": HALVES, **_ROTATION}, _QUANTIZED, ("hadamard_size", "activation"), ("activation",))
+HADAMARD_QUANTIZE_ASYM = _rows({"x": HALVES, **_ROTATION}, _ASYMMETRIC, ("hadamard_size",), ())
+NORM_QUANTIZE = _rows(_NORMED, _QUANTIZED, ("hadamard_size", *_NORM), ("eps",))
+NORM_QUANTIZE_ASYM = _rows(_NORMED, _ASYMMETRIC, ("hadamard_size", *_NORM), ("eps",))
+ADD_NORM_QUANTIZE = _rows(_SUMMED, (HALVES, *_QUANTIZED), ("hadamard_size", *_NORM), ("eps",))
+ADD_NORM_QUANTIZE_ASYM = _rows(_SUMMED, (HALVES, *_ASYMMETRIC), ("hadamard_size", *_NORM), ("eps",))
+GATED_QUANTIZE = _rows(_GATED, _QUANTIZED, ("hadamard_size", "activation"), ("activation",))
+GATED_QUANTIZE_ASYM = _rows(_GATED, _ASYMMETRIC, ("hadamard_size", "activation"), ("activation",))
 QUANTIZE_STATIC = Operator(
     emit=emit_static,
     operands={"x": HALVES, "scale": ("fp32",), "zero": ("i32",), "out": CODES},

@@ -49,10 +49,21 @@ def compile_model(
     dump: Annotated[Path | None, typer.Option(help="Directory for the listing after every pass.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Run the graph before and after every pass and compare.")] = False,
     group_size: Annotated[int | None, typer.Option(help="Input columns per scale; -1 is one scale per output channel.")] = None,
-    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Give weights a zero point.")] = False,
+    symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Weights without a zero point, or with one.")] = None,
+    weight_format: Annotated[str | None, typer.Option(help="A format in place of the target's, such as 'nf4 g36 sym int8'.")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Leave weights of this name alone (re: for a pattern); repeatable.")] = None,
     quantize_head: Annotated[bool, typer.Option("--quantize-head", help="Also quantize the output head.")] = False,
     quantize_embedding: Annotated[bool, typer.Option("--quantize-embedding", help="Also quantize token embeddings.")] = False,
+    activation_group_size: Annotated[int | None, typer.Option(help="Columns of a token per scale; -1 is the whole token.")] = None,
+    activation_symmetric: Annotated[
+        bool | None,
+        typer.Option("--activation-symmetric/--activation-asymmetric", help="Activations without a zero point, or with one."),
+    ] = None,
+    activation_static: Annotated[
+        bool | None,
+        typer.Option("--activation-static/--activation-dynamic", help="One scale for all tokens, from calibration data, or each its own."),
+    ] = None,
+    activation_clip: Annotated[float | None, typer.Option(help="Share of the range of activations that is kept, at most 1.")] = None,
     calibration: Annotated[str | None, typer.Option(help="Token ids (.npy), text (.txt) to calibrate on; default: packaged text.")] = None,
     num_calibration_samples: Annotated[int | None, typer.Option(min=1, help="Windows of calibration data used at most.")] = None,
     max_seq_length: Annotated[int | None, typer.Option(min=1, help="Tokens of a calibration window at most.")] = None,
@@ -76,8 +87,10 @@ def compile_model(
     with console.status(f"reading {model}") as status:
         compiled = qcompile.compile(
             model, target, recipe=recipe, passes=passes, disable=disable_pass or (), strict=strict, dump=dump, check=check or None,
-            group_size=group_size, symmetric=False if asymmetric else None, ignore=ignore, quantize_head=quantize_head or None,
-            quantize_embedding=quantize_embedding or None, calibration=None if calibration is None else Path(calibration),
+            group_size=group_size, symmetric=symmetric, weight_format=weight_format, ignore=ignore, quantize_head=quantize_head or None,
+            quantize_embedding=quantize_embedding or None, activation_group_size=activation_group_size,
+            activation_symmetric=activation_symmetric, activation_static=activation_static, activation_clip=activation_clip,
+            calibration=None if calibration is None else Path(calibration),
             num_calibration_samples=num_calibration_samples, max_seq_length=max_seq_length, max_batch=max_batch, max_context=max_context,
             revision=revision, trust_remote_code=trust_remote_code, instruments=[StatusInstrument(status)],
         )  # fmt: skip

@@ -26,8 +26,8 @@ def _code_dtype(element: str) -> torch.dtype:
 
 def fake_codes(x: Tensor, group_size: int, element: str) -> tuple[Tensor, Tensor]:
     """Empty codes and scale for x [..., K], contiguous."""
-    scale_dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(x.shape, dtype=_code_dtype(element)), x.new_empty((*x.shape[:-1], _groups(x, group_size)), dtype=scale_dtype)
+    codes = x.new_empty(x.shape, dtype=_code_dtype(element))
+    return codes, x.new_empty((*x.shape[:-1], _groups(x, group_size)), dtype=activations.scale_dtype(x.dtype, group_size))
 
 
 def _fake_quantize(x: Tensor, bits: int, group_size: int, element: str = "int", clip: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -46,9 +46,14 @@ def quantize_activation(x: Tensor, bits: int, group_size: int, element: str = "i
     return activations.quantize(x.contiguous(), bits, group_size, element, clip)
 
 
-def _fake_quantize_asym(x: Tensor, bits: int, group_size: int, clip: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def fake_asymmetric(x: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty codes, scale and zero point for x [..., K], contiguous."""
     codes, scale = fake_codes(x, group_size, "int")
     return codes, scale, torch.empty_like(scale, dtype=torch.int32)
+
+
+def _fake_quantize_asym(x: Tensor, bits: int, group_size: int, clip: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    return fake_asymmetric(x, group_size)
 
 
 @define(
@@ -109,12 +114,12 @@ def integer_linear(
 
     codes int8 [..., K], scale [..., G] or [1], zero int32 alike or None, w_codes uint8 [N, ceil(K·b/8)], w_scale [N, Gw], w_zero packed
     uint8 or None (2^(b-1)), bias [N], w_scale2 the scales' second level (`qcompile.quant.scales`). Of the
-    two group sizes one divides the other. Groups add up in order, in the scale's type.
+    two group sizes one divides the other. Groups add up in order, in float32 (float64 for a float64 scale or `dtype`).
     """
     weight = activations.signed_weight(w_codes, w_zero, w_bits, w_group_size, codes.shape[-1])
     factors = activations.WeightScales(w_scale, w_scale2, w_group_size)
     bound = 1 << (w_bits - (w_zero is None))
-    return _finish(activations.integer_matmul(codes, scale, zero, weight, factors, group_size, bound), codes, bias, dtype)
+    return _finish(activations.integer_matmul(codes, scale, zero, weight, factors, group_size, bound, dtype), codes, bias, dtype)
 
 
 def _fake_float8_linear(
@@ -140,7 +145,7 @@ def float8_linear(
     """
     weight = w_codes.view(torch.float8_e4m3fn) if w_codes.dtype == torch.uint8 else w_codes
     factors = activations.WeightScales(w_scale, w_scale2, w_group_size)
-    return _finish(activations.integer_matmul(codes, scale, None, weight, factors, group_size, _FLOAT8_BOUND), codes, bias, dtype)
+    return _finish(activations.integer_matmul(codes, scale, None, weight, factors, group_size, _FLOAT8_BOUND, dtype), codes, bias, dtype)
 
 
 def _fake_integer_conv2d(

@@ -15,7 +15,7 @@ class ActivationFormat:
 
     Attributes:
         element: int2 … int8, or fp8.
-        granularity: input columns of a token that share a scale; -1 is the whole token.
+        granularity: input columns of a token that share a scale, stored as float16; -1 is the whole token, and float32.
         symmetric: no zero point.
         static: one scale for the whole tensor, measured on calibration data and stored in the model.
         clip: share of the range that is kept; what is beyond saturates.
@@ -36,7 +36,7 @@ class ActivationFormat:
         if not (self.symmetric or self.element.is_integer):
             raise FormatError(f"activations in {name}: expected symmetric=True, floats have no zero point; choose an integer type")
         if self.static and self.granularity != PER_CHANNEL:
-            raise FormatError(f"static activations in {self.granularity}: expected one scale for the tensor; leave the group size out")
+            raise FormatError(f"static activations in {self.granularity}: expected one scale for the tensor; set activation_group_size=-1")
         if not 0 < self.clip <= 1:
             raise FormatError(f"clip={self.clip}: expected a share of the range above 0 and at most 1")
 

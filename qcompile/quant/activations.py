@@ -1,8 +1,9 @@
 """Quantized activations in plain torch: the definition every integer kernel is judged against.
 
 Shapes: an activation is [..., K] in groups of g columns, G = ceil(K / g), the last group possibly shorter; -1 is one group (the token).
-Integer codes are signed int8 [..., K] whatever their width, float8 codes float8_e4m3fn. The scale [..., G] has the working dtype
-(float32; float64 for float64 input); a tensor of one element serves every token (static quantization).
+Integer codes are signed int8 [..., K] whatever their width, float8 codes float8_e4m3fn. The scale [..., G] of groups is stored as
+float16, and codes are made by what is stored: 4 bits in groups of 64 take 4.25 bits. The scale of a token has the working dtype
+(float32; float64 for float64 input). A tensor of one element serves every token (static quantization).
 Sums of products of codes are exact, so a row's result never depends on the rows beside it.
 """
 
@@ -18,11 +19,31 @@ from qcompile.quant.packing import unpack
 from qcompile.quant.scales import effective
 
 FLOAT8_MAX = 448.0
+HALF_LEAST, HALF_MAX = 2.0**-24, 65504.0
+"""The smallest and the greatest positive float16."""
 _FLOAT32_INTEGERS = 1 << 24
 
 
 def _working(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def working_dtype(scale: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What sums of scaled codes are computed in on their way to `dtype`: float64 if that or the scale is, else float32."""
+    return torch.float64 if torch.float64 in (scale.dtype, dtype) else torch.float32
+
+
+def scale_dtype(dtype: torch.dtype, group_size: int) -> torch.dtype:
+    """What dynamic scales of activations of `dtype` are stored as: float16 for groups."""
+    return torch.promote_types(dtype, torch.float32) if group_size == -1 else torch.float16
+
+
+def _stored(scale: Tensor, group_size: int) -> Tensor:
+    """The scale as it is stored: to nearest, 1 for 0, magnitudes beyond the range of float16 moved to its ends."""
+    scale = torch.where(scale != 0, scale, torch.ones_like(scale))
+    if group_size == -1:
+        return scale
+    return torch.copysign(scale.abs().clamp(HALF_LEAST, HALF_MAX), scale).to(torch.float16)
 
 
 def group_columns(columns: int, group_size: int) -> int:
@@ -43,7 +64,7 @@ def _spread(values: Tensor, size: int, columns: int) -> Tensor:
 
 
 def dynamic_scale(x: Tensor, bits: int, group_size: int, element: str = "int", clip: float = 1.0) -> Tensor:
-    """The scale [..., G] of x [..., K], in the working dtype.
+    """The scale [..., G] of x [..., K], as `scale_dtype`.
 
     Integers: `clip · extreme / -2^(b-1)`, where the extreme of larger magnitude (the negative one in a tie) keeps its sign, so that the
     side with one level more serves the longer tail: the scale can be negative. float8: `clip · max|x| / 448`. Zeros give scale 1.
@@ -54,7 +75,7 @@ def dynamic_scale(x: Tensor, bits: int, group_size: int, element: str = "int", c
         scale = torch.maximum(greatest, -least) * (clip / FLOAT8_MAX)
     else:
         scale = torch.where(greatest > -least, greatest, least) * (-clip / (1 << (bits - 1)))
-    return torch.where(scale != 0, scale, torch.ones_like(scale))
+    return _stored(scale, group_size)
 
 
 def encode(x: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, element: str = "int") -> Tensor:
@@ -80,22 +101,21 @@ def quantize_asymmetric(x: Tensor, bits: int, group_size: int, clip: float = 1.0
     """Codes [..., K], scale [..., G] and zero int32 [..., G] with `x ≈ (code - zero) · scale`; the range contains 0."""
     groups = _grouped(_working(x), group_columns(x.shape[-1], group_size))
     least, greatest = groups.amin(-1).clamp(max=0) * clip, groups.amax(-1).clamp(min=0) * clip
-    scale = (greatest - least) / ((1 << bits) - 1)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    scale = _stored((greatest - least) / ((1 << bits) - 1), group_size)
     low = -(1 << (bits - 1))
     zero = ((-least / scale).round() + low).clamp(low, -low - 1).to(torch.int32)
     return encode(x, scale, zero, bits, group_size), scale, zero
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, dtype: torch.dtype) -> Tensor:
-    """`(code - zero) · scale` as `dtype` [..., K], computed in the scale's type and rounded once."""
+    """`(code - zero) · scale` as `dtype` [..., K], computed in `working_dtype` and rounded once."""
     columns = codes.shape[-1]
     size = group_columns(columns, group_size)
-    work = scale.dtype if scale.dtype == torch.float64 or dtype != torch.float64 else torch.float64
+    work = working_dtype(scale, dtype)
     values = codes.to(torch.float32).to(work)
     if zero is not None:
         values = values - _spread(zero, size, columns).to(work)
-    return (values * _spread(scale, size, columns)).to(dtype)
+    return (values * _spread(scale, size, columns).to(work)).to(dtype)
 
 
 def exact_dtype(bound: int, terms: int) -> torch.dtype:
@@ -136,9 +156,10 @@ class WeightScales:
 
 
 def integer_matmul(
-    codes: Tensor, scale: Tensor, zero: Tensor | None, weight: Tensor, factors: WeightScales, group_size: int, bound: int
-) -> Tensor:
-    """`Σ_g scale_g · w_scale_g · Σ_k (code - zero) · weight` [M, N] in the scale's type, over runs of columns that share both scales.
+    codes: Tensor, scale: Tensor, zero: Tensor | None, weight: Tensor, factors: WeightScales, group_size: int, bound: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """`Σ_g scale_g · w_scale_g · Σ_k (code - zero) · weight` [M, N] in `working_dtype`, over runs of columns that share both scales.
 
     Args:
         codes: int8 or float8 [..., K]; M is the product of the leading sizes.
@@ -148,6 +169,7 @@ def integer_matmul(
         factors: the weight's scales.
         group_size: of the activations; of the two sizes one divides the other, or spans the row.
         bound: what no magnitude of `weight` exceeds.
+        dtype: what the result will be rounded to.
 
     Raises:
         FormatError: for group sizes that do not nest.
@@ -159,13 +181,14 @@ def integer_matmul(
     if zero is not None:
         rows = rows.to(torch.int16) - _spread(zero.reshape(-1, zero.shape[-1]), a_size, columns).to(torch.int16)
         bound *= 2
-    left, right = scale.reshape(-1, scale.shape[-1]), effective(factors.scale, factors.scale2, scale.dtype)
+    work = working_dtype(scale, dtype)
+    left, right = scale.reshape(-1, scale.shape[-1]).to(work), effective(factors.scale, factors.scale2, work)
     step = min(a_size, w_size)
-    total = scale.new_zeros((rows.shape[0], weight.shape[0]))
+    total = scale.new_zeros((rows.shape[0], weight.shape[0]), dtype=work)
     for start in range(0, columns, step):
         product = exact_matmul(rows[:, start : start + step], weight[:, start : start + step], bound)
         share = left[:, start // a_size if left.shape[1] > 1 else 0]
-        total = total + product.to(total.dtype) * (share.unsqueeze(1) * right[:, start // w_size].unsqueeze(0))
+        total = total + product.to(work) * (share.unsqueeze(1) * right[:, start // w_size].unsqueeze(0))
     return total
 
 

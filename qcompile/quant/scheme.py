@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
@@ -13,6 +13,7 @@ from qcompile.quant.element import FP8, INT4, INT8, NF4, element
 from qcompile.quant.format import MXFP4, MXINT8, NVFP4, parse_format
 from qcompile.quant.format import QuantFormat as QuantFormat
 from qcompile.quant.granularity import Granularity
+from qcompile.quant.scheme_options import SchemeOptions, given_options
 
 DTYPE_NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -52,44 +53,45 @@ class QuantScheme:
     quantize_embedding: bool = False
     activation: ActivationFormat | None = None
 
-    def with_options(
-        self, *, weight_format: str | None = None, group_size: int | None = None, symmetric: bool | None = None,
-        ignore: tuple[str, ...] | None = None,
-        quantize_head: bool | None = None, quantize_embedding: bool | None = None, activation_group_size: int | None = None,
-        activation_symmetric: bool | None = None, activation_static: bool | None = None, activation_clip: float | None = None,
-    ) -> QuantScheme:  # fmt: skip
+    def with_options(self, **options: Unpack[SchemeOptions]) -> QuantScheme:
         """A copy with those options replaced that are not None; `weight_format` is text such as `nf4 g36 sym int8`.
 
         Raises:
+            OptionError: for an option that does not exist, or a value of another kind.
             FormatError: if a weight option is given to a scheme without quantized weights, an activation option to one without quantized
                 activations, or the combination does not exist.
         """
-        weight = self.weight if weight_format is None else parse_format(weight_format)
-        if weight is None and (group_size is not None or symmetric is not None):
-            raise FormatError(
-                f"scheme {self.name}: expected quantized weights for group_size and symmetric, got float weights; choose int8 or int4"
-            )
-        if weight is not None:
-            grouped = weight.granularity if group_size is None else Granularity(group_size)
-            weight = replace(weight, granularity=grouped, symmetric=weight.symmetric if symmetric is None else symmetric)
-        granularity = None if activation_group_size is None else Granularity(activation_group_size)
-        activation = self._activation(
-            {"granularity": granularity, "symmetric": activation_symmetric, "static": activation_static, "clip": activation_clip}
-        )
-        return replace(
-            self, weight=weight, activation=activation, ignore=self.ignore if ignore is None else ignore,
-            quantize_head=self.quantize_head if quantize_head is None else quantize_head,
-            quantize_embedding=self.quantize_embedding if quantize_embedding is None else quantize_embedding,
-        )  # fmt: skip
+        given = given_options(options)
+        kept = {name: given[name] for name in ("quantize_head", "quantize_embedding") if name in given}
+        ignore = tuple(given.get("ignore", self.ignore))
+        return replace(self, weight=self._weight(given), activation=self._activation(given), ignore=ignore, **kept)
 
-    def _activation(self, options: dict[str, Any]) -> ActivationFormat | None:
-        given = {key: value for key, value in options.items() if value is not None}
-        if given and self.activation is None:
+    def _weight(self, given: dict[str, Any]) -> QuantFormat | None:
+        weight = parse_format(given["weight_format"]) if "weight_format" in given else self.weight
+        changes = _fields(given, {"group_size": "granularity", "symmetric": "symmetric"})
+        if weight is None and changes:
             raise FormatError(
-                f"scheme {self.name}: expected quantized activations for {', '.join(given)}, got float activations; "
-                "choose w8a8, w4a8, w4a4 or fp8"
+                f"scheme {self.name}: expected quantized weights for group_size and symmetric, got float weights; "
+                "choose int8 or int4, or set weight_format"
             )
-        return self.activation if self.activation is None else replace(self.activation, **given)
+        return None if weight is None else replace(weight, **changes)
+
+    def _activation(self, given: dict[str, Any]) -> ActivationFormat | None:
+        names = {"group_size": "granularity", "symmetric": "symmetric", "static": "static", "clip": "clip"}
+        changes = _fields(given, {f"activation_{name}": field for name, field in names.items()})
+        if self.activation is None and changes:
+            wanted = ", ".join(name for name in given if name.startswith("activation_"))
+            raise FormatError(
+                f"scheme {self.name}: expected quantized activations for {wanted}, got float activations; choose w8a8, w4a8, w4a4 or fp8"
+            )
+        return None if self.activation is None else replace(self.activation, **changes)
+
+
+def _fields(given: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """Fields of a format -> their values, from the options of those names; a group size becomes a granularity."""
+    return {
+        field: Granularity(given[option]) if field == "granularity" else given[option] for option, field in names.items() if option in given
+    }
 
 
 FP32 = QuantScheme("fp32", compute=torch.float32)

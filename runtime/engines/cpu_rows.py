@@ -180,12 +180,12 @@ def hadamard_quantize(operands: Operands, runs: Runs) -> Call | None:
 
 def _rotate_quantize(x: Tensor, options: Sequence[Any], outputs: Sequence[Tensor], runs: Runs) -> Call | None:
     matrix, size, *form = options
-    codes, scale = outputs
+    quantize = activations.quantize if len(outputs) == 2 else activations.quantize_asymmetric
     rotated = torch.empty_like(x) if size else x
     turn = hadamard(Operands([x, matrix, size], {}, [rotated], []), runs) if size else lambda: None
 
     def run() -> None:
-        for made, place in zip(activations.quantize(rotated, *form), (codes, scale), strict=True):
+        for made, place in zip(quantize(rotated, *form), outputs, strict=True):
             place.copy_(made)
 
     return _in_order(turn, run)
@@ -269,6 +269,10 @@ ROW_KERNELS: dict[str, Callable[[Operands, Runs], Call | None]] = {
     "qcompile.norm_quantize.default": norm_quantize,
     "qcompile.add_norm_quantize.default": add_norm_quantize,
     "qcompile.gated_quantize.default": gated_quantize,
+    "qcompile.hadamard_quantize_asym.default": hadamard_quantize,
+    "qcompile.norm_quantize_asym.default": norm_quantize,
+    "qcompile.add_norm_quantize_asym.default": add_norm_quantize,
+    "qcompile.gated_quantize_asym.default": gated_quantize,
     "aten.add.Tensor": add,
 }
 """Operators that compute each row by itself."""

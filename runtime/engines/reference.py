@@ -25,7 +25,8 @@ _FUNCTIONS = ("cos", "erf", "exp", "expm1", "gelu", "log", "log1p", "mish", "sig
 BY_TOKEN = {
     "qcompile.gated_activation.default": 2, "qcompile.rotary_table.default": 1, **{f"aten.{name}.default": 1 for name in _FUNCTIONS},
     "qcompile.hadamard.default": 1, "qcompile.hadamard_quantize.default": 1, "qcompile.gated_quantize.default": 2,
-    "qcompile.norm_quantize.default": 1, "qcompile.add_norm_quantize.default": 2,
+    "qcompile.norm_quantize.default": 1, "qcompile.add_norm_quantize.default": 2, "qcompile.hadamard_quantize_asym.default": 1,
+    "qcompile.norm_quantize_asym.default": 1, "qcompile.add_norm_quantize_asym.default": 2, "qcompile.gated_quantize_asym.default": 2,
 }  # fmt: skip
 """Operator -> how many of its first arguments are rows [B, S, ...].
 

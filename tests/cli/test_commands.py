@@ -14,6 +14,7 @@ import pytest
 
 import qcompile
 from qcompile.dump import writer
+from qcompile.quant.scheme_options import SchemeOptions
 from tests.cli.fakes import RECORDS, FakeModel
 
 Invoke = Callable[..., Any]
@@ -25,6 +26,8 @@ def test_compile_hands_every_option_on(model: FakeModel, invoke: Invoke, tmp_pat
         "--ignore", "re:b", "--quantize-head", "--quantize-embedding", "--disable-pass", "fold-constants", "--passes", "canonicalize",
         "--strict", "--check", "--dump", tmp_path / "d", "--revision", "v1", "--trust-remote-code", "--max-batch", "2",
         "--max-context", "64", "--calibration", "c.npy", "--num-calibration-samples", "5", "--max-seq-length", "7",
+        "--weight-format", "nf4 g36 sym int8", "--activation-group-size", "-1", "--activation-asymmetric", "--activation-static",
+        "--activation-clip", "0.9",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     instruments = model.asked.pop("instruments")
@@ -32,7 +35,8 @@ def test_compile_hands_every_option_on(model: FakeModel, invoke: Invoke, tmp_pat
         "arguments": ("m.gguf", "cpu-int4"), "recipe": "best", "passes": "canonicalize", "disable": ["fold-constants"], "strict": True,
         "dump": tmp_path / "d", "check": True, "group_size": 32, "symmetric": False, "ignore": ["a", "re:b"], "quantize_head": True,
         "quantize_embedding": True, "calibration": Path("c.npy"), "num_calibration_samples": 5, "max_seq_length": 7, "max_batch": 2,
-        "max_context": 64, "revision": "v1", "trust_remote_code": True,
+        "max_context": 64, "revision": "v1", "trust_remote_code": True, "weight_format": "nf4 g36 sym int8", "activation_group_size": -1,
+        "activation_symmetric": False, "activation_static": True, "activation_clip": 0.9,
     }  # fmt: skip
     assert [type(item).__name__ for item in instruments] == ["StatusInstrument"]
     assert (tmp_path / "out" / "manifest.json").exists()
@@ -42,12 +46,18 @@ def test_compile_hands_every_option_on(model: FakeModel, invoke: Invoke, tmp_pat
 
 def test_compile_leaves_defaults_to_the_library(model: FakeModel, invoke: Invoke, tmp_path: Path) -> None:
     result = invoke("compile", "m", "-t", "cpu-fp32", "-o", tmp_path / "out", "--json")
-    unset = ("check", "symmetric", "ignore", "group_size", "quantize_head", "dump", "max_context", "calibration", "max_seq_length")
+    unset = ("check", "dump", "max_context", "calibration", "max_seq_length", *SchemeOptions.__annotations__)
     assert {model.asked[key] for key in unset} == {None}
     printed = json.loads(result.stdout)
     assert printed["weight_bytes"] == 1_000_000
     assert [row["name"] for row in printed["passes"]] == ["canonicalize", "idle"]
     assert printed["coverage"][0]["kernel"] == "torch_cpu.linear"
+
+
+def test_a_wrong_option_of_the_scheme_is_an_error_before_the_model_is_read(invoke: Invoke, tmp_path: Path) -> None:
+    result = invoke("compile", "nowhere.gguf", "-t", "cpu-w8a8", "-o", tmp_path / "out", "--activation-clip", "1.5")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: clip=1.5: expected a share of the range above 0 and at most 1")
 
 
 def test_compile_refuses_an_existing_folder_before_the_work(model: FakeModel, invoke: Invoke, tmp_path: Path) -> None:

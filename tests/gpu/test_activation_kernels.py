@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qcompile.codegen.triton.backend import TritonBackend
 from qcompile.codegen.triton.build import build_kernels, kernel_cache
-from qcompile.ir import activation_ops, fused_activation_ops
+from qcompile.ir import activation_ops, fused_activation_ops, fused_asymmetric_ops
 from qcompile.ir.layouts import apply_layout
 from qcompile.ir.lowered import KernelSpec
 from qcompile.ir.size import evaluate
@@ -88,6 +88,7 @@ def test_float8_linear(bucket: str, form: str, group: int) -> None:
     torch.manual_seed(0)
     rows, columns = 576, 1536
     w_codes, w_scale = activations.quantize(torch.randn(rows, columns), 8, group, "fp8")
+    w_scale = w_scale.float()
     codes, scale = activations.quantize(torch.randn(ROWS[bucket], columns), 8, group, "fp8")
     expected = activation_ops.float8_linear(codes, scale, w_codes, w_scale, None, group, group, torch.float64)
     operands = {"codes": codes, "scale": scale, "w_codes": w_codes.view(torch.uint8), "w_scale": w_scale}
@@ -108,12 +109,39 @@ def test_norm_quantize(size: int, bits: int, group: int) -> None:
     )
     device = {"x": x.cuda(), "weight": weight.cuda(), **({} if matrix is None else {"matrix": matrix.float().cuda()})}
     device["out"] = torch.zeros(33, 576, dtype=torch.int8, device="cuda")
-    device["out1"] = torch.zeros(33, 1 if group == -1 else 576 // group, device="cuda")
+    device["out1"] = torch.zeros_like(expected[1], device="cuda")
     run(specs.quantize("norm_quantize", 576, size, bits=bits, group=group), device, 33)
     numbers = activations.dequantize(device["out"].cpu(), device["out1"].cpu(), None, group, torch.float32)
     wanted = activations.dequantize(expected[0], expected[1], None, group, torch.float32)
-    step = expected[1].abs().repeat_interleave(576 // expected[1].shape[1], dim=-1)
+    step = expected[1].float().abs().repeat_interleave(576 // expected[1].shape[1], dim=-1)
     assert float(((numbers - wanted).abs() / step).max()) <= 1.0 + 2.0 ** (bits - 7)
+
+
+@pytest.mark.parametrize(("size", "bits", "group"), [(0, 8, -1), (64, 4, 64), (576, 8, -1)])
+def test_norm_quantize_asym(size: int, bits: int, group: int) -> None:
+    """As `norm_quantize`; a zero point that rounds the other way moves codes, not what they stand for."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(33, 576).bfloat16(), torch.randn(576).bfloat16()
+    matrix = mixing_matrix(size) if size else None
+    mixing = None if matrix is None else matrix.float()
+    expected = fused_asymmetric_ops.norm_quantize_asym(x.float(), weight.float(), 1e-5, 0.0, mixing, size, bits, group)
+    device = {"x": x.cuda(), "weight": weight.cuda(), **({} if mixing is None else {"matrix": mixing.cuda()})}
+    device |= {f"out{place or ''}": torch.zeros_like(value, device="cuda") for place, value in enumerate(expected)}
+    run(specs.quantize("norm_quantize_asym", 576, size, bits=bits, group=group), device, 33)
+    made = [device[name].cpu() for name in ("out", "out1", "out2")]
+    numbers, wanted = (activations.dequantize(*parts, group, torch.float32) for parts in (made, expected))
+    step = expected[1].float().repeat_interleave(576 // expected[1].shape[1], dim=-1)
+    assert float(((numbers - wanted).abs() / step).max()) <= 1.0 + 2.0 ** (bits - 7)
+
+
+@pytest.mark.parametrize("operator", ["quantize_activation", "quantize_activation_asym"])
+def test_quantize_in_groups_gives_the_reference_bit_for_bit(operator: str) -> None:
+    """Float16 scales too, from beyond their range down to the smallest of them."""
+    x = (torch.randn(65, 4096) * torch.logspace(-12, 8, 65).unsqueeze(1)).bfloat16()
+    expected = getattr(activation_ops, operator)(x, 4, 64)
+    device = {"x": x.cuda()} | {f"out{place or ''}": torch.zeros_like(value, device="cuda") for place, value in enumerate(expected)}
+    run(specs.quantize(operator, 4096, bits=4, group=64), device, 65)
+    assert all(torch.equal(device[f"out{place or ''}"].cpu(), value) for place, value in enumerate(expected))
 
 
 def test_quantize_activation_gives_the_reference_bit_for_bit() -> None:

@@ -23,6 +23,7 @@ NAMES = (
     "quantize_activation", "quantize_activation_asym", "quantize_static", "dequantize_activation", "integer_linear",
     "float8_linear", "integer_conv2d",
     "norm_quantize", "add_norm_quantize", "gated_quantize", "hadamard_quantize",
+    "norm_quantize_asym", "add_norm_quantize_asym", "gated_quantize_asym", "hadamard_quantize_asym",
 )  # fmt: skip
 
 
@@ -67,6 +68,36 @@ def test_a_clipped_range_saturates() -> None:
     codes, scale = ops.quantize_activation(x, 4, -1, "int", 0.5)
     assert scale.item() == -0.5
     assert codes.tolist() == [[-8, -4, 4]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scales_of_groups_are_float16_and_codes_are_made_by_them(dtype: torch.dtype, symmetric: bool) -> None:
+    x = torch.randn(7, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
+    codes, scale, zero = quantized(x, 4, 32, symmetric)
+    assert scale.dtype == torch.float16
+    assert quantized(x, 4, -1, symmetric)[1].dtype == torch.promote_types(dtype, torch.float32)
+    steps = x.double().view(7, 3, 32) / scale.double().unsqueeze(-1)
+    expected = steps.round() if zero is None else steps.round() + zero.unsqueeze(-1)
+    # float32 may round a quotient to a tie that float64 sees beside it.
+    clear = ((steps - steps.floor()) - 0.5).abs() > 1e-6
+    assert torch.equal(codes.view(7, 3, 32)[clear], expected.clamp(-8, 7).to(torch.int8)[clear])
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scales_of_groups_stay_within_float16(symmetric: bool) -> None:
+    x = torch.tensor([[1e30] * 4 + [-1e30] * 4 + [1e-30] * 4 + [0.0] * 4 + [6e-7] * 4])
+    codes, scale, zero = quantized(x, 4, 4, symmetric)
+    large, small = 65504.0, 2.0**-24
+    if symmetric:
+        assert scale.tolist() == [[-large, large, -small, 1.0, -small]]
+        assert codes[0, ::4].tolist() == [-8, -8, 0, 0, -8]
+    else:
+        assert scale.tolist() == [[large, large, small, 1.0, small]]
+        assert codes[0, ::4].tolist() == [7, -8, -8, -8, 2]
+    back = ops.dequantize_activation(codes, scale, zero, 4, torch.float32)
+    assert back.isfinite().all()
+    assert ((back - x).abs()[0, 8:] <= 3 * small).all()
 
 
 def test_a_zero_point_uses_the_whole_of_a_one_sided_range() -> None:
@@ -174,25 +205,27 @@ def test_groups_that_do_not_nest_are_refused() -> None:
         ops.integer_linear(codes, scale, None, packed.codes, packed.scale, None, None, 32, 8, 48, torch.float32)
 
 
+@pytest.mark.parametrize("suffix", ["", "_asym"])
 @pytest.mark.parametrize("size", [0, 12])
-def test_fused_operators_are_their_parts_to_the_last_bit(size: int) -> None:
+def test_fused_operators_are_their_parts_to_the_last_bit(size: int, suffix: str) -> None:
     x, residual, weight = torch.randn(2, 5, 24), torch.randn(2, 5, 24), torch.randn(24)
     matrix = mixing_matrix(12) if size else None
 
-    def expected(value: Tensor) -> tuple[Tensor, Tensor]:
-        rotated = ops.hadamard(value, matrix, size) if size else value
-        codes, scale = ops.quantize_activation(rotated, 4, 8, "int", 0.9)
-        return codes, scale
+    form = (4, 8, 0.9) if suffix else (4, 8, "int", 0.9)
 
-    tail = (matrix, size, 4, 8, "int", 0.9)
+    def expected(value: Tensor) -> tuple[Tensor, ...]:
+        rotated = ops.hadamard(value, matrix, size) if size else value
+        return getattr(ops, f"quantize_activation{suffix}")(rotated, *form)  # type: ignore[no-any-return]
+
     total, normed = ops.add_rms_norm(x, residual, weight, 1e-5, 1.0)
-    results = {
-        "norm": (ops.norm_quantize(x, weight, 1e-5, 1.0, *tail), expected(ops.rms_norm(x, weight, 1e-5, 1.0))),
-        "sum": (ops.add_norm_quantize(x, residual, weight, 1e-5, 1.0, *tail), (total, *expected(normed))),
-        "gate": (ops.gated_quantize(x, residual, "silu", *tail), expected(ops.gated_activation(x, residual, "silu"))),
-        "rotation": (ops.hadamard_quantize(x, *tail), expected(x)),
+    calls = {
+        "norm_quantize": ((x, weight, 1e-5, 1.0), expected(ops.rms_norm(x, weight, 1e-5, 1.0))),
+        "add_norm_quantize": ((x, residual, weight, 1e-5, 1.0), (total, *expected(normed))),
+        "gated_quantize": ((x, residual, "silu"), expected(ops.gated_activation(x, residual, "silu"))),
+        "hadamard_quantize": ((x,), expected(x)),
     }
-    for name, (got, wanted) in results.items():
+    for name, (args, wanted) in calls.items():
+        got = getattr(ops, name + suffix)(*args, matrix, size, *form)
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True)), name
 
 
@@ -209,6 +242,10 @@ def test_fakes_have_the_shapes_and_dtypes_of_results(dtype: torch.dtype) -> None
         (ops.norm_quantize, (x, None, 1e-5, 0.0, None, 0, 8, -1)),
         (ops.gated_quantize, (x, x, "relu", None, 0, 8, 16)),
         (ops.hadamard_quantize, (x, None, 8, 8, 16)),
+        (ops.add_norm_quantize_asym, (x, x, None, 1e-5, 0.0, None, 0, 8, -1)),
+        (ops.norm_quantize_asym, (x, None, 1e-5, 0.0, None, 0, 8, -1)),
+        (ops.gated_quantize_asym, (x, x, "relu", None, 0, 8, 16)),
+        (ops.hadamard_quantize_asym, (x, None, 8, 8, 16)),
     ]
     codes, scale = ops.quantize_activation(x, 8, 16)
     calls.append((ops.dequantize_activation, (codes, scale, None, 16, dtype)))

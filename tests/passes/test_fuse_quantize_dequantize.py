@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from qcompile.codegen.select import backend_for
 from qcompile.frontend import load
 from qcompile.ir.graph import Graph
-from qcompile.passes.base import Pass
+from qcompile.passes.activation_pairs import PRODUCERS
+from qcompile.passes.base import Pass, PassContext
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.fuse_dequantize import FuseDequantize
 from qcompile.passes.fuse_quantize_dequantize import FuseQuantizeDequantize
@@ -28,6 +30,7 @@ from qcompile.quant.element import NF4
 from qcompile.quant.format import QuantFormat
 from qcompile.quant.hadamard import mixing_matrix
 from qcompile.quant.scheme import FP8_DYNAMIC, W4A4, W4A8, W8A8, QuantScheme
+from qcompile.target import resolve
 from tests.golden import assert_golden
 from tests.models import tiny
 from tests.passes.helpers import Gated, assert_same_function, capture, names
@@ -63,10 +66,15 @@ def test_every_pair_ends_in_a_matmul_of_codes_and_no_value_changes(scheme: Quant
     assert_same_function(before, after)
 
 
-def test_producers_quantize_their_own_results() -> None:
-    _, graph, _ = fused(Gated(), torch.randn(3, 32))
-    assert {"add_norm_quantize", "gated_quantize"} <= set(names(graph))
-    assert not {"quantize_activation", "rms_norm", "add_rms_norm", "gated_activation"} & set(names(graph))
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_producers_quantize_their_own_results(symmetric: bool) -> None:
+    before, graph, ctx = fused(Gated(), torch.randn(3, 32), W8A8.with_options(activation_symmetric=symmetric))
+    suffix = "" if symmetric else "_asym"
+    assert {f"add_norm_quantize{suffix}", f"gated_quantize{suffix}"} <= set(names(graph))
+    left = {"rms_norm", "add_rms_norm", "gated_activation", "quantize_activation", "quantize_activation_asym"}
+    assert not left & set(names(graph))
+    assert reasons(ctx) == []
+    assert_same_function(before, graph)
 
 
 def test_the_listing_of_a_llama_is_the_golden_one() -> None:
@@ -188,6 +196,23 @@ def test_a_pair_that_is_quantized_again_in_the_same_format_cancels(scheme: Quant
     assert_same_function(before, graph)
 
 
+def test_asymmetric_codes_that_are_quantized_again_are_others() -> None:
+    """Of -0.5, 0 and 14.5 steps the lowest rounds to 0 like its zero point, and the range that is left is 14 steps."""
+    graph, ctx = capture(nn.Linear(32, 8), torch.randn(3, 32)), context(W4A4.with_options(activation_symmetric=False))
+    run_pipeline(graph, QUANTIZE, ctx)
+    (pair,) = graph.calls(ops.dequantize_activation.default)
+    quantize, reader = graph.calls(ops.quantize_activation_asym.default)[0], next(iter(pair.users))
+    again = graph.insert(reader, quantize.target, (pair, *quantize.args[1:]))  # type: ignore[arg-type]
+    parts = [graph.insert(reader, operator.getitem, (again, index)) for index in range(3)]
+    reader.update_arg(0, graph.insert(reader, pair.target, (*parts, *pair.args[3:])))  # type: ignore[arg-type]
+    run_pipeline(graph, [FuseQuantizeDequantize()], ctx)
+    assert names(graph).count("quantize_activation_asym") == 2
+    x = torch.tensor([[-0.5, 0.0, 14.5]])
+    first = ops.quantize_activation_asym(x, 4, -1)
+    second = ops.quantize_activation_asym(ops.dequantize_activation(*first, -1, torch.float32), 4, -1)
+    assert (first[1].item(), second[1].item()) == (1.0, pytest.approx(14 / 15))
+
+
 def reasons(ctx: Any) -> list[str]:
     """What the pass noted."""
     return [reason for where, _, reason, _ in ctx.notes if where == "fuse-quantize-dequantize"]
@@ -196,8 +221,6 @@ def reasons(ctx: Any) -> list[str]:
 def test_what_stays_apart_is_noted_with_its_reason() -> None:
     _, _, ctx = fused(Plain(torch.tanh), torch.randn(3, 32))
     assert "aten.tanh makes its values and cannot quantize them" in reasons(ctx)
-    _, _, ctx = fused(Gated(), torch.randn(3, 32), W8A8.with_options(activation_symmetric=False))
-    assert reasons(ctx) == ["its range is asymmetric: quantizing stays its own operator"] * 2
     _, _, ctx = fused(Gated(), torch.randn(3, 32), STATIC, [torch.randn(3, 32)])
     assert reasons(ctx) == ["its range is static: quantizing is elementwise and stays its own operator"] * 2
 
@@ -243,6 +266,21 @@ def test_the_coverage_table_shows_activations_and_transforms() -> None:
         "integer_linear": ("int4 g64 sym fp16", "int8 token sym dynamic"),
         "gated_quantize": ("int8 token sym dynamic", ""),
     }
+
+
+@pytest.mark.parametrize("scheme", [W8A8, W4A4.with_options(group_size=32, activation_group_size=32)], ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_gpu_has_a_kernel_for_all_that_fuses(scheme: QuantScheme, symmetric: bool) -> None:
+    """Operands, storages and options reach the kernels as the kernels declare them."""
+    goal = resolve("sm90", scheme.with_options(activation_symmetric=symmetric))
+    graph, ctx = load(tiny("llama")).graph, PassContext(goal, backend_for(goal))
+    run_pipeline(graph, default_pipeline(goal, "nearest"), ctx)
+    assert [row for row in ctx.coverage if row.reason and not row.chosen] == []
+    suffix = "" if symmetric else "_asym"
+    made = {f"norm_quantize{suffix}", f"add_norm_quantize{suffix}", f"gated_quantize{suffix}"}
+    assert made <= {row.operator for row in ctx.coverage if row.kernel != "reference"}
+    scales = {value.dtype for node in graph.calls(*PRODUCERS) for value in node.meta["val"] if value.is_floating_point()}
+    assert scales == {torch.bfloat16, torch.float32} | ({torch.float16} if scheme.name == "w4a4" else set())
 
 
 def test_without_fuel_nothing_is_fused() -> None:

@@ -164,6 +164,15 @@ def test_convolutions_get_static_ranges_even_in_a_dynamic_scheme() -> None:
     assert zero.materialize().tolist() == [-128]  # after a ReLU nothing is below 0
 
 
+def test_static_ranges_reach_to_extremes_that_a_sample_misses() -> None:
+    sample = torch.zeros(2, 3, 8, 8)
+    sample[0, 0, 0, :2] = torch.tensor([-100.0, 155.0])
+    graph, _ = quantized(W8A8, convolutions(), torch.randn(2, 3, 8, 8), [sample], ranges="max", samples=4)
+    scale = graph.constant(graph.calls(ops.quantize_static.default)[0].args[1])
+    assert scale is not None
+    assert scale.materialize().item() == pytest.approx(1.0)
+
+
 def test_convolutions_without_data_stay_and_say_so() -> None:
     graph, ctx = quantized(W8A8, convolutions(), torch.randn(2, 3, 8, 8))
     assert "quantize_static" not in names(graph)

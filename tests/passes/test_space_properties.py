@@ -16,6 +16,7 @@ from qcompile.ir.graph import Graph
 from qcompile.passes.fold_norms import FoldNorms
 from qcompile.passes.instruments import outputs, relative_error
 from qcompile.passes.spaces import find_spaces
+from qcompile.quant.hadamard import mixing_matrix
 from tests.passes.building import BATCH, TOKENS, Builder
 from tests.passes.helpers import context
 from tests.passes.space_cases import EXACT, changed, error_if_forced
@@ -104,7 +105,23 @@ def per_head(data: st.DataObject, build: Builder, values: Values) -> fx.Node:
     return build.call(aten.reshape.default, inner, [BATCH, TOKENS, 2 * size])
 
 
-STEPS: list[Step] = [linear, rms_norm, layer_norm, unary, vector, add, product, gated, attention, split, per_head]
+def rotate(data: st.DataObject, build: Builder, values: Values) -> fx.Node:
+    """A Hadamard rotation that runs, of all channels or of blocks of four."""
+    x = one(data, values)
+    size = data.draw(st.sampled_from((4, width(x))))
+    mixing = mixing_matrix(size)
+    matrix = None if mixing is None else build.graph.add_constant("mixing", mixing.double())
+    return build.call(qcompile.hadamard.default, x, matrix, size)
+
+
+def select(data: st.DataObject, build: Builder, values: Values) -> fx.Node:
+    """Channels in another order."""
+    x = one(data, values)
+    order = torch.tensor(data.draw(st.one_of(st.just([*range(3, width(x)), 0, 1, 2]), st.permutations(range(width(x))))))
+    return build.call(aten.index_select.default, x, -1, build.graph.add_constant("order", order))
+
+
+STEPS: list[Step] = [linear, rms_norm, layer_norm, unary, vector, add, product, gated, attention, split, per_head, rotate, select]
 
 
 def draw_graph(data: st.DataObject, steps: list[Step]) -> Graph:

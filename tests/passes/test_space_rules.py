@@ -16,6 +16,10 @@ from qcompile.ir.graph import Graph
 from qcompile.passes.instruments import outputs, relative_error
 from qcompile.passes.space_system import Layouts, System
 from qcompile.passes.spaces import DEFAULT_RULES, find_spaces
+from qcompile.quant.element import INT8
+from qcompile.quant.format import QuantFormat
+from qcompile.quant.hadamard import mixing_matrix
+from qcompile.quant.reference import quantize
 from tests.passes.building import BATCH, TOKENS, Builder
 from tests.passes.space_cases import EXACT, changed, error_if_forced
 
@@ -104,6 +108,29 @@ def heads(make: Make) -> Make:
     return wrapped
 
 
+def rotated(size: int) -> Make:
+    """A Hadamard rotation of blocks of `size` channels that runs."""
+
+    def make(build: Builder, x: fx.Node) -> fx.Node:
+        mixing = mixing_matrix(size)
+        matrix = None if mixing is None else build.graph.add_constant("mixing", mixing.double())
+        return build.call(qcompile.hadamard.default, x, matrix, size)
+
+    return make
+
+
+def selected(order: torch.Tensor, axis: int = -1) -> Make:
+    return lambda build, x: build.call(aten.index_select.default, x, axis, build.graph.add_constant("order", order))
+
+
+def packed_linear(build: Builder, x: fx.Node) -> fx.Node:
+    """A linear whose weight is quantized."""
+    packed = quantize(torch.randn(12, 12, generator=torch.Generator().manual_seed(0)), QuantFormat(INT8))
+    parts = [build.graph.add_constant(name, part) for name, part in (("codes", packed.codes), ("scale", packed.scale))]
+    weight = build.call(qcompile.dequantize.default, *parts, None, 8, -1, 12, torch.float64)
+    return build.call(aten.linear.default, x, weight)
+
+
 ALL = {P, S, D, O, I}
 PASSING: list[tuple[str, Make, set[Kind]]] = [
     ("nothing", lambda _, x: x, ALL),
@@ -151,6 +178,15 @@ PASSING: list[tuple[str, Make, set[Kind]]] = [
         qcompile.gather_last.default, x, build.graph.add_constant("positions", torch.arange(TOKENS).repeat(BATCH, 1))), ALL),
     ("channels by a list", lambda build, x: build.call(
         aten.index.Tensor, x, [None, None, build.graph.add_constant("order", torch.arange(12).roll(5))]), ALL),
+    ("channels in another order", selected(torch.arange(12).roll(5)), ALL),
+    ("channels in any order", selected(torch.tensor([5, 2, 9, 0, 7, 4, 11, 1, 8, 3, 10, 6], dtype=torch.int32)), {S, D}),
+    ("some channels, some twice", selected(torch.tensor([3, 4, 5, 4, 3]), 2), {S, D}),
+    ("tokens in another order", selected(torch.tensor([4, 0, 0, 2, 1]), 1), ALL),
+    ("channels by their sums", lambda build, x: build.call(aten.index_select.default, x, -1, build.call(
+        operator.getitem, build.call(aten.topk.default, build.call(aten.sum.dim_IntList, x, [0, 1]), 12), 1)), set()),
+    ("rotated", rotated(12), set()),
+    ("rotated in blocks", rotated(4), set()),
+    ("quantized weights", packed_linear, set()),
     ("every third channel", lambda build, x: build.call(aten.slice.Tensor, x, 2, 0, 12, 3), {S, D}),
     ("interleaved", lambda build, x: build.call(aten.reshape.default, build.call(
         aten.transpose.int, build.call(aten.reshape.default, x, [BATCH, TOKENS, 3, 4]), 2, 3), [BATCH, TOKENS, 12]), {S, D}),
@@ -175,6 +211,17 @@ def test_what_each_operator_lets_pass(make: Make, kinds: set[Kind]) -> None:
         for space in find_spaces(graph, kind, blocked=True):
             if space.blocked is not None and "unknown" not in space.blocked[1]:
                 assert error_if_forced(graph, space, expected) > EXACT, space
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_a_rotation_that_runs_says_why_nothing_passes(kind: Kind) -> None:
+    blocked = [space.blocked for space in find_spaces(between(rotated(4)), kind, blocked=True)]
+    assert ("hadamard", "mixes channels while the graph runs: a map would come out as another") in blocked
+
+
+def test_quantized_weights_say_why_nothing_moves() -> None:
+    blocked = [space.blocked for space in find_spaces(between(packed_linear), O, blocked=True)]
+    assert blocked[0] == ("linear_1", "its weight is quantized: change bases before")
 
 
 def test_positions_pass_planes() -> None:

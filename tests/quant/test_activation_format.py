@@ -48,7 +48,7 @@ def test_activation_options() -> None:
     assert str(W4A4.with_options(activation_group_size=-1, activation_clip=0.8).activation) == "int4 token sym dynamic clip 0.8"
     assert str(W8A8.with_options(activation_static=True, activation_symmetric=False).activation) == "int8 tensor asym static"
     assert W4A4.with_options(group_size=32).activation == W4A4.activation
-    with pytest.raises(FormatError, match="scheme fp32: expected quantized activations for static, got float activations"):
+    with pytest.raises(FormatError, match="scheme fp32: expected quantized activations for activation_static, got float activations"):
         FP32.with_options(activation_static=True)
 
 

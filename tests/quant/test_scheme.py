@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
-from qcompile.errors import FormatError, TargetError
+import qcompile
+from qcompile.errors import FormatError, OptionError, TargetError
 from qcompile.quant.element import element
 from qcompile.quant.granularity import Granularity
 from qcompile.quant.scheme import FP32, SCHEMES, W4A16, QuantFormat, scheme
+from qcompile.quant.scheme_options import SchemeOptions, given_options
 from qcompile.target import known_targets, parse_target
 
 
@@ -58,6 +64,44 @@ def test_a_weight_format_is_given_as_text() -> None:
     assert str(FP32.with_options(weight_format="int3 g64 sym fp16", symmetric=False).weight) == "int3 g64 asym fp16"
     with pytest.raises(FormatError, match="expected a format like 'int4 g64 sym fp16', got 'int4'"):
         W4A16.with_options(weight_format="int4")
+
+
+def test_activation_options_need_quantized_activations() -> None:
+    changed = scheme("w4a4").with_options(activation_group_size=32, activation_symmetric=False, activation_clip=0.9)
+    assert str(changed.activation) == "int4 g32 asym dynamic clip 0.9"
+    assert str(scheme("w8a8").with_options(activation_static=True).activation) == "int8 tensor sym static"
+    with pytest.raises(FormatError, match="expected quantized activations for activation_group_size, activation_clip, got float"):
+        W4A16.with_options(activation_group_size=32, activation_clip=0.9)
+    with pytest.raises(FormatError, match="static activations in g64: expected one scale for the tensor; set activation_group_size=-1"):
+        scheme("w4a4").with_options(activation_static=True)
+
+
+def test_none_leaves_the_scheme_as_it_is() -> None:
+    assert W4A16.with_options(**dict.fromkeys(SchemeOptions.__annotations__)) == W4A16
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"group_sizes": 32}, "option 'group_sizes': expected a parameter .* or one of weight_format, .*; did you mean group_size"),
+    ({"zzz": None}, "option 'zzz': expected a parameter of the function, or one of weight_format, .*, activation_clip$"),
+    ({"group_size": "32"}, "group_size='32': expected an integer"),
+    ({"group_size": True}, "group_size=True: expected an integer"),
+    ({"symmetric": 0}, "symmetric=0: expected True or False"),
+    ({"ignore": "lm_head"}, "ignore='lm_head': expected a list of names"),
+    ({"ignore": [3]}, r"ignore=\[3\]: expected a list of names"),
+    ({"activation_clip": "0.9"}, "activation_clip='0.9': expected a number above 0"),
+    ({"weight_format": 4}, "weight_format=4: expected text such as 'int4 g64 sym fp16'"),
+])  # fmt: skip
+def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        scheme("w8a8").with_options(**options)
+
+
+def test_every_option_is_documented_and_checked() -> None:
+    names = set(SchemeOptions.__annotations__)
+    document = (Path(__file__).parents[2] / "docs" / "formats-and-kernels.md").read_text()
+    assert names <= set(re.findall(r"`(\w+)`", qcompile.compile.__doc__ or ""))
+    assert names <= set(re.findall(r"`(\w+)`", document))
+    given_options(dict.fromkeys(names))
 
 
 @pytest.mark.parametrize(("name", "size"), [("nvfp4", 32), ("mxfp4", 16), ("mxint8", 64)])

@@ -45,6 +45,23 @@ def test_a_row_of_the_reference_does_not_depend_on_its_batch(scheme: str) -> Non
         assert all(torch.equal(a[row], b[0]) for a, b in zip(together, alone, strict=True))
 
 
+@pytest.mark.parametrize(("scheme", "group_size"), [("w8a8", -1), ("w4a4", 16)])
+def test_asymmetric_activations_come_from_their_producers(scheme: str, group_size: int) -> None:
+    model = qcompile.compile(
+        tiny("llama"), f"cpu-{scheme}", recipe="nearest", max_batch=3, max_context=CONTEXT, group_size=group_size,
+        activation_symmetric=False, activation_group_size=group_size,
+    )  # fmt: skip
+    made = {row.operator for row in model.coverage if row.operator.endswith("_asym")}
+    assert {"norm_quantize_asym", "add_norm_quantize_asym", "gated_quantize_asym"} <= made
+    fast = run(engine_of(TorchCpuEngine, model), PROMPTS, STEPS)
+    exact = run(engine_of(ReferenceEngine, model), PROMPTS, STEPS)
+    for got, expected in zip(fast, exact, strict=True):
+        assert torch.equal(got.argmax(-1), expected.argmax(-1))
+    for row, prompt in enumerate(PROMPTS):
+        alone = run(engine_of(ReferenceEngine, model), [prompt], [[step[row]] for step in STEPS])
+        assert all(torch.equal(a[row], b[0]) for a, b in zip(exact, alone, strict=True))
+
+
 @pytest.mark.parametrize("scheme", ["w8a8", "fp8"])
 @pytest.mark.parametrize("quantized", [("head",), ("head", "embedding")])
 def test_a_quantized_head_sees_only_the_last_token(scheme: str, quantized: tuple[str, ...]) -> None:

@@ -55,8 +55,9 @@ def gptq(weight: Tensor, hessian: Tensor, form: QuantFormat, *, damping: float =
     with medium_precision():  # what makes up for an error needs few digits: it is rounded to a level itself
         grid, levels = _Walk(values, order, factor, nearest, name).run()
         grid = fit_scales(values, second, grid, levels, name)
-        # Nothing made up for the error of columns that were never active, and no fit asked for them.
-        levels = torch.where(second.diagonal() > 0, levels, snap_to_grid(values, grid))
+        active = second.diagonal() > 0
+        if not bool(active.all()):  # nothing made up for the error of the others, and no fit asked for them
+            levels = torch.where(active, levels, snap_to_grid(values, grid))
         return _better_rows(values, second, (grid, levels), plain)
 
 

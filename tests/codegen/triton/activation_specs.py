@@ -25,6 +25,11 @@ def hadamard(columns: int, size: int, dtype: str = "bf16") -> KernelSpec:
     return spec("hadamard", sizes={"K": columns, **sizes}, formats={"x": dtype, "out": dtype, **formats}, hadamard_size=size)
 
 
+def scale_kind(group: int) -> str:
+    """What dynamic scales of activations are stored in."""
+    return "fp32" if group == -1 else "fp16"
+
+
 def quantize(
     operator: str,
     columns: int,
@@ -38,24 +43,25 @@ def quantize(
 ) -> KernelSpec:
     """Any operator of one row that ends in codes and scales."""
     sizes, formats = rotation(size)
+    producer = operator.removesuffix("_asym")
     sources: dict[str, dict[str, str | None]] = {
         "norm_quantize": {"x": dtype, "weight": dtype},
         "add_norm_quantize": {"x": dtype, "residual": dtype, "weight": dtype},
         "gated_quantize": {"gate": dtype, "up": dtype},
     }
     codes = "fp8e4nv" if element == "fp8" else "i8"
-    results = [codes, "fp32", *(["i32"] if operator == "quantize_activation_asym" else [])]
-    if operator == "add_norm_quantize":
+    results = [codes, scale_kind(group), *(["i32"] if producer != operator else [])]
+    if producer == "add_norm_quantize":
         results.insert(0, dtype)
-    formats |= sources.get(operator, {"x": dtype}) | {f"out{place or ''}": kind for place, kind in enumerate(results)}
+    formats |= sources.get(producer, {"x": dtype}) | {f"out{place or ''}": kind for place, kind in enumerate(results)}
     options: dict[str, object] = {"bits": bits, "group_size": group, "clip": clip}
-    if operator != "quantize_activation_asym":
+    if producer == operator:
         options["element"] = element
     if not operator.startswith("quantize_activation"):
         options["hadamard_size"] = size
     if "norm" in operator:
         options |= {"eps": 1e-5, "offset": 0.0}
-    if operator == "gated_quantize":
+    if producer == "gated_quantize":
         options["activation"] = "silu"
     return spec(operator, sizes={"K": columns, **sizes}, formats=formats, **options)
 
@@ -74,7 +80,7 @@ def code_linear(
     float8 = form.startswith("fp8")
     formats = {
         "codes": "fp8e4nv" if float8 else "i8",
-        "scale": "fp32",
+        "scale": scale_kind(group),
         "zero": "i32" if zero else None,
         "w_codes": form,
         "w_scale": form.rsplit(" ", maxsplit=1)[-1],

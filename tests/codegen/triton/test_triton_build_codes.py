@@ -23,6 +23,7 @@ EVERYWHERE: list[KernelSpec] = [
     specs.code_linear(3072, 576, "m64"),
     specs.quantize("gated_quantize", 8960, 8960),
     specs.quantize("norm_quantize", 576, 64, bits=4, group=64),
+    specs.quantize("add_norm_quantize_asym", 576, 64, bits=4, group=64),
 ]
 FLOAT8 = [
     specs.code_linear(4096, 4096, "m2-63", "fp8 g128 sym fp32", group=128),
@@ -42,6 +43,8 @@ THOROUGH = [
     specs.quantize("quantize_activation_asym", 4096),
     specs.quantize("add_norm_quantize", 8960, 8960, bits=4, group=128),
     specs.quantize("gated_quantize", 14336, 14336),
+    specs.quantize("gated_quantize_asym", 14336, 14336),
+    specs.quantize("add_norm_quantize_asym", 8960, 8960, bits=4, group=128),
     specs.quantize_static(576, zero=True),
 ]
 """What takes the most registers: asymmetric on both sides, groups on both sides, orders that need padding, the longest rows."""

@@ -42,6 +42,7 @@ CASES: dict[str, tuple[str, KernelSpec]] = {
     "quantize_static": ("sm90", activation_specs.quantize_static(576, zero=True)),
     "add_norm_quantize": ("sm90", activation_specs.quantize("add_norm_quantize", 576)),
     "norm_hadamard_quantize": ("sm90", activation_specs.quantize("norm_quantize", 576, 64, bits=4, group=64)),
+    "norm_hadamard_quantize_asymmetric": ("sm90", activation_specs.quantize("add_norm_quantize_asym", 576, 64, bits=4, group=64)),
     "gated_hadamard_quantize": ("sm90", activation_specs.quantize("gated_quantize", 1536, 1536)),
     "w8a8_m1": ("sm90", activation_specs.code_linear(1536, 576, "m1")),
     "w8a8_m64": ("sm90", activation_specs.code_linear(1536, 576, "m64", bias=True)),

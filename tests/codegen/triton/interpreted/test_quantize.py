@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qcompile.ir import activation_ops, fused_activation_ops, ops
+from qcompile.ir import activation_ops, fused_activation_ops, fused_asymmetric_ops, ops
 from qcompile.ir.hadamard_ops import hadamard
-from qcompile.quant.activations import dequantize
+from qcompile.quant.activations import HALF_LEAST, HALF_MAX, dequantize, scale_dtype
 from qcompile.quant.hadamard import mixing_matrix
 from qcompile.quant.scheme import DTYPE_NAMES
 from tests.codegen.triton import activation_specs as specs
@@ -52,7 +52,7 @@ def assert_near(codes: Tensor, scale: Tensor, group: int, exact: Tensor, expecte
     Beyond that only what a row's roundings to 16 bits change, 2^-7 of its largest. The sign of a scale may differ: it is that of the
     larger of two extremes, which a rounding may exchange.
     """
-    assert scale.dtype == torch.float32
+    assert scale.dtype == expected_scale.dtype
     assert torch.allclose(scale.abs(), expected_scale.abs(), rtol=2**-6, atol=0)
     size = exact.shape[-1] if group == -1 else group
     step = scale.double().abs().repeat_interleave(size, dim=-1)[:, : exact.shape[-1]]
@@ -63,10 +63,10 @@ def assert_near(codes: Tensor, scale: Tensor, group: int, exact: Tensor, expecte
     assert float(error.max()) <= 0
 
 
-def outputs(columns: int, groups: int, element: str = "int") -> tuple[Tensor, Tensor]:
+def outputs(columns: int, group: int, element: str = "int") -> tuple[Tensor, Tensor]:
     """Places for codes and scales."""
     codes = result((ROWS, columns), torch.float8_e4m3fn if element == "fp8" else torch.int8)
-    return codes, result((ROWS, groups), torch.float32)
+    return codes, result((ROWS, groups_in(columns, group)), scale_dtype(torch.float32, group))
 
 
 CASES = [
@@ -85,7 +85,7 @@ def test_quantize_activation(columns: int, bits: int, group: int, element: str, 
     torch.manual_seed(0)
     x = rows(columns)
     x[1] = 0
-    codes, scale = outputs(columns, groups_in(columns, group), element)
+    codes, scale = outputs(columns, group, element)
     spec = specs.quantize("quantize_activation", columns, bits=bits, group=group, element=element, clip=clip)
     run_kernel(spec, {"x": x, "out": codes, "out1": scale}, {"rows": ROWS})
     expected = activation_ops.quantize_activation(x, bits, group, element, clip)
@@ -95,13 +95,26 @@ def test_quantize_activation(columns: int, bits: int, group: int, element: str, 
     assert bool((scale[1] == 1).all())
 
 
+@pytest.mark.parametrize("operator", ["quantize_activation", "quantize_activation_asym"])
+def test_scales_of_groups_stay_within_float16(operator: str) -> None:
+    """A magnitude beyond it takes the last one on either side; below the least normal number 10 bits of mantissa shrink to none."""
+    x = rows(96)
+    x[0, :32], x[0, 32:64], x[0, 64:] = 3e38, 1e-20, -1e-20
+    x[1, :32], x[1, 32:64] = 2.0**-21 * 1.3, -(2.0**-21) * 0.7
+    names = ("out", "out1", *(["out2"] if operator.endswith("asym") else []))
+    made = [*outputs(96, 32), result((ROWS, 3), torch.int32)][: len(names)]
+    run_kernel(specs.quantize(operator, 96, bits=4, group=32), {"x": x, **dict(zip(names, made, strict=True))}, {"rows": ROWS})
+    expected = getattr(activation_ops, operator)(x, 4, 32)
+    assert all(torch.equal(got, want) for got, want in zip(made, expected, strict=True))
+    assert made[1].abs()[0].tolist() == [HALF_MAX, HALF_LEAST, HALF_LEAST]
+
+
 @pytest.mark.parametrize(("columns", "bits", "group"), [(64, 8, -1), (100, 4, 32), (70, 4, -1)])
 def test_quantize_activation_asymmetrically(columns: int, bits: int, group: int) -> None:
     torch.manual_seed(0)
     x = guarded((rows(columns) + torch.tensor([[0.01], [-2.0], [400.0]])).bfloat16())
-    groups = groups_in(columns, group)
-    codes, scale = outputs(columns, groups)
-    zero = result((ROWS, groups), torch.int32)
+    codes, scale = outputs(columns, group)
+    zero = result(tuple(scale.shape), torch.int32)
     spec = specs.quantize("quantize_activation_asym", columns, bits=bits, group=group)
     run_kernel(spec, {"x": x, "out": codes, "out1": scale, "out2": zero}, {"rows": ROWS})
     expected = activation_ops.quantize_activation_asym(x, bits, group)
@@ -112,7 +125,7 @@ def test_quantize_activation_asymmetrically(columns: int, bits: int, group: int)
 def test_quantize_static(element: str, zero: bool) -> None:
     torch.manual_seed(0)
     x = rows(90)
-    operands = {"x": x, "scale": guarded(torch.tensor([0.05])), "out": outputs(90, 1, element)[0]}
+    operands = {"x": x, "scale": guarded(torch.tensor([0.05])), "out": outputs(90, -1, element)[0]}
     if zero:
         operands["zero"] = guarded(torch.tensor([-17], dtype=torch.int32))
     run_kernel(specs.quantize_static(90, zero=zero, element=element), operands, {"rows": ROWS})
@@ -163,7 +176,7 @@ def test_fused(operator: str, columns: int, size: int, bits: int, group: int, el
     torch.manual_seed(0)
     operands, arguments = sources(operator, columns)
     operands, matrix = with_matrix(operands, size)
-    results = list(outputs(columns, groups_in(columns, group), element))
+    results = list(outputs(columns, group, element))
     if operator == "add_norm_quantize":
         results.insert(0, result((ROWS, columns), torch.bfloat16))
     operands |= {f"out{place or ''}": value for place, value in enumerate(results)}
@@ -174,3 +187,29 @@ def test_fused(operator: str, columns: int, size: int, bits: int, group: int, el
     exact = wide(operator, arguments)
     exact = hadamard(exact, None if matrix is None else matrix.double(), size) if size else exact
     assert_near(results[-2], results[-1], group, exact, reference[-1], 0 if element == "fp8" else (1 << (bits - 1)) - 1)
+
+
+@pytest.mark.parametrize(("columns", "size", "bits", "group"), [case[:4] for case in FUSED if case[4] == "int"])
+@pytest.mark.parametrize("operator", ["norm_quantize", "add_norm_quantize", "gated_quantize", "hadamard_quantize"])
+def test_fused_asymmetrically(operator: str, columns: int, size: int, bits: int, group: int) -> None:
+    """Within a step of what is exact: half a step of rounding, as much again at the end that the zero point's rounding cuts."""
+    torch.manual_seed(0)
+    operands, arguments = sources(operator, columns)
+    operands, matrix = with_matrix(operands, size)
+    codes, scale = outputs(columns, group)
+    results = [codes, scale, result(tuple(scale.shape), torch.int32)]
+    if operator == "add_norm_quantize":
+        results.insert(0, result((ROWS, columns), torch.bfloat16))
+    operands |= {f"out{place or ''}": value for place, value in enumerate(results)}
+    run_kernel(specs.quantize(f"{operator}_asym", columns, size, bits=bits, group=group), operands, {"rows": ROWS})
+    reference = getattr(fused_asymmetric_ops, f"{operator}_asym")(*arguments, matrix, size, bits, group)
+    if operator == "add_norm_quantize":
+        assert torch.equal(results[0], reference[0])
+    assert torch.allclose(scale.double(), reference[-2].double(), rtol=2**-6, atol=0)
+    exact = wide(operator, arguments)
+    exact = hadamard(exact, None if matrix is None else matrix.double(), size) if size else exact
+    step = scale.double().repeat_interleave(columns if group == -1 else group, dim=-1)[:, :columns]
+    error = (dequantize(codes, scale, results[-1], group, torch.float64) - exact).abs()
+    assert float((error - step - exact.abs().amax(-1, keepdim=True) * 2**-7).max()) <= 0
+    assert float((error / step).median()) <= 0.3
+    assert int(codes.max()) - int(codes.min()) >= (1 << bits) - 2

@@ -1,0 +1,59 @@
+"""Filters of a convolution, rounded against the patches that they see.
+
+A filter whose taps sum to about zero (an edge detector) turns rounding errors into a shift of its whole channel: they add up over an input
+that is far from zero. Its bias can take such a shift back exactly (arXiv:1906.04721, section 4.2, with the mean measured), and then only
+the input's covariance counts for the choice of levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx
+
+from qcompile.ir.constants import uncast
+from qcompile.ir.graph import Graph
+from qcompile.passes.activation_pairs import arguments
+from qcompile.passes.patches import patch_moments
+from qcompile.passes.sites import Site
+from qcompile.passes.stream import NodeInputs
+from qcompile.quant.format import QuantFormat
+from qcompile.quant.reference import Quantized, restore
+from qcompile.quant.rounding.grouped_gptq import grouped_gptq
+
+Rounding = Callable[[Tensor, Tensor, QuantFormat, str], Quantized]
+"""Weight [N, K], second moment [K, K], format, name -> packed weight."""
+
+
+def round_filters(graph: Graph, site: Site, inputs: NodeInputs, rounding: Rounding) -> tuple[Quantized, Tensor | None]:
+    """The packed filters, and the bias [N] float32 that keeps the mean of what comes out; None where there is no bias to change.
+
+    `rounding` is used where all filters see the same channels, GPTQ for many small matrices where they do not.
+    """
+    weight, moments = site.constant.materialize().float(), patch_moments(inputs.node, inputs)
+    bias = _own_bias(graph, site)
+    second = moments.second if bias is None else moments.covariance()
+    if len(second) == 1:
+        rounded = rounding(weight, second[0], site.form, site.weight)
+    else:
+        rounded = grouped_gptq(weight, second, site.form, name=site.weight)
+    if bias is None:
+        return rounded, None
+    error = (weight - restore(rounded, site.form, weight.shape[1])).view(len(second), -1, weight.shape[1])
+    return rounded, bias + torch.bmm(error, moments.mean.unsqueeze(2)).flatten()
+
+
+def bias_name(node: fx.Node) -> str:
+    """The constant that a convolution has as its bias."""
+    return str(arguments(node)["bias"].target)
+
+
+def _own_bias(graph: Graph, site: Site) -> Tensor | None:
+    """The bias of the one convolution that reads the weight, if nothing else reads that bias."""
+    bias = arguments(site.readers[0])["bias"]
+    constant = graph.constant(bias)
+    if constant is None or len(site.readers) > 1:
+        return None
+    users = {user for node in graph.fx.find_nodes(op="get_attr", target=str(bias.target)) for user in node.users}
+    return uncast(constant).materialize().float() if users == {site.readers[0]} else None
