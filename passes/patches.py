@@ -47,6 +47,17 @@ def patch_moments(node: fx.Node, inputs: NodeInputs) -> Moments:
     return Moments((mean / max(count, 1)).float(), (second / max(count, 1)).float())
 
 
+def patch_mean(node: fx.Node, inputs: NodeInputs) -> Tensor:
+    """The mean alone, [G, K]."""
+    mean, count = torch.zeros(()), 0
+    for batch in range(len(inputs)):
+        x = inputs[batch][0].to(torch.float32)
+        for part in x.split(_images_at_once(node, x)):
+            seen = patches(node, part, _PLACES)
+            mean, count = mean + seen.sum(1, dtype=torch.float64), count + seen.shape[1]
+    return (mean / max(count, 1)).float()
+
+
 def patches(node: fx.Node, x: Tensor, most: int = 0) -> Tensor:
     """The patches [G, B·H'·W', K] of an input [B, C, H, W] (or [B, C, W]), each as a row of the flattened filters is multiplied with it.
 

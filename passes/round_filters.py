@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from qcompile.ir.constants import uncast
 from qcompile.ir.graph import Graph
 from qcompile.passes.activation_pairs import arguments
-from qcompile.passes.patches import patch_moments
+from qcompile.passes.patches import patch_mean, patch_moments
 from qcompile.passes.sites import Site
 from qcompile.passes.stream import NodeInputs
 from qcompile.quant.format import QuantFormat
@@ -29,6 +29,7 @@ Rounding = Callable[[Tensor, Tensor, QuantFormat, str], Quantized]
 def round_filters(graph: Graph, site: Site, inputs: NodeInputs, rounding: Rounding) -> tuple[Quantized, Tensor | None]:
     """The packed filters, and the bias [N] float32 that keeps the mean of what comes out; None where there is no bias to change.
 
+    The mean is that of the reference graph, if `inputs` has one: what was rounded before has moved it too.
     `rounding` is used where all filters see the same channels, GPTQ for many small matrices where they do not.
     """
     weight, moments = site.constant.materialize().float(), patch_moments(inputs.node, inputs)
@@ -40,8 +41,14 @@ def round_filters(graph: Graph, site: Site, inputs: NodeInputs, rounding: Roundi
         rounded = grouped_gptq(weight, second, site.form, name=site.weight)
     if bias is None:
         return rounded, None
-    error = (weight - restore(rounded, site.form, weight.shape[1])).view(len(second), -1, weight.shape[1])
-    return rounded, bias + torch.bmm(error, moments.mean.unsqueeze(2)).flatten()
+    wanted = moments.mean if inputs.reference is None else patch_mean(inputs.node, inputs.reference)
+    means = (_means(each, mean) for each, mean in ((weight, wanted), (restore(rounded, site.form, weight.shape[1]), moments.mean)))
+    return rounded, bias + next(means) - next(means)
+
+
+def _means(weight: Tensor, mean: Tensor) -> Tensor:
+    """Of what filters [N, K] give, [N], from the means of the patches [G, K] that each group sees."""
+    return torch.bmm(weight.view(len(mean), -1, weight.shape[1]), mean.unsqueeze(2)).flatten()
 
 
 def bias_name(node: fx.Node) -> str:

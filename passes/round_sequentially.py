@@ -14,6 +14,7 @@ from qcompile.passes.collectors import SecondMoment
 from qcompile.passes.patches import CONVOLUTIONS
 from qcompile.passes.round_filters import Rounding, bias_name, round_filters
 from qcompile.passes.sites import BIAS, Method, Parts, Site, marked, restored
+from qcompile.passes.straight_through import straighten
 from qcompile.passes.stream import NodeInputs, stream
 from qcompile.passes.work import WorkStore, content_key
 from qcompile.quant.format import QuantFormat
@@ -38,10 +39,22 @@ def round_sequentially(rounding: Rounding, label: str) -> Method:
             store = ctx.work.part(f"quantize-weights {label} {content_key(graph)} {calibration.key} {forms}")
         walk = _Walk(graph, rounding, sites, store)
         visited = [site.readers[0] for site in sites]
-        stream(graph, calibration, walk.visit, visited, progress=ctx.progress(f"rounding weights ({label})"))
+        progress = ctx.progress(f"rounding weights ({label})")
+        stream(graph, calibration, walk.visit, visited, reference=_exact(graph) if _has_filters(sites) else None, progress=progress)
         return walk.parts
 
     return run
+
+
+def _has_filters(sites: Sequence[Site]) -> bool:
+    return any(site.readers[0].target in CONVOLUTIONS for site in sites)
+
+
+def _exact(graph: Graph) -> Graph:
+    """A copy in which activations stay as they are; like the weights, which are not rounded in it."""
+    copy = graph.clone()
+    straighten(copy, exact=True)
+    return copy
 
 
 class _Walk:

@@ -49,7 +49,8 @@ def principal_axes(pairs: Sequence[MomentPair]) -> Tensor:
     """The rotation to the principal axes of the mean second moment, the largest first; it does not depend on the basis that is given."""
     mean = sum((pair.inputs.double() / pair.inputs.diagonal().sum().clamp(min=_TINY) for pair in pairs), torch.zeros(()).double())
     assert isinstance(mean, Tensor)
-    return torch.linalg.eigh(mean).eigenvectors.flip(1).T.float().contiguous()
+    axes: Tensor = torch.linalg.eigh(mean).eigenvectors
+    return axes.flip(1).T.float().contiguous()
 
 
 def mean_moment_noise(pairs: Sequence[MomentPair], rotation: Tensor) -> float:
