@@ -23,7 +23,7 @@ from qcompile.passes.execution import Progress
 from qcompile.passes.gradients import narrowed
 from qcompile.passes.round_filters import bias_name
 from qcompile.passes.selection import find_heads
-from qcompile.passes.sites import BIAS, Method, Parts, Site, marked
+from qcompile.passes.sites import BIAS, RESIDUAL, Method, Parts, Site, marked
 from qcompile.passes.work import WorkStore, content_key
 from qcompile.quant.reference import Quantized
 from qcompile.quant.rounding.latent import LatentWeight
@@ -198,7 +198,7 @@ def _with_biases(graph: Graph, sites: Sequence[Site], parts: dict[str, Parts]) -
 
 def _latent(site: Site, parts: Parts) -> LatentWeight:
     tensors = {part: constant.materialize() for part, constant in parts.items()}
-    rounded = Quantized(tensors["codes"], tensors["scale"], tensors.get("zero"), tensors.get("scale2"))
+    rounded = Quantized(tensors["codes"], tensors["scale"], tensors.get("zero"), tensors.get("scale2"), tensors.get(RESIDUAL))
     return LatentWeight(site.constant.materialize(), rounded, site.form)
 
 

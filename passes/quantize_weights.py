@@ -43,8 +43,7 @@ class QuantizeWeights(Pass):
 def _read_packed(graph: Graph, site: Site, constants: Parts) -> None:
     """Let the site's readers read a dequantize of the packed parts, and a convolution its filters unfolded again."""
     operand = weight_operand(site.readers[0])
-    packed = {part: value for part, value in constants.items() if part != BIAS}
-    parts = {part: graph.add_constant(f"{site.weight}.{part}", value, source=operand) for part, value in packed.items()}
+    parts = {part: graph.add_constant(f"{site.weight}.{part}", constants[part], source=operand) for part in site.form.parts}
     if BIAS in constants:
         name = bias_name(site.readers[0])
         graph.bind(name, constants[BIAS].then(Cast(graph.constants[name].dtype)))

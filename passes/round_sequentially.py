@@ -13,7 +13,7 @@ from qcompile.passes.base import PassContext
 from qcompile.passes.collectors import SecondMoment
 from qcompile.passes.patches import CONVOLUTIONS
 from qcompile.passes.round_filters import Rounding, bias_name, round_filters
-from qcompile.passes.sites import BIAS, Method, Parts, Site, marked, restored
+from qcompile.passes.sites import BIAS, RESIDUAL, Method, Parts, Site, marked, restored
 from qcompile.passes.straight_through import straighten
 from qcompile.passes.stream import NodeInputs, stream
 from qcompile.passes.work import WorkStore, content_key
@@ -114,6 +114,8 @@ class _Walk:
             rows = slice(first, first + site.constant.shape[0])
             first = rows.stop
             tensors = {part: _rows(getattr(rounded, part), rows) for part in site.form.parts}
+            if rounded.residual is not None:
+                tensors[RESIDUAL] = rounded.residual[rows]
             self._put(site, tensors)
 
     def _put(self, site: Site, tensors: Mapping[str, Tensor]) -> None:

@@ -18,6 +18,8 @@ Parts = dict[str, Constant]
 """The packed tensors of one weight, by the names of `QuantFormat.parts`; and the bias beside it under `BIAS`, where rounding moved it."""
 BIAS = "bias"
 """Float32 [N], in place of the bias of the convolution that reads the weight."""
+RESIDUAL = "residual"
+"""`Quantized.residual`, where the method keeps it: for a method that starts from its result."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +93,7 @@ def restored(site: Site, parts: Parts) -> Constant:
 
 def marked(parts: Mapping[str, Constant], form: QuantFormat) -> Parts:
     """The parts with their format, which the printer and the count of bits go by."""
-    return {part: constant if part == BIAS else replace(constant, format=form) for part, constant in parts.items()}
+    return {part: replace(constant, format=form) if part in form.parts else constant for part, constant in parts.items()}
 
 
 Method = Callable[[Graph, Sequence[Site], PassContext], dict[str, Parts]]

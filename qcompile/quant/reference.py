@@ -30,12 +30,15 @@ class Quantized:
         scale: [N, G], in the format's scale dtype.
         zero: uint8 [N, ceil(G·b/8)], or None if symmetric.
         scale2: the second level of scales (`qcompile.quant.scales`), or None.
+        residual: int8 [N, K], how far each value lay from its level when it was rounded, in steps / 256; None where nobody keeps it. No
+            part of the format: learning starts there.
     """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
     scale2: Tensor | None = None
+    residual: Tensor | None = None
 
 
 @dataclass(frozen=True)

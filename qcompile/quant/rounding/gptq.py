@@ -53,12 +53,12 @@ def gptq(weight: Tensor, hessian: Tensor, form: QuantFormat, *, damping: float =
     nearest = nearest_grid(values, form, name)
     plain = nearest, snap_to_grid(values, nearest)
     with medium_precision():  # what makes up for an error needs few digits: it is rounded to a level itself
-        grid, levels = _Walk(values, order, factor, nearest, name).run()
+        grid, levels, residual = _Walk(values, order, factor, nearest, name).run()
         grid = fit_scales(values, second, grid, levels, name)
         active = second.diagonal() > 0
         if not bool(active.all()):  # nothing made up for the error of the others, and no fit asked for them
             levels = torch.where(active, levels, snap_to_grid(values, grid))
-        return _better_rows(values, second, (grid, levels), plain)
+        return _better_rows(values, second, (grid, levels), plain, residual)
 
 
 def require_hessian(hessian: Tensor, columns: int, name: str) -> Tensor:
@@ -127,12 +127,12 @@ class _Walk:
     widest: Grid
     name: str
 
-    def run(self) -> tuple[Grid, Tensor]:
-        """The grid found and the levels [N, K], in the order of the columns of the weight."""
+    def run(self) -> tuple[Grid, Tensor, Tensor]:
+        """The grid found, the levels [N, K] and `Quantized.residual`, in the order of the columns of the weight."""
         form, columns = self.widest.form, len(self.order)
         size = form.granularity.size(columns)
         work = self.values.t()[self.order].contiguous()
-        levels = torch.empty_like(work)
+        levels, residual = torch.empty_like(work), torch.empty_like(work, dtype=torch.int8)
         scale, zero = self.widest.scale.clone(), None if self.widest.zero is None else self.widest.zero.clone()
         importance = self.factor.diagonal() ** -2
         start = 0
@@ -145,10 +145,10 @@ class _Walk:
             if zero is not None and offset is not None:
                 zero[:, group] = offset[:, 0]
             self._round(work, levels, (start, end), found[:, 0], None if offset is None else offset[:, 0])
+            residual[start:end] = residual_of(work[start:end] / found[:, 0], levels[start:end])
             start = end
-        back = torch.empty_like(levels)
-        back[self.order] = levels
-        return Grid(form, scale, self.widest.scale2, zero), back.t().contiguous()
+        back = self.order.argsort()
+        return Grid(form, scale, self.widest.scale2, zero), levels[back].t().contiguous(), residual[back].t().contiguous()
 
     def _storage(self, group: int) -> Storage:
         second = self.widest.scale2
@@ -201,8 +201,13 @@ def row_errors(values: Tensor, hessian: Tensor, rounded: Tensor) -> Tensor:
     return ((error @ hessian) * error).sum(1)
 
 
-def _better_rows(values: Tensor, hessian: Tensor, found: tuple[Grid, Tensor], plain: tuple[Grid, Tensor]) -> Quantized:
-    """Of each row the better of two roundings that share the second level of scales."""
+def residual_of(values: Tensor, levels: Tensor) -> Tensor:
+    """How far values, in steps, lie from their levels: `Quantized.residual`, at most just short of the next cell."""
+    return ((values - levels) * 256).round_().clamp_(-126, 126).to(torch.int8)
+
+
+def _better_rows(values: Tensor, hessian: Tensor, found: tuple[Grid, Tensor], plain: tuple[Grid, Tensor], residual: Tensor) -> Quantized:
+    """Of each row the better of two roundings that share the second level of scales; `residual` belongs to the first."""
     size, columns = found[0].form.granularity.size(values.shape[1]), values.shape[1]
     errors = [row_errors(values, hessian, levels * per_column(grid.step(), size, columns)) for grid, levels in (found, plain)]
     worse = (errors[0] > errors[1]).unsqueeze(1)
@@ -210,4 +215,6 @@ def _better_rows(values: Tensor, hessian: Tensor, found: tuple[Grid, Tensor], pl
     scale = torch.where(worse, other.step(), grid.step())
     storage = Storage(grid.form, None if grid.scale2 is None else spread(grid.scale2, scale.shape[1]), "weight")
     zero = None if grid.zero is None or other.zero is None else torch.where(worse, other.zero, grid.zero)
-    return Grid(grid.form, storage.stored(scale), grid.scale2, zero).assemble(torch.where(worse, others, levels))
+    chosen = Grid(grid.form, storage.stored(scale), grid.scale2, zero).assemble(torch.where(worse, others, levels))
+    beside = residual_of(values / per_column(other.step(), size, columns), others) if bool(worse.any()) else residual
+    return replace(chosen, residual=torch.where(worse, beside, residual))

@@ -29,7 +29,7 @@ class LatentWeight:
     """
 
     def __init__(self, weight: Tensor, rounded: Quantized, form: QuantFormat) -> None:
-        """Start at a rounding of `weight` [N, K]: values are the weight's own, moved into the cell of the level chosen."""
+        """Start at a rounding of `weight` [N, K]: values lie where they lay in their cells, else the weight's own are moved into them."""
         self._form, self._columns = form, weight.shape[1]
         self._size = form.granularity.size(self._columns)
         bits = form.element.bits
@@ -38,7 +38,10 @@ class LatentWeight:
         self._step = effective(rounded.scale, rounded.scale2, torch.float32)
         self.adapts_scale = rounded.scale2 is None and form.scale_dtype != torch.float8_e8m0fnu
         levels = decode(unpack(rounded.codes, bits, self._columns), form.element, self._zero(), torch.float32)
-        self.latent = self._into_cells(weight.to(torch.float32) / self._spread(self._step), levels)
+        if rounded.residual is None or not form.element.is_integer:
+            self.latent = self._into_cells(weight.to(torch.float32) / self._spread(self._step), levels)
+        else:
+            self.latent = levels + rounded.residual.to(torch.float32) / 256
         self.stretch = torch.zeros_like(self._step)
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -196,3 +196,19 @@ def test_bad_weights_are_refused_by_name(method: object) -> None:
         method(torch.zeros(2, 2, 4), form)
     with pytest.raises(WeightError, match=r"w: a scale of .* does not fit"):
         method(torch.full((2, 4), 1e7), form)
+
+
+@pytest.mark.parametrize("text", ["int4 g16 sym fp16", "int2 g16 asym fp16"])
+def test_what_is_left_beside_the_levels_is_what_earlier_columns_made_of_the_weight(text: str) -> None:
+    """Without correlations nothing is made up for, and it is the weight's own, but for the last fit of the scales."""
+    form = parse_format(text)
+    weight, moment = layer(6, 48, 1)
+    likeness = []
+    for second in (torch.diag(moment.diagonal()), moment):
+        rounded = gptq(weight, second, form)
+        assert rounded.residual is not None
+        assert rounded.residual.dtype == torch.int8
+        own = (weight - restore(rounded, form, 48)) / rounded.scale.float().repeat_interleave(16, dim=1)
+        inside = own.abs() < 0.5
+        likeness.append(float(torch.corrcoef(torch.stack([rounded.residual.float()[inside], own[inside]]))[0, 1]))
+    assert likeness[0] > 0.95 > 0.8 > likeness[1], likeness

@@ -1,5 +1,7 @@
 """Weights whose rounding is learned: they start where another method ended and stay in the format."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -80,3 +82,13 @@ def test_a_weight_rounded_to_nearest_keeps_its_own_values() -> None:
     weight, form = torch.randn(4, 32), parse_format("int8 g32 sym fp32")
     rounded = quantize(weight, form)
     torch.testing.assert_close(LatentWeight(weight, rounded, form).latent * rounded.scale, weight, rtol=0, atol=1e-3)
+
+
+def test_values_start_where_they_lay_when_they_were_rounded() -> None:
+    torch.manual_seed(0)
+    weight, form = torch.randn(4, 32), parse_format("int4 g32 sym fp16")
+    rounded = quantize(weight, form)
+    residual = torch.randint(-126, 127, (4, 32), dtype=torch.int8)
+    own, given = LatentWeight(weight, rounded, form), LatentWeight(weight, replace(rounded, residual=residual), form)
+    torch.testing.assert_close(given.latent - own.latent.round(), residual.float() / 256, rtol=0, atol=1e-6)
+    torch.testing.assert_close(given.weight(), own.weight())
