@@ -16,8 +16,9 @@ from torch import Tensor, fx
 from qcompile.ir.graph import Graph, fake_value
 from qcompile.passes.convert_dtype import convert
 from qcompile.passes.execution import call
-from qcompile.passes.gradients import DIFFERENTIABLE, narrowed
+from qcompile.passes.gradients import DIFFERENTIABLE
 from qcompile.passes.stream import real_rows
+from qcompile.passes.substitutes import narrowed
 
 _CHUNK_BYTES = 16 << 20
 """Of the logits computed at once: small enough for the allocator to reuse their memory."""

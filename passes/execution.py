@@ -16,7 +16,7 @@ from qcompile.ir.constants import Constant
 from qcompile.ir.graph import Graph, operator_name
 from qcompile.ir.verify import where
 from qcompile.passes.convert_dtype import convert
-from qcompile.passes.substitutes import NARROW, SUBSTITUTES
+from qcompile.passes.substitutes import NARROW, SUBSTITUTES, narrowed
 from qcompile.passes.values import ValueStore
 
 Progress = Callable[[int, int], None]
@@ -239,7 +239,8 @@ class Execution:
             return self.inputs.tensor(node.name, batch)
         if node not in static:
             if node.op == "get_attr":
-                static[node] = self._constant(str(node.target))
+                constant = self._constant(str(node.target))
+                static[node] = narrowed(constant) if self._substitutes is NARROW and _is_weight(node) else constant
             else:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda used: self._given(used, batch, static))
                 static[node] = call(node, args, kwargs)
@@ -260,6 +261,11 @@ class Execution:
         for batch in range(len(self.inputs) if node.op == "placeholder" else 1):
             self._observers[node].add(self._given(node, batch, {}), self.inputs.real(batch) if node.op == "placeholder" else None)
         self._observers[node].finish()
+
+
+def _is_weight(node: fx.Node) -> bool:
+    """Whether a constant is the weight of linears and nothing else."""
+    return all(user.target is torch.ops.aten.linear.default and user.args[1] is node and user.args[0] is not node for user in node.users)
 
 
 def _static_nodes(graph: Graph) -> set[fx.Node]:

@@ -15,16 +15,6 @@ _DENSE = 1024
 """Up to so many tokens the whole matrix of scores is computed: its gradient is several times as fast as that of a blocked product."""
 
 
-_LEAST_NARROW = 128
-"""Smaller products gain nothing from bfloat16."""
-
-
-def narrowed(matrix: Tensor) -> Tensor:
-    """The operand of a linear in bfloat16 where the CPU multiplies that faster, else in float32."""
-    narrow = matrix.dim() == 2 and min(matrix.shape) >= _LEAST_NARROW and substitutes.has_bfloat16_units()
-    return matrix.to(torch.bfloat16 if narrow else torch.float32)
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x · weightᵀ + bias` in float32; the product of bfloat16 operands where the weight comes as one."""
     if weight.dtype != torch.bfloat16:
@@ -94,7 +84,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Causal attention by two batched products, q [B, H, S, D], k and v [B, L, S, D]; queries that share keys are stacked."""
     batch, heads, tokens, size = q.shape
     shared = k.shape[1]
-    narrow = torch.bfloat16 if tokens >= _LEAST_NARROW and substitutes.has_bfloat16_units() else torch.float32
+    narrow = torch.bfloat16 if tokens >= substitutes.LEAST_NARROW and substitutes.has_bfloat16_units() else torch.float32
     queries = (q * scale).to(narrow).reshape(batch * shared, -1, size)
     hidden = torch.full((tokens, tokens), -torch.inf, dtype=narrow).triu(1)
     scores = torch.bmm(queries, k.to(narrow).reshape(batch * shared, tokens, size).transpose(1, 2))

@@ -20,10 +20,10 @@ from qcompile.passes.calibration import GraphInputs, batches
 from qcompile.passes.differentiable import Differentiable
 from qcompile.passes.divergence import Divergence, divergence
 from qcompile.passes.execution import Progress
-from qcompile.passes.gradients import narrowed
 from qcompile.passes.round_filters import bias_name
 from qcompile.passes.selection import find_heads
 from qcompile.passes.sites import BIAS, RESIDUAL, Method, Parts, Site, marked
+from qcompile.passes.substitutes import narrowed
 from qcompile.passes.work import WorkStore, content_key
 from qcompile.quant.reference import Quantized
 from qcompile.quant.rounding.latent import LatentWeight

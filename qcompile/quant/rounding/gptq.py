@@ -54,11 +54,11 @@ def gptq(weight: Tensor, hessian: Tensor, form: QuantFormat, *, damping: float =
     plain = nearest, snap_to_grid(values, nearest)
     with medium_precision():  # what makes up for an error needs few digits: it is rounded to a level itself
         grid, levels, residual = _Walk(values, order, factor, nearest, name).run()
-        grid = fit_scales(values, second, grid, levels, name)
+        grid, pull = fit_scales(values, second, grid, levels, name)
         active = second.diagonal() > 0
         if not bool(active.all()):  # nothing made up for the error of the others, and no fit asked for them
             levels = torch.where(active, levels, snap_to_grid(values, grid))
-        return _better_rows(values, second, (grid, levels), plain, residual)
+        return _better_rows(values, second, (grid, levels, pull), plain, residual)
 
 
 def require_hessian(hessian: Tensor, columns: int, name: str) -> Tensor:
@@ -171,16 +171,16 @@ class _Walk:
             work[last:].addmm_(self.factor[first:last, last:].t(), errors, alpha=-1)
 
 
-def fit_scales(values: Tensor, hessian: Tensor, grid: Grid, levels: Tensor, name: str) -> Grid:
-    """The scales of least error for the levels chosen, group after group; each step can only lower a row's error."""
-    if grid.form.scale_dtype == torch.float8_e8m0fnu:
-        return grid  # a power of two has no neighbour that is near enough
+def fit_scales(values: Tensor, hessian: Tensor, grid: Grid, levels: Tensor, name: str) -> tuple[Grid, Tensor]:
+    """The scales of least error for the levels chosen, group after group; each step can only lower a row's error. Also (w - q) H [N, K]."""
     size = grid.form.granularity.size(values.shape[1])
     groups = grid.scale.shape[1]
     step = grid.step()
     second = None if grid.scale2 is None else spread(grid.scale2, groups)
     storage = Storage(grid.form, second, name)
     pull = (values - levels * per_column(step, size, values.shape[1])) @ hessian
+    if grid.form.scale_dtype == torch.float8_e8m0fnu:
+        return grid, pull  # a power of two has no neighbour that is near enough
     for _ in range(_FITS):
         for group in range(groups):
             columns = slice(group * size, (group + 1) * size)
@@ -192,7 +192,7 @@ def fit_scales(values: Tensor, hessian: Tensor, grid: Grid, levels: Tensor, name
             usable = storage.usable(torch.where(wanted != 0, wanted, step))[:, group]
             pull.addmm_(mine * (usable - step[:, group]).unsqueeze(1), hessian[columns], alpha=-1)
             step[:, group] = usable
-    return replace(grid, scale=storage.stored(step))
+    return replace(grid, scale=storage.stored(step)), pull
 
 
 def row_errors(values: Tensor, hessian: Tensor, rounded: Tensor) -> Tensor:
@@ -206,12 +206,17 @@ def residual_of(values: Tensor, levels: Tensor) -> Tensor:
     return ((values - levels) * 256).round_().clamp_(-126, 126).to(torch.int8)
 
 
-def _better_rows(values: Tensor, hessian: Tensor, found: tuple[Grid, Tensor], plain: tuple[Grid, Tensor], residual: Tensor) -> Quantized:
-    """Of each row the better of two roundings that share the second level of scales; `residual` belongs to the first."""
+def _better_rows(
+    values: Tensor, hessian: Tensor, found: tuple[Grid, Tensor, Tensor], plain: tuple[Grid, Tensor], residual: Tensor
+) -> Quantized:
+    """Of each row the better of two roundings that share the second level of scales.
+
+    The first comes with its (w - q) H [N, K]; `residual` belongs to it too.
+    """
     size, columns = found[0].form.granularity.size(values.shape[1]), values.shape[1]
-    errors = [row_errors(values, hessian, levels * per_column(grid.step(), size, columns)) for grid, levels in (found, plain)]
-    worse = (errors[0] > errors[1]).unsqueeze(1)
-    (grid, levels), (other, others) = found, plain
+    (grid, levels, pull), (other, others) = found, plain
+    error = ((values - levels * per_column(grid.step(), size, columns)) * pull).sum(1)
+    worse = (error > row_errors(values, hessian, others * per_column(other.step(), size, columns))).unsqueeze(1)
     scale = torch.where(worse, other.step(), grid.step())
     storage = Storage(grid.form, None if grid.scale2 is None else spread(grid.scale2, scale.shape[1]), "weight")
     zero = None if grid.zero is None or other.zero is None else torch.where(worse, other.zero, grid.zero)

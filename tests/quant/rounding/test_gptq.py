@@ -168,8 +168,9 @@ def test_fitting_scales_to_the_levels_never_loses() -> None:
         form = parse_format(text)
         grid = nearest_grid(weight, form, "w")
         levels = snap_to_grid(weight, grid)
-        fitted = fit_scales(weight, moment, grid, levels, "w")
+        fitted, pull = fit_scales(weight, moment, grid, levels, "w")
         before, after = (row_errors(weight, moment, restore(each.assemble(levels), form, 96)) for each in (grid, fitted))
+        torch.testing.assert_close(pull, (weight - restore(fitted.assemble(levels), form, 96)) @ moment, rtol=1e-3, atol=1e-3)
         assert bool((after <= before * (1 + 1e-4)).all())
         assert after.sum() < 0.98 * before.sum()
 
