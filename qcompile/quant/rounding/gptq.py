@@ -222,4 +222,4 @@ def _better_rows(
     zero = None if grid.zero is None or other.zero is None else torch.where(worse, other.zero, grid.zero)
     chosen = Grid(grid.form, storage.stored(scale), grid.scale2, zero).assemble(torch.where(worse, others, levels))
     beside = residual_of(values / per_column(other.step(), size, columns), others) if bool(worse.any()) else residual
-    return replace(chosen, residual=torch.where(worse, beside, residual))
+    return replace(chosen, residual=torch.where(worse, beside, residual)) if grid.form.element.is_integer else chosen

@@ -38,7 +38,7 @@ class LatentWeight:
         self._step = effective(rounded.scale, rounded.scale2, torch.float32)
         self.adapts_scale = rounded.scale2 is None and form.scale_dtype != torch.float8_e8m0fnu
         levels = decode(unpack(rounded.codes, bits, self._columns), form.element, self._zero(), torch.float32)
-        if rounded.residual is None or not form.element.is_integer:
+        if rounded.residual is None:
             self.latent = self._into_cells(weight.to(torch.float32) / self._spread(self._step), levels)
         else:
             self.latent = levels + rounded.residual.to(torch.float32) / 256
