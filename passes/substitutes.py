@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qcompile.ir import ops
+from qcompile.quant.precision import medium_precision
 
 
 def attention(
@@ -38,8 +39,34 @@ def cache_attend(
 
 
 def _blocked(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> Tensor:
+    if causal and q.dtype == torch.float32 and has_bfloat16_units() and q.shape[2] == k.shape[2]:
+        return _triangular(q, k, v, scale)
     mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return mixed.transpose(1, 2).contiguous().transpose(1, 2)  # heads of a token side by side, as the reference leaves them
+
+
+def _triangular(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention in blocks of queries, each with the keys up to its own: half the time of a product that masks the rest.
+
+    q [B, H, S, D], k and v [B, L, S, D]; H/L queries share a key and are stacked.
+    """
+    (batch, heads, tokens, size), shared, width = q.shape, k.shape[1], v.shape[3]
+    stacked = (q * scale).reshape(batch * shared, heads // shared, tokens, size)
+    keys, values = k.reshape(batch * shared, tokens, size).transpose(1, 2), v.reshape(batch * shared, tokens, width)
+    result = q.new_empty(batch, tokens, shared, heads // shared, width)  # heads of a token side by side, as the reference leaves them
+    with medium_precision():
+        for start in range(0, tokens, _QUERIES):
+            end = min(start + _QUERIES, tokens)
+            scores = torch.bmm(stacked[:, :, start:end].reshape(batch * shared, -1, size), keys[:, :, :end])
+            scores = scores.view(batch * shared, heads // shared, end - start, end)
+            scores[..., start:] += scores.new_full((end - start, end - start), -torch.inf).triu(1)
+            mixed = torch.bmm(scores.softmax(-1).view(batch * shared, -1, end), values[:, :end])
+            result[:, start:end] = mixed.view(batch, shared, heads // shared, end - start, width).permute(0, 3, 1, 2, 4)
+    return result.view(batch, tokens, heads, width).transpose(1, 2)
+
+
+_QUERIES = 128
+"""Of a block: fewer multiply less that is masked, but in smaller products."""
 
 
 def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -8,6 +8,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ from qcompile.ir.constants import Constant, RoundedSource, SafetensorsSource, Te
 from qcompile.ir.graph import Graph
 
 _IN_USE_SECONDS = 3600
+_LOOKS = 64
+"""How often a store is looked through, at least, while it fills."""
 DEFAULT_BYTES = 20 << 30
 """What a store keeps; the results that have not been used for longest go first."""
 
@@ -51,12 +54,12 @@ class WorkStore:
         self.directory = directory or work_directory()
         self.key = key
         self._limit = limit
-        self._held: set[Path] = set()
+        self._shelf = _Shelf()
 
     def part(self, key: str) -> WorkStore:
         """The results of one part of the work, or of the work done in one way."""
         part = WorkStore(f"{self.key}|{key}", self.directory, self._limit)
-        part._held = self._held
+        part._shelf = self._shelf
         return part
 
     def get(self, name: str) -> dict[str, Constant] | None:
@@ -69,7 +72,7 @@ class WorkStore:
                 slices = {tensor: file.get_slice(tensor) for tensor in file.keys()}  # noqa: SIM118  not a dict
                 forms = {tensor: (tuple(item.get_shape()), _DTYPES[item.get_dtype()]) for tensor, item in slices.items()}
             os.utime(path)
-            self._held.add(path)
+            self._shelf.held.add(path)
         except (OSError, SafetensorError, KeyError):
             return None
         return {tensor: Constant(SafetensorsSource(path, tensor, shape, dtype)) for tensor, (shape, dtype) in forms.items()}
@@ -78,7 +81,10 @@ class WorkStore:
         """Keep a finished result, and return it as `get` would."""
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._prune(sum(tensor.nbytes for tensor in tensors.values()))
+        coming = sum(tensor.nbytes for tensor in tensors.values())
+        if coming > self._shelf.room:
+            self._prune(coming)
+        self._shelf.room -= coming
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
         os.close(handle)
         try:
@@ -106,9 +112,23 @@ class WorkStore:
             files.append((status.st_mtime, status.st_size, path))
         excess = sum(size for _, size, _ in files) + coming - self._limit
         for used, size, path in sorted(files):
-            if excess > 0 and used < recent and path not in self._held:
+            if excess > 0 and used < recent and path not in self._shelf.held:
                 path.unlink(missing_ok=True)
                 excess -= size
+        self._shelf.room = coming + min(max(0, -excess), self._limit // _LOOKS)
+
+
+@dataclass
+class _Shelf:
+    """What the parts of one store share.
+
+    Attributes:
+        held: files that were handed out.
+        room: bytes that may be added before the directory is looked through again: it holds thousands of files, and others add to it too.
+    """
+
+    held: set[Path] = field(default_factory=set)
+    room: int = 0
 
 
 _DTYPES = {

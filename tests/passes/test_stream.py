@@ -200,6 +200,17 @@ def test_blocked_attention_is_the_reference(window: int, causal: bool) -> None:
         assert found.stride() == expected.stride()
 
 
+@pytest.mark.parametrize("tokens", [12, 10, 3])
+def test_attention_by_blocks_of_queries_is_the_reference(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(substitutes, "has_bfloat16_units", lambda: True)
+    monkeypatch.setattr(substitutes, "_QUERIES", 4)
+    q, k, v = torch.randn(2, tokens, 4, 8).transpose(1, 2), torch.randn(2, 2, tokens, 8), torch.randn(2, 2, tokens, 6)
+    found = substitutes.attention(q, k, v, None, None, 0.3, causal=True)
+    expected = ops.attention(q, k, v, None, None, 0.3, causal=True)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert found.stride() == expected.stride()
+
+
 def test_progress_reaches_its_total() -> None:
     graph = language_model()
     seen: list[tuple[int, int]] = []

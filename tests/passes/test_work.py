@@ -65,6 +65,16 @@ def test_the_oldest_results_make_room(tmp_path: Path) -> None:
     assert [name for name in "0123" if store.get(name) is not None] == ["0", "2", "3"]
 
 
+def test_a_store_with_room_is_not_looked_through_at_every_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[str] = []
+    glob = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: looks.append(pattern) or glob(self, pattern))
+    store = WorkStore("a", tmp_path)
+    for number in range(5):
+        store.part("b").put(str(number), {"x": torch.ones(10)})
+    assert len(looks) == 1
+
+
 def test_results_in_use_are_never_pruned(tmp_path: Path) -> None:
     store = WorkStore("a", tmp_path, limit=1)
     for name in "01":
