@@ -1,7 +1,7 @@
 """Roundings learned end to end: from where another method ends, levels and scales move to bring the whole graph's results back.
 
 Every step takes a few windows of calibration text, compares the graph's results with those it had in float, and moves all weights at
-once along the gradient (Adam, straight through the rounding; the idea of AutoRound, arXiv:2309.05516, with the objective of LLM-QAT,
+once along the gradient (straight through the rounding; the idea of AutoRound, arXiv:2309.05516, with the objective of LLM-QAT,
 arXiv:2305.17888). Some windows are held out: if the result is no better on them, the start is what stays.
 """
 
@@ -26,13 +26,13 @@ from qcompile.passes.sites import BIAS, RESIDUAL, Method, Parts, Site, marked
 from qcompile.passes.substitutes import narrowed
 from qcompile.passes.work import WorkStore, content_key
 from qcompile.quant.reference import Quantized
+from qcompile.quant.rounding.descent import Descent
 from qcompile.quant.rounding.latent import LatentWeight
 
 _FASTER = 1.5
 """Coarser grids have more to gain, and bear larger steps."""
-_BETAS = (0.9, 0.97)
-_BYTES = 24
-"""Of memory for each weight: its continuous value, two moments, its gradient and copies in float32 and bfloat16, from what was measured."""
+_BYTES = 20
+"""Of memory for each weight: its continuous value, the mean of its gradients, one more gradient and copies in float32 and bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Learning:
     Attributes:
         epochs: passes over the calibration data.
         tokens_at_once: of one step.
-        rate: most that a step moves a continuous value, in steps of its grid, at 4 bits; half as much again for each bit less.
+        rate: how far a step moves the continuous values of a weight, in steps of their grid, root mean square, at 4 bits; half as much
+            again for each bit less.
         scale_rate: most that a step changes a scale, relative, at 4 bits; likewise.
         warmup: share of the steps in which rates rise to the full, before they fall to 0.
         held_out: one batch in so many is not learned from, but decides whether the result is taken.
@@ -119,7 +120,7 @@ class _Course:
         self._graph = Differentiable(_with_biases(graph, sites, parts), self._judge.ends, list(self._sites), inputs)
         self._wanted = self._float_results(Differentiable(graph, self._judge.ends, list(self._sites), inputs, exact=True))
         self.latents = {site.weight: _latent(site, parts[site.weight]) for site in sites}
-        self._optimizers = {name: self._optimizer(name) for name in self.latents}
+        self._paths = {name: self._path(name) for name in self.latents}
         self._weights = {name: self._rounded(name) for name in self.latents}
 
     def learn(self, progress: Progress | None) -> bool:
@@ -154,13 +155,9 @@ class _Course:
             self._move(name, gradient, share)
 
     def _move(self, name: str, gradient: Tensor, share: float) -> None:
-        latent, optimizer = self.latents[name], self._optimizers[name]
-        along, stretch = latent.gradients(gradient.reshape(latent.latent.shape))
-        latent.latent.grad, latent.stretch.grad = along, stretch
-        for group in optimizer.param_groups:
-            group["lr"] = group["rate"] * share
-        optimizer.step()
-        optimizer.zero_grad()
+        latent = self.latents[name]
+        for path, slope in zip(self._paths[name], latent.gradients(gradient.reshape(latent.latent.shape)), strict=True):
+            path.step(slope, share)
         latent.confine()
         self._weights[name] = self._rounded(name)
 
@@ -176,12 +173,11 @@ class _Course:
         weights = {name: _operand(site, site.constant.materialize().float()) for name, site in self._sites.items()}
         return [exact.results(exact.forward(batch, weights)) for batch in range(len(self._inputs))]
 
-    def _optimizer(self, name: str) -> torch.optim.Adam:
+    def _path(self, name: str) -> tuple[Descent, Descent]:
         latent, bits = self.latents[name], self._sites[name].form.element.bits
         faster = _FASTER ** (4 - bits)
         rate, scale_rate = self._settings.rate * faster * latent.spacing, self._settings.scale_rate * faster * latent.adapts_scale
-        groups = [{"params": [latent.latent], "rate": rate}, {"params": [latent.stretch], "rate": scale_rate}]
-        return torch.optim.Adam(groups, betas=_BETAS, eps=1e-12, fused=True)
+        return Descent(latent.latent, rate, alike=True), Descent(latent.stretch, scale_rate, alike=False)
 
     def _rounded(self, name: str) -> Tensor:
         return _operand(self._sites[name], self.latents[name].weight())
