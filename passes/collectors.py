@@ -38,9 +38,9 @@ class Collector:
 def add_gram(total: Tensor, rows: Tensor) -> None:
     """Add the lower triangle of `XᵀX` of float32 rows X [tokens, K] to `total` [K, K], by blocks of columns that may reach above it.
 
-    Where the CPU has units for bfloat16, it computes the products in parts, in half the time and within 1e-5 of the diagonal. A product of
-    bfloat16 matrices would be faster still, but rounds its result to 2⁻⁹ of an entry: as much as the smaller eigenvalues of anisotropic
-    inputs, which a factorisation then takes for negative ones.
+    Operands may be rounded to bfloat16 (`medium_precision`), sums stay float32: exactly `XᵀX` of rows within 2⁻⁹ of these. A product of
+    bfloat16 matrices would be faster where there are no tiles for it, but rounds its result to 2⁻⁹ of an entry: as much as the smaller
+    eigenvalues of anisotropic inputs, which a factorisation then takes for negative ones.
     """
     size = rows.shape[1]
     step = max(_LEAST_BLOCK, -(-size // _BLOCKS))
