@@ -58,17 +58,17 @@ def cache_attend(
 
 def cache_attend_packed(
     q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, positions: Tensor,
-    bits: int, scale: float, window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None,
+    k_form: str, v_form: str, scale: float, window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`qcompile::cache_attend_packed` over vectors that were rounded when they were stored, and are numbers here."""
-    del bits
+    del k_form, v_form
     return cache_attend(q, keys, values, page_table, positions, scale, window, softcap, sinks)
 
 
-def straight_vectors(x: Tensor, bits: int) -> Tensor:
-    """What is read back of `qcompile::pack_vectors(x, bits)`, with the gradient of x."""
+def straight_vectors(x: Tensor, form: str) -> Tensor:
+    """What is read back of `qcompile::pack_vectors(x, form)`, with the gradient of x."""
     with torch.no_grad():
-        change = cache_ops.unpack_vectors(cache_ops.pack_vectors(x, bits), bits, x.shape[-1], x.dtype) - x
+        change = cache_ops.unpack_vectors(cache_ops.pack_vectors(x, form), form, x.shape[-1], x.dtype) - x
     return x + change
 
 

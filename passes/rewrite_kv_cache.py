@@ -33,7 +33,7 @@ class RewriteKvCache(Pass):
 
     def is_exact(self, ctx: PassContext) -> bool:
         """Exact iff keys and values are stored in the dtype they are computed in."""
-        return ctx.target.scheme.cache.bits is None and ctx.target.cache_dtype == ctx.target.compute
+        return not ctx.target.scheme.cache.is_packed and ctx.target.cache_dtype == ctx.target.compute
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:
         """All layers or none: a cache that only some layers use would be a wrong program."""
@@ -99,22 +99,24 @@ def _rewrite_layer(
     graph: Graph, node: fx.Node, index: int, positions: fx.Node, page_table: fx.Node, symbols: dict[str, Any], ctx: PassContext
 ) -> tuple[fx.Node, fx.Node]:
     q, k, v = node.args[:3]
-    bits = ctx.target.scheme.cache.bits
-    if bits is not None:
-        k, v = (graph.insert(node, qcompile.pack_vectors.default, (part, bits), source=node) for part in (k, v))
+    forms = ctx.target.scheme.cache.forms
+    if forms:
+        k, v = (
+            graph.insert(node, qcompile.pack_vectors.default, (part, form), source=node) for part, form in zip((k, v), forms, strict=True)
+        )
     states = []
     for name, part in (("keys", k), ("values", v)):
         _, heads, _, size = part.meta["val"].shape  # type: ignore[union-attr]
         with graph.mode:
-            dtype = ctx.target.cache_dtype if bits is None else torch.uint8
+            dtype = torch.uint8 if forms else ctx.target.cache_dtype
             value = torch.empty((symbols["pages"], heads, symbols["page_tokens"], size), dtype=dtype)
         states.append(_placeholder(graph, f"{name}_{index}", value))
     appended = graph.insert(node, qcompile.cache_append.default, (*states, k, v, page_table, positions), source=node)
     keys, values = (graph.insert(node, operator.getitem, (appended, part), source=node) for part in (0, 1))
     options = tuple(_option(node, place, name, default) for place, name, default in _ATTEND_OPTIONS)
     attend = qcompile.cache_attend.default
-    if bits is not None:
-        attend, options = qcompile.cache_attend_packed.default, (bits, *options)
+    if forms:
+        attend, options = qcompile.cache_attend_packed.default, (*forms, *options)
     attended = graph.insert(node, attend, (q, keys, values, page_table, positions, *options), source=node)
     graph.replace(node, attended)
     return keys, values

@@ -14,6 +14,7 @@ from qcompile.quant.format import MXFP4, MXINT8, NVFP4, parse_format
 from qcompile.quant.format import QuantFormat as QuantFormat
 from qcompile.quant.granularity import Granularity
 from qcompile.quant.scheme_options import SchemeOptions, given_options
+from qcompile.quant.vector_format import VectorFormat, vector_format
 
 DTYPE_NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -27,12 +28,27 @@ def dtype_name(dtype: torch.dtype) -> str:
 class CacheFormat:
     """How keys and values are stored; `dtype=None` is the computation dtype.
 
-    `bits` below 16 packs each token and head into codes with a scale and a least value of its own; then `dtype` is not used.
+    With `keys` and `values`, which come together, each token and head is packed in that format; then `dtype` is not used.
     """
 
     name: str = "kv"
     dtype: torch.dtype | None = None
-    bits: int | None = None
+    keys: VectorFormat | None = None
+    values: VectorFormat | None = None
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether vectors are stored as bytes."""
+        return self.keys is not None
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """The formats of keys and values as text; empty where they are stored as numbers."""
+        return () if self.keys is None or self.values is None else (str(self.keys), str(self.values))
+
+
+def _packed(name: str, form: str) -> CacheFormat:
+    return CacheFormat(name, keys=vector_format(form), values=vector_format(form))
 
 
 @dataclass(frozen=True)
@@ -121,8 +137,10 @@ SCHEMES = {
 CACHES = {
     "kv": CacheFormat(),
     "kv16": CacheFormat("kv16", torch.float16),
-    "kv8": CacheFormat("kv8", bits=8),
-    "kv4": CacheFormat("kv4", bits=4),
+    "kv8": _packed("kv8", "int8 g64 sym"),
+    "kvfp8": _packed("kvfp8", "fp8 g64"),
+    "kv4": _packed("kv4", "int4 g64 asym"),
+    "kv4-token": _packed("kv4-token", "int4 g64 asym"),
 }
 
 
