@@ -45,10 +45,11 @@ def convert(graph: Graph, dtype: torch.dtype, *, values: bool = True) -> bool:
     Without `values` the fake values of calls stay what they were: enough for a graph that is only to be run.
     """
     kept = set() if dtype == torch.float64 else _position_arithmetic(graph)
-    rotations = set() if dtype == torch.float64 else _rotations(graph)
+    # A cache is stored in a dtype of its own, and a cast copy of it is not what is written; float64 is there to see no rounding at all.
+    kept_as_is = set() if dtype == torch.float64 else {*_rotations(graph), *graph.states}
     changed = False
     for node in graph.nodes:
-        if node in rotations:
+        if node in kept_as_is:
             continue
         if node in kept:
             changed |= _cast_result(graph, node, kept, dtype)

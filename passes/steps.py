@@ -40,6 +40,7 @@ class StepBuilder:
         self.steps: list[Step] = []
         self.values: dict[fx.Node, Any] = {}
         self.fakes: dict[fx.Node, Any] = {}
+        self.cache = set(graph.states)
         for node in graph.nodes:
             self._visit(node)
         outputs = graph.output.args[0]
@@ -59,8 +60,7 @@ class StepBuilder:
 
     def _visit(self, node: fx.Node) -> None:
         if node.op == "placeholder":
-            kind = "state" if node.name.startswith(("keys_", "values_")) and self.graph.interface.kind == "cached_lm" else "input"
-            self._add(node, node.name, node.meta["val"], kind)
+            self._add(node, node.name, node.meta["val"], "state" if node in self.cache else "input")
         elif node.op == "get_attr":
             self._add(node, str(node.target), node.meta["val"], "constant")
         elif node.op == "call_function":

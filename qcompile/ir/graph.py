@@ -62,6 +62,12 @@ class Graph:
         return list(self.fx.nodes)
 
     @property
+    def states(self) -> list[fx.Node]:
+        """The placeholders that are a cache: what the program reads of them, it has written itself."""
+        cached = self.interface.kind == "cached_lm"
+        return [node for node in self.placeholders if cached and node.name.startswith(("keys_", "values_"))]
+
+    @property
     def placeholders(self) -> list[fx.Node]:
         """The inputs in order."""
         return list(self.fx.find_nodes(op="placeholder"))
