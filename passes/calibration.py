@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import QCompileError, SourceError
-from qcompile.ir.graph import Graph
+from qcompile.ir.graph import CACHE_STATES, Graph
 from qcompile.ir.records import Assets
 from qcompile.ir.structure import flatten
 from qcompile.passes.calibration_data import Asked, CalibrationData, read_data
@@ -164,6 +164,8 @@ class GraphInputs:
         rows, tokens = sample["input_ids"].shape
         if placeholder == "page_table":
             return torch.arange(rows, dtype=torch.int32).view(rows, 1)
+        if placeholder == "slots":
+            return torch.arange(rows, dtype=torch.int32)
         if placeholder == "token_type_ids":
             return torch.zeros(rows, tokens, dtype=torch.long)
         value = self._values[placeholder]
@@ -178,8 +180,8 @@ class GraphInputs:
 
     def _is_made(self, name: str) -> bool:
         value = self._values[name]
-        cache = name.startswith(("keys_", "values_")) and sum(not isinstance(size, int) for size in value.shape) <= 2
-        return self._is_lm and (name in ("page_table", "token_type_ids") or cache)
+        cache = name.startswith(CACHE_STATES) and sum(not isinstance(size, int) for size in value.shape) <= 2
+        return self._is_lm and (name in ("page_table", "slots", "token_type_ids") or cache)
 
     def _check_vocabulary(self, graph: Graph) -> None:
         """Tokens beyond the embedding would be read from other memory, or fail without a name."""

@@ -65,6 +65,22 @@ def cache_attend_packed(
     return cache_attend(q, keys, values, page_table, positions, scale, window, softcap, sinks)
 
 
+def with_recent(rows: Tensor, x: Tensor, slots: Tensor) -> Tensor:
+    """`qcompile::with_recent` of an empty cache: what comes is all there is."""
+    del rows, slots
+    return x
+
+
+def attend_settled(
+    q: Tensor, keys: Tensor, values: Tensor, exact_keys: Tensor, exact_values: Tensor, page_table: Tensor, positions: Tensor,
+    k_form: str, v_form: str, first: int, recent: int, group: int,
+    scale: float, window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`qcompile::attend_settled` as if nothing had settled: what is learned does not make up for the rounding of old tokens."""
+    del keys, values, page_table, k_form, v_form, first, recent, group
+    return attention(q, exact_keys, exact_values, positions >= 0, None, scale, causal=True, window=window, softcap=softcap, sinks=sinks)
+
+
 def straight_vectors(x: Tensor, form: str) -> Tensor:
     """What is read back of `qcompile::pack_vectors(x, form)`, with the gradient of x."""
     with torch.no_grad():
@@ -103,6 +119,10 @@ DIFFERENTIABLE: dict[Any, Any] = {
     torch.ops.qcompile.cache_attend.default: cache_attend,
     torch.ops.qcompile.pack_vectors.default: straight_vectors,
     torch.ops.qcompile.cache_attend_packed.default: cache_attend_packed,
+    torch.ops.qcompile.with_recent.default: with_recent,
+    torch.ops.qcompile.settle.default: lambda pages, *_: pages,
+    torch.ops.qcompile.retain.default: lambda rows, *_: rows,
+    torch.ops.qcompile.attend_settled.default: attend_settled,
     torch.ops.aten.linear.default: linear,
 }
 """Operator -> a function of the same arguments that passes gradients."""

@@ -11,13 +11,18 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from qcompile.errors import UnsupportedModelError
-from qcompile.ir.graph import Graph, Interface
+from qcompile.ir.graph import CACHE_STATES, Graph, Interface
 from qcompile.ir.structure import template_of
 from qcompile.ir.verify import where
 from qcompile.passes.base import Pass, PassContext
+from qcompile.quant.scheme import CacheFormat
+from qcompile.quant.vector_format import vector_format
+from qcompile.target import Target
 
 qcompile = torch.ops.qcompile
 _EXAMPLE_PAGE_TOKENS = 8
+States = dict[str, fx.Node]
+"""`keys`, `values` and so on -> what a layer's cache is after a step."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,10 @@ class RewriteKvCache(Pass):
             return False
         for node in layers:
             _require_cacheable(node)
-        positions, page_table, symbols = _new_inputs(graph)
-        states = [_rewrite_layer(graph, node, index, positions, page_table, symbols, ctx) for index, node in enumerate(layers)]
-        _replace_positions(graph, positions)
+        shared = _new_inputs(graph, ctx.target)
+        states = [_rewrite_layer(graph, node, index, shared) for index, node in enumerate(layers)]
+        _return_states(graph, states)
+        _replace_positions(graph, shared.positions)
         _require_no_mask(graph)
         _new_interface(graph, states)
         graph.remove_dead()
@@ -68,23 +74,26 @@ def _require_cacheable(node: fx.Node) -> None:
         )
 
 
-def _new_inputs(graph: Graph) -> tuple[fx.Node, fx.Node, dict[str, Any]]:
-    """Placeholders for positions and the page table, and symbols for pages, pages per sequence, and tokens per page."""
+def _new_inputs(graph: Graph, target: Target) -> _Shared:
+    """Placeholders for positions, the page table and, where tokens are kept as they came, sequences; symbols for the sizes of the cache."""
     names = {node.name: node for node in graph.placeholders}
     ids = names["input_ids"]
-    probe = torch.empty(5, 3, 7, device="meta")
-    context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 3)
+    names_of_sizes = ("pages", "pages_per_sequence", "page_tokens", *(("sequences",) if target.scheme.cache.retention.rows else ()))
+    probe = torch.empty((5, 3, 7, 11)[: len(names_of_sizes)], device="meta")
+    context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * len(names_of_sizes))
     from torch._dynamo.source import ConstantSource
 
     sizes = graph.mode.from_tensor(probe, symbolic_context=context, source=ConstantSource("cache")).shape
-    symbols = dict(zip(("pages", "pages_per_sequence", "page_tokens"), sizes, strict=True))
+    symbols = dict(zip(names_of_sizes, sizes, strict=True))
     graph.interface.symbols |= {str(size): name for name, size in symbols.items()}
     value: Tensor = ids.meta["val"]
     with graph.mode:
         table = torch.empty((value.shape[0], symbols["pages_per_sequence"]), dtype=torch.int32)
         places = torch.empty_like(value)
-    positions = _placeholder(graph, "positions", places)
-    return positions, _placeholder(graph, "page_table", table), symbols
+        numbers = torch.empty(value.shape[0], dtype=torch.int32)
+    positions, page_table = _placeholder(graph, "positions", places), _placeholder(graph, "page_table", table)
+    slots = _placeholder(graph, "slots", numbers) if "sequences" in symbols else None
+    return _Shared(positions, page_table, slots, symbols, target.scheme.cache, target.cache_dtype)
 
 
 def _placeholder(graph: Graph, name: str, value: Tensor) -> fx.Node:
@@ -95,31 +104,82 @@ def _placeholder(graph: Graph, name: str, value: Tensor) -> fx.Node:
     return node
 
 
-def _rewrite_layer(
-    graph: Graph, node: fx.Node, index: int, positions: fx.Node, page_table: fx.Node, symbols: dict[str, Any], ctx: PassContext
-) -> tuple[fx.Node, fx.Node]:
-    q, k, v = node.args[:3]
-    forms = ctx.target.scheme.cache.forms
-    if forms:
-        k, v = (
-            graph.insert(node, qcompile.pack_vectors.default, (part, form), source=node) for part, form in zip((k, v), forms, strict=True)
-        )
-    states = []
-    for name, part in (("keys", k), ("values", v)):
-        _, heads, _, size = part.meta["val"].shape  # type: ignore[union-attr]
-        with graph.mode:
-            dtype = torch.uint8 if forms else ctx.target.cache_dtype
-            value = torch.empty((symbols["pages"], heads, symbols["page_tokens"], size), dtype=dtype)
-        states.append(_placeholder(graph, f"{name}_{index}", value))
-    appended = graph.insert(node, qcompile.cache_append.default, (*states, k, v, page_table, positions), source=node)
-    keys, values = (graph.insert(node, operator.getitem, (appended, part), source=node) for part in (0, 1))
+def _rewrite_layer(graph: Graph, node: fx.Node, index: int, shared: _Shared) -> States:
+    """Let an attention read the cache; what it is stored in, by name, as it is afterwards."""
     options = tuple(_option(node, place, name, default) for place, name, default in _ATTEND_OPTIONS)
-    attend = qcompile.cache_attend.default
-    if forms:
-        attend, options = qcompile.cache_attend_packed.default, (*forms, *options)
-    attended = graph.insert(node, attend, (q, keys, values, page_table, positions, *options), source=node)
+    layer = _Layer(graph, node, index, shared)
+    attend, args, states = layer.kept() if shared.cache.retention.rows else layer.stored()
+    attended = graph.insert(node, attend, (*args, *options), source=node)
     graph.replace(node, attended)
-    return keys, values
+    return states
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What all layers read."""
+
+    positions: fx.Node
+    page_table: fx.Node
+    slots: fx.Node | None
+    symbols: dict[str, Any]
+    cache: CacheFormat
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One attention, and the nodes that replace it: the operator that attends, its first arguments, and the new states."""
+
+    graph: Graph
+    node: fx.Node
+    index: int
+    shared: _Shared
+
+    def stored(self) -> tuple[Any, tuple[Any, ...], States]:
+        """Every token goes into the pages as it comes, packed or not."""
+        q, k, v = self.node.args[:3]
+        forms = self.shared.cache.forms
+        if forms:
+            k, v = (self._call(qcompile.pack_vectors.default, part, form) for part, form in zip((k, v), forms, strict=True))
+        dtype = torch.uint8 if forms else self.shared.dtype
+        pages = [self._pages(name, part, part.meta["val"].shape[3], dtype) for name, part in (("keys", k), ("values", v))]  # type: ignore[union-attr]
+        places = (self.shared.page_table, self.shared.positions)
+        appended = self._call(qcompile.cache_append.default, *pages, k, v, *places)
+        keys, values = (self._call(operator.getitem, appended, part) for part in (0, 1))
+        attend = qcompile.cache_attend_packed.default if forms else qcompile.cache_attend.default
+        return attend, (q, keys, values, *places, *forms), {"keys": keys, "values": values}
+
+    def kept(self) -> tuple[Any, tuple[Any, ...], States]:
+        """Tokens settle in the pages once their time has come, others are kept as they came."""
+        q, *parts = self.node.args[:3]
+        shared, policy, states = self.shared, self.shared.cache.retention, {}
+        options, places = (policy.first, policy.recent, policy.group), (shared.page_table, shared.positions)
+        exact = []
+        for name, part, text in zip(("keys", "values"), parts, shared.cache.forms, strict=True):
+            value = part.meta["val"]  # type: ignore[union-attr]
+            rows = self._rows(f"recent_{name}", part, policy.rows)
+            exact.append(self._call(qcompile.with_recent.default, rows, part, shared.slots))
+            pages = self._pages(name, part, vector_format(text).width(int(value.shape[3])), torch.uint8)
+            states[name] = self._call(qcompile.settle.default, pages, exact[-1], *places, text, *options)
+            states[f"recent_{name}"] = self._call(qcompile.retain.default, rows, exact[-1], shared.slots, shared.positions, *options)
+        args = (q, states["keys"], states["values"], *exact, *places, *shared.cache.forms, *options)
+        return qcompile.attend_settled.default, args, states
+
+    def _call(self, target: Any, *args: Any) -> fx.Node:
+        return self.graph.insert(self.node, target, args, source=self.node)
+
+    def _pages(self, name: str, part: Any, width: int, dtype: torch.dtype) -> fx.Node:
+        symbols = self.shared.symbols
+        return self._state(name, (symbols["pages"], part.meta["val"].shape[1], symbols["page_tokens"], width), dtype)
+
+    def _rows(self, name: str, part: Any, rows: int) -> fx.Node:
+        value = part.meta["val"]
+        return self._state(name, (self.shared.symbols["sequences"], value.shape[1], rows, value.shape[3]), self.shared.dtype)
+
+    def _state(self, name: str, shape: tuple[Any, ...], dtype: torch.dtype) -> fx.Node:
+        with self.graph.mode:
+            value = torch.empty(shape, dtype=dtype)
+        return _placeholder(self.graph, f"{name}_{self.index}", value)
 
 
 _ATTEND_OPTIONS = ((5, "scale", 1.0), (7, "window", 0), (8, "softcap", 0.0), (9, "sinks", None))
@@ -157,18 +217,22 @@ def _require_no_mask(graph: Graph) -> None:
         )
 
 
-def _new_interface(graph: Graph, states: list[tuple[fx.Node, fx.Node]]) -> None:
+def _return_states(graph: Graph, states: list[States]) -> None:
+    """Logits, then part after part the cache of all layers; before anything looks for what nobody reads."""
+    logits = graph.output.args[0][0]  # type: ignore[index]
+    graph.output.args = ((logits, *(layer[part] for part in states[0] for layer in states)),)
+
+
+def _new_interface(graph: Graph, states: list[States]) -> None:
     for node in graph.placeholders:
         if node.name in ("attention_mask", "position_ids") and not node.users:
             graph.fx.erase_node(node)
     logits = graph.output.args[0][0]  # type: ignore[index]
-    graph.output.args = ((logits, *(keys for keys, _ in states), *(values for _, values in states)),)
-    names = [node.name for node in graph.placeholders]
-    layers = range(len(states))
-    leaf = {name: {"leaf": index} for index, name in enumerate(names)}
-    inputs: dict[str, Any] = {"input_ids": leaf["input_ids"], "positions": leaf["positions"], "page_table": leaf["page_table"]}
-    inputs |= {part: {"list": [leaf[f"{part}_{index}"] for index in layers]} for part in ("keys", "values")}
-    outputs, _ = template_of({"logits": logits, "keys": [keys for keys, _ in states], "values": [values for _, values in states]})
+    parts = list(states[0])
+    leaf = {node.name: {"leaf": index} for index, node in enumerate(graph.placeholders)}
+    inputs: dict[str, Any] = {name: leaf[name] for name in ("input_ids", "positions", "page_table", "slots") if name in leaf}
+    inputs |= {part: {"list": [leaf[f"{part}_{index}"] for index in range(len(states))]} for part in parts}
+    outputs, _ = template_of({"logits": logits, **{part: [layer[part] for layer in states] for part in parts}})
     examples = _examples(graph)
     template = {"tuple": [{"tuple": []}, {"dict": inputs}]}
     graph.interface = Interface(template, outputs, examples, graph.interface.symbols, "cached_lm")
@@ -185,7 +249,11 @@ def _examples(graph: Graph) -> dict[str, Tensor]:
         "page_table": torch.arange(batch * pages, dtype=torch.int32).view(batch, pages),
     }
     for node in graph.placeholders:
-        if node.name.startswith(("keys_", "values_")):
-            value = node.meta["val"]
+        value = node.meta["val"]
+        if node.name == "slots":
+            examples[node.name] = torch.arange(batch, dtype=torch.int32)
+        elif node.name.startswith("recent_"):
+            examples[node.name] = torch.zeros(batch, *value.shape[1:], dtype=value.dtype)
+        elif node.name.startswith(CACHE_STATES):
             examples[node.name] = torch.zeros(batch * pages, value.shape[1], _EXAMPLE_PAGE_TOKENS, value.shape[3], dtype=value.dtype)
     return examples

@@ -25,6 +25,7 @@ _FORWARD_ONLY = (
     qcompile.attention.default,
     qcompile.cache_attend.default,
     qcompile.cache_attend_packed.default,
+    qcompile.attend_settled.default,
     qcompile.moe_experts.default,
 )
 

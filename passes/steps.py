@@ -27,7 +27,11 @@ _VIEWS = (
     aten.select.int, aten.expand.default, aten.flatten.using_ints, aten.t.default, aten.unflatten.int, aten.narrow.default,
     aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int,
 )  # fmt: skip
-_TOKEN_MAJOR = (qcompile.cache_attend.default, qcompile.cache_attend_packed.default, qcompile.attention.default)
+_TOKEN_MAJOR = (
+    qcompile.cache_attend.default, qcompile.cache_attend_packed.default, qcompile.attend_settled.default, qcompile.attention.default,
+)  # fmt: skip
+_IN_PLACE = {qcompile.settle.default: qcompile.settle_.default, qcompile.retain.default: qcompile.retain_.default}
+"""What writes its first argument -> the operator that does so in place."""
 
 
 class StepBuilder:
@@ -79,6 +83,10 @@ class StepBuilder:
             states: Any = node.args[:2]
             self.values[node] = tuple(self.values[state] for state in states)
             self.fakes[node] = tuple(self.fakes[state] for state in states)
+        elif node.target in _IN_PLACE:
+            self._step(node, _IN_PLACE[node.target], ())
+            state: Any = node.args[0]
+            self.values[node], self.fakes[node] = self.values[state], self.fakes[state]
         elif isinstance(value, tuple | list):
             self._results(node, value)
         else:

@@ -50,11 +50,11 @@ class CompiledModel:
             raise CapacityError("load: expected max_context or kv_bytes, got both; give one")
         if kv_bytes is None:
             return max_context or min(self.assets.max_positions or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
-        per_token = self.kv_bytes_per_token
-        tokens = kv_bytes // (per_token * self.max_batch) if per_token else 0
+        per_token, beside = self.kv_bytes_per_token, self.kv_bytes_per_sequence * self.max_batch
+        tokens = (kv_bytes - beside) // (per_token * self.max_batch) if per_token else 0
         if tokens < 1:
             raise CapacityError(
-                f"load: expected kv_bytes of at least {per_token * self.max_batch} (one token for each of {self.max_batch} "
+                f"load: expected kv_bytes of at least {beside + per_token * self.max_batch} (one token for each of {self.max_batch} "
                 f"sequences), got {kv_bytes}"
             )
         return tokens
@@ -114,6 +114,13 @@ class CompiledModel:
         from qcompile.runtime.accounting import cache_bytes_per_token
 
         return cache_bytes_per_token(self.contents.plan)
+
+    @property
+    def kv_bytes_per_sequence(self) -> int:
+        """Bytes of cache that a sequence takes beside its tokens' over all layers: the first and the recent tokens in 16 bits."""
+        from qcompile.runtime.accounting import cache_bytes_per_sequence
+
+        return cache_bytes_per_sequence(self.contents.plan)
 
     @property
     def engine(self) -> Engine:

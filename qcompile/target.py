@@ -76,6 +76,6 @@ def resolve(arch: str, scheme: QuantScheme, cache: CacheFormat | None = None) ->
     cuda = arch.startswith("sm")
     compute = scheme.compute or (torch.bfloat16 if cuda else torch.float32)
     cache = cache or scheme.cache
-    if cache.name == "kv16":
+    if cache.dtype == torch.float16:
         cache = replace(cache, dtype=torch.bfloat16 if cuda else torch.float16)
     return Target(arch, replace(scheme, compute=compute, cache=cache))

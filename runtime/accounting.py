@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from qcompile.ir.lowered import Entry, Plan, Step
-from qcompile.ir.memory import dtype_of
 from qcompile.ir.size import Size
+from qcompile.runtime.kv_cache import bytes_of, state_buffers
 
 _CODES_ARGUMENT = {
     "qcompile.quantized_linear.default": 1, "qcompile.integer_linear.default": 3, "qcompile.float8_linear.default": 2,
@@ -20,9 +20,13 @@ def cache_bytes_per_token(plan: Plan) -> int:
     entry = plan.entries.get("decode")
     if entry is None:
         return 0
-    states = [buffer for buffer in entry.buffers.values() if buffer.kind == "state"]
-    # State [P, L, R, D]: one row of a page holds L·D numbers.
-    return sum(math.prod(map(_static, (state.shape[1], state.shape[3]))) * dtype_of(state.dtype).itemsize for state in states)
+    return bytes_of(state_buffers(entry), {"pages": 1, "page_tokens": 1, "sequences": 0})
+
+
+def cache_bytes_per_sequence(plan: Plan) -> int:
+    """Bytes of a sequence beside its pages, over all layers: the tokens that are kept as they came; 0 where there are none."""
+    entry = plan.entries.get("decode")
+    return 0 if entry is None else bytes_of(state_buffers(entry), {"pages": 0, "page_tokens": 0, "sequences": 1})
 
 
 def _static(size: Size) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,24 +11,29 @@ from torch import Tensor
 from qcompile.errors import CapacityError
 from qcompile.ir.lowered import Buffer, Entry
 from qcompile.ir.memory import dtype_of
-from qcompile.ir.size import Size
+from qcompile.ir.size import evaluate
 
 
 def state_buffers(entry: Entry) -> list[Buffer]:
-    """The cache buffers [P, L, R, D] of an entry, in the order of its inputs."""
+    """The cache buffers of an entry, in the order of its inputs: pages [P, L, R, D], and rows of sequences [C, L, N, D]."""
     return [entry.buffers[name] for name in entry.inputs if entry.buffers[name].kind == "state"]
 
 
-def _static(size: Size) -> int:
-    assert isinstance(size, int)  # heads and head size: plan-memory makes only pages and page_tokens symbolic
-    return size
+def is_paged(state: Buffer) -> bool:
+    """Whether it holds pages; else it holds rows of each sequence."""
+    return state.shape[0] == "pages"
+
+
+def bytes_of(states: Iterable[Buffer], sizes: Mapping[str, int]) -> int:
+    """Bytes of cache buffers where the names in their shapes stand for `sizes`."""
+    return sum(math.prod(evaluate(size, sizes) for size in state.shape) * dtype_of(state.dtype).itemsize for state in states)
 
 
 class KVCache:
     """Rows of keys and values. Nothing is written beyond what `reserve` has granted, and it grants all or nothing.
 
     Attributes:
-        tensors: buffer name -> [P, L, R, D]; zeros at first, because masked positions are multiplied by a weight of 0.
+        tensors: buffer name -> [P, L, R, D] or [C, L, N, D]; zeros at first, because masked positions are multiplied by a weight of 0.
         max_batch: rows.
         capacity: the most tokens of a row.
         page_tokens: R; equal to `capacity` where a sequence is one page.
@@ -62,30 +68,37 @@ class KVCache:
 
     def _layout(self, max_context: int, page_tokens: int, kv_bytes: int | None) -> tuple[int, int]:
         """Tokens of a page and the number of pages: one page per row where `page_tokens` is 0."""
-        affordable = max_context * self.max_batch if kv_bytes is None else kv_bytes // max(self.bytes_per_token, 1)
+        for_pages = 0 if kv_bytes is None else max(0, kv_bytes - self.max_batch * self.bytes_per_sequence)
+        affordable = max_context * self.max_batch if kv_bytes is None else for_pages // max(self.bytes_per_token, 1)
         if not page_tokens:
             return min(max_context, affordable // self.max_batch), self.max_batch
         wanted = self.max_batch * -(-max_context // page_tokens)
         return page_tokens, wanted if kv_bytes is None else min(wanted, affordable // page_tokens)
 
     def _allocate(self, state: Buffer, device: torch.device | str) -> Tensor:
-        heads, size = _static(state.shape[1]), _static(state.shape[3])
-        return torch.zeros((self.pages, heads, self.page_tokens, size), dtype=dtype_of(state.dtype), device=device)
+        shape = [evaluate(size, self.sizes) for size in state.shape]
+        return torch.zeros(shape, dtype=dtype_of(state.dtype), device=device)
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of one token's keys and values in all layers."""
-        return sum(_static(state.shape[1]) * _static(state.shape[3]) * dtype_of(state.dtype).itemsize for state in self._states)
+        """Bytes of one token's keys and values in the pages of all layers."""
+        return bytes_of(self._states, {"pages": 1, "page_tokens": 1, "sequences": 0})
+
+    @property
+    def bytes_per_sequence(self) -> int:
+        """Bytes of one sequence beside its pages: the tokens that are kept as they came."""
+        return bytes_of(self._states, {"pages": 0, "page_tokens": 0, "sequences": 1})
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all pages."""
-        return self.pages * self.page_tokens * self.bytes_per_token
+        """Bytes of all tensors."""
+        return bytes_of(self._states, self.sizes)
 
     @property
     def sizes(self) -> dict[str, int]:
         """The names that shapes of the plan use for the cache."""
-        return {"pages": self.pages, "pages_per_sequence": self.pages_per_sequence, "page_tokens": self.page_tokens}
+        paged = {"pages": self.pages, "pages_per_sequence": self.pages_per_sequence, "page_tokens": self.page_tokens}
+        return paged if all(map(is_paged, self._states)) else {**paged, "sequences": self.max_batch}
 
     def require(self, tokens: Sequence[int], rows: Sequence[int]) -> None:
         """Check that `tokens[i]` more tokens fit into row `rows[i]`, for all i at once; changes nothing.

@@ -18,6 +18,7 @@ from qcompile.ir import fused_activation_ops as _fused_activation_ops  # noqa: F
 from qcompile.ir import fused_asymmetric_ops as _fused_asymmetric_ops  # noqa: F401  registers their asymmetric twins
 from qcompile.ir import hadamard_ops as _hadamard_ops  # noqa: F401  registers qcompile::hadamard
 from qcompile.ir import ops as _operators  # noqa: F401  registers the qcompile:: operators
+from qcompile.ir import retention_ops as _retention_ops  # noqa: F401  registers operators of caches that keep tokens as they came
 
 _ATEN = """
 __and__.Scalar __and__.Tensor __or__.Tensor _native_batch_norm_legit_no_training.default _to_copy.default abs.default
@@ -51,7 +52,8 @@ _QCOMPILE = """
 rms_norm add_rms_norm rotary_table rope gated_activation attention cache_append cache_append_ cache_attend dequantize quantized_linear
 quantized_embedding moe_experts gather_last hadamard pack_vectors cache_attend_packed quantize_activation quantize_activation_asym
 quantize_static dequantize_activation integer_linear integer_conv2d float8_linear norm_quantize add_norm_quantize gated_quantize
-hadamard_quantize norm_quantize_asym add_norm_quantize_asym gated_quantize_asym hadamard_quantize_asym
+hadamard_quantize norm_quantize_asym add_norm_quantize_asym gated_quantize_asym hadamard_quantize_asym with_recent settle settle_ retain
+retain_ attend_settled
 """
 _PYTHON = (
     operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg, operator.getitem, operator.pow,

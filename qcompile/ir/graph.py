@@ -22,6 +22,10 @@ from qcompile.ir.structure import Template, flatten, unflatten
 Operator = Callable[..., Any]
 
 
+CACHE_STATES = ("keys_", "values_", "recent_keys_", "recent_values_")
+"""What the names of the placeholders begin with that are a cache: pages of keys and values, and tokens that are kept as they came."""
+
+
 @dataclass
 class Interface:
     """What a caller passes and gets: templates over the graph's placeholders and outputs, and one small set of example inputs.
@@ -65,7 +69,7 @@ class Graph:
     def states(self) -> list[fx.Node]:
         """The placeholders that are a cache: what the program reads of them, it has written itself."""
         cached = self.interface.kind == "cached_lm"
-        return [node for node in self.placeholders if cached and node.name.startswith(("keys_", "values_"))]
+        return [node for node in self.placeholders if cached and node.name.startswith(CACHE_STATES)]
 
     @property
     def placeholders(self) -> list[fx.Node]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
@@ -13,6 +14,7 @@ from qcompile.quant.element import FP8, INT4, INT8, NF4, element
 from qcompile.quant.format import MXFP4, MXINT8, NVFP4, parse_format
 from qcompile.quant.format import QuantFormat as QuantFormat
 from qcompile.quant.granularity import Granularity
+from qcompile.quant.retention import Retention
 from qcompile.quant.scheme_options import SchemeOptions, given_options
 from qcompile.quant.vector_format import VectorFormat, vector_format
 
@@ -28,13 +30,22 @@ def dtype_name(dtype: torch.dtype) -> str:
 class CacheFormat:
     """How keys and values are stored; `dtype=None` is the computation dtype.
 
-    With `keys` and `values`, which come together, each token and head is packed in that format; then `dtype` is not used.
+    With `keys` and `values`, which come together, vectors are packed in these formats. The `first` tokens of a sequence and at least the
+    `recent` ones stay in `dtype`, as do those whose group is not full yet.
     """
 
     name: str = "kv"
     dtype: torch.dtype | None = None
     keys: VectorFormat | None = None
     values: VectorFormat | None = None
+    first: int = 0
+    recent: int = 0
+
+    @property
+    def retention(self) -> Retention:
+        """Which tokens stay as they came; none has rows for them where every token is stored the same way."""
+        groups = (form.tokens for form in (self.keys, self.values) if form is not None)
+        return Retention(self.first, self.recent, math.lcm(*groups))
 
     @property
     def is_packed(self) -> bool:
@@ -47,8 +58,8 @@ class CacheFormat:
         return () if self.keys is None or self.values is None else (str(self.keys), str(self.values))
 
 
-def _packed(name: str, form: str) -> CacheFormat:
-    return CacheFormat(name, keys=vector_format(form), values=vector_format(form))
+def _packed(name: str, keys: str, values: str = "", *, first: int = 0, recent: int = 0) -> CacheFormat:
+    return CacheFormat(name, torch.float16, vector_format(keys), vector_format(values or keys), first, recent)
 
 
 @dataclass(frozen=True)
@@ -141,6 +152,8 @@ CACHES = {
     "kvfp8": _packed("kvfp8", "fp8 g64"),
     "kv4": _packed("kv4", "int4 g64 asym"),
     "kv4-token": _packed("kv4-token", "int4 g64 asym"),
+    "kv4-kivi": _packed("kv4-kivi", "int4 t32 asym", "int4 g32 asym", first=4, recent=32),
+    "kv2-kivi": _packed("kv2-kivi", "int2 t32 asym", "int2 g32 asym", first=4, recent=32),
 }
 
 

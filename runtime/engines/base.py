@@ -130,6 +130,8 @@ class PlanEngine:
         program.tensors["input_ids"].copy_(torch.tensor(ids))
         program.tensors["positions"].copy_(torch.tensor(places))
         program.tensors["page_table"].copy_(torch.tensor(cache.table(rows), dtype=torch.int32))
+        if "slots" in program.tensors:
+            program.tensors["slots"].copy_(torch.arange(len(parts)))
         program.run()
         cache.advance(counts, rows)
         return program.tensors[self._entries[name].outputs[0]][:, -1]
@@ -160,6 +162,7 @@ class PlanEngine:
             cache = self.new_cache(entry, batch, max(1, *tokens))
             cache.reserve(tokens, range(batch))
             given["page_table"] = torch.tensor(cache.table(range(batch)), dtype=torch.int32)
+            given["slots"] = torch.arange(batch, dtype=torch.int32)
             sizes |= cache.sizes
         planned = plan_entry(entry, {name: value for name, value in sizes.items() if name not in _CACHE_SIZES})
         arena = torch.empty(planned.arena_bytes, dtype=torch.uint8)
@@ -201,7 +204,7 @@ def _vocabulary(entry: Entry) -> int:
 
 _TABLES = {"aten.embedding.default": ((0, 1),), "qcompile.quantized_embedding.default": ((1, 0),)}
 """Operators that look rows up -> where they take the table and the indices."""
-_CACHE_SIZES = ("pages", "pages_per_sequence", "page_tokens")
+_CACHE_SIZES = ("pages", "pages_per_sequence", "page_tokens", "sequences")
 
 
 def sizes_of(entry: Entry, inputs: Mapping[str, Tensor]) -> dict[str, int]:
@@ -213,7 +216,7 @@ def sizes_of(entry: Entry, inputs: Mapping[str, Tensor]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for name in entry.inputs:
         buffer = entry.buffers[name]
-        if buffer.kind != "input" or (name not in inputs and name in ("positions", "page_table")):
+        if buffer.kind != "input" or (name not in inputs and name in ("positions", "page_table", "slots")):
             continue
         if name not in inputs or inputs[name].dim() != len(buffer.shape):
             got = f"{inputs[name].dim()} dimensions" if name in inputs else "none"

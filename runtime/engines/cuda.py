@@ -232,6 +232,8 @@ class CudaEngine:
     def _write(self, program: Program, ids: Tensor, positions: Tensor) -> None:
         program.inputs["input_ids"].copy_(ids)
         program.inputs["positions"].copy_(positions)
+        if "slots" in program.inputs:
+            program.inputs["slots"].copy_(torch.arange(program.sizes["batch"]))
         table = self.cache.table(range(program.sizes["batch"]))
         if self._tables.get(program) != table:
             program.inputs["page_table"].copy_(torch.tensor(table, dtype=torch.int32))
@@ -278,6 +280,7 @@ def _own_inputs(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
         "positions": torch.arange(sequence).expand(batch, sequence),
         "page_table": torch.arange(batch, dtype=torch.int32).view(batch, 1),
+        "slots": torch.arange(batch, dtype=torch.int32),
     }
 
 

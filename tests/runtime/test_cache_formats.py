@@ -11,23 +11,41 @@ from qcompile.compiled import CompiledModel
 from qcompile.quant.scheme import CACHES
 from tests.models import tiny
 
-TEXT = torch.arange(7, 19).unsqueeze(0)
+TEXT = torch.randint(0, 100, (1, 110), generator=torch.Generator().manual_seed(0))
+PROMPT = 60
+"""Shorter than what formats keep as it came, which the text is not."""
 
 
 @pytest.fixture(scope="module", params=sorted(CACHES.keys() - {"kv"}))
 def compiled(request: pytest.FixtureRequest) -> CompiledModel:
     torch.manual_seed(0)
-    return qcompile.compile(tiny("llama"), f"cpu-fp32-{request.param}", max_context=32, max_batch=2)
+    return qcompile.compile(tiny("llama"), f"cpu-fp32-{request.param}", max_context=128, max_batch=2)
 
 
 def by_decoding(compiled: CompiledModel, engine: str) -> Tensor:
-    """Logits [8, V] of the last tokens, one by one after a prompt of five."""
-    model = CompiledModel(compiled.contents, max_batch=1, max_context=32, engine=engine)
-    first = model.engine.prefill([TEXT[0, :5].tolist()])
-    return torch.cat([first, *(model.engine.decode([token]) for token in TEXT[0, 5:].tolist())])
+    """Logits [51, V] of the prompt's last token and of those that follow one by one."""
+    model = CompiledModel(compiled.contents, max_batch=1, max_context=128, engine=engine)
+    first = model.engine.prefill([TEXT[0, :PROMPT].tolist()])
+    return torch.cat([first, *(model.engine.decode([token]) for token in TEXT[0, PROMPT:].tolist())])
 
 
 @pytest.mark.parametrize("engine", ["reference", "torch_cpu"])
 def test_decoding_gives_what_reading_the_text_at_once_gives(compiled: CompiledModel, engine: str) -> None:
-    at_once = CompiledModel(compiled.contents, max_batch=1, max_context=32, engine=engine)(input_ids=TEXT)["logits"][0, 4:]
+    at_once = CompiledModel(compiled.contents, max_batch=1, max_context=128, engine=engine)(input_ids=TEXT)["logits"][0, PROMPT - 1 :]
     torch.testing.assert_close(by_decoding(compiled, engine), at_once, rtol=0, atol=2e-5)
+
+
+def test_rows_of_a_ragged_batch_are_what_they_are_alone(compiled: CompiledModel) -> None:
+    model = CompiledModel(compiled.contents, max_batch=2, max_context=128, engine="reference")
+    prompts, steps = [TEXT[0, :70].tolist(), TEXT[0, 30:50].tolist()], TEXT[0, 70:75].tolist()
+    together = [model.engine.prefill(prompts), *(model.engine.decode([token, token]) for token in steps)]
+    for row, prompt in enumerate(prompts):
+        alone = CompiledModel(compiled.contents, max_batch=1, max_context=128, engine="reference")
+        expected = [alone.engine.prefill([prompt]), *(alone.engine.decode([token]) for token in steps)]
+        assert all(torch.equal(found[row], logits[0]) for found, logits in zip(together, expected, strict=True))
+
+
+def test_the_bytes_are_those_that_are_allocated(compiled: CompiledModel) -> None:
+    cache = CompiledModel(compiled.contents, max_batch=2, max_context=128).engine.cache  # type: ignore[attr-defined]
+    allocated = sum(tensor.nbytes for tensor in cache.tensors.values())
+    assert cache.nbytes == allocated == 2 * (128 * compiled.kv_bytes_per_token + compiled.kv_bytes_per_sequence)
