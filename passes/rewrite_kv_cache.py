@@ -15,7 +15,7 @@ from qcompile.ir.graph import CACHE_STATES, Graph, Interface
 from qcompile.ir.structure import template_of
 from qcompile.ir.verify import where
 from qcompile.passes.base import Pass, PassContext
-from qcompile.quant.scheme import CacheFormat
+from qcompile.quant.cache_format import CacheFormat
 from qcompile.quant.vector_format import vector_format
 from qcompile.target import Target
 

@@ -93,6 +93,12 @@ def compile(  # noqa: A001  the name is the product's
             - `activation_static`: one scale for the whole tensor, measured on calibration data, in place of one per token or group;
             - `activation_clip`: the share of the range, above 0 and at most 1, that is kept; what is beyond saturates.
 
+            Of caches that are packed (`kv8`, `kv4` and others):
+
+            - `cache_keys`, `cache_values`: text in place of the format, such as `int4 g64 asym`, or per channel `int4 t32 asym`;
+            - `cache_sinks`: how many tokens at the start of a sequence stay in 16 bits;
+            - `cache_window`: how many of the last tokens do, at least.
+
     Returns:
         The compiled model, ready to run on this machine and to be saved.
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from qcompile.errors import TargetError
-from qcompile.quant.scheme import CACHES, SCHEMES, CacheFormat, QuantScheme
+from qcompile.quant.cache_format import CACHES, CacheFormat
+from qcompile.quant.scheme import SCHEMES, QuantScheme
 
 ARCHITECTURES = ("cpu", "reference", "sm80", "sm89", "sm90", "sm100")
 _LOW_BIT = ("int8", "int4", "w8a8", "w4a8", "w4a4", "fp8", "int3", "int2", "nf4", "mxint8", "mxfp4", "nvfp4")

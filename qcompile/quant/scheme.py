@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
@@ -10,13 +9,12 @@ import torch
 
 from qcompile.errors import FormatError, TargetError
 from qcompile.quant.activation_format import ActivationFormat as ActivationFormat
+from qcompile.quant.cache_format import PLAIN, CacheFormat
 from qcompile.quant.element import FP8, INT4, INT8, NF4, element
 from qcompile.quant.format import MXFP4, MXINT8, NVFP4, parse_format
 from qcompile.quant.format import QuantFormat as QuantFormat
 from qcompile.quant.granularity import Granularity
-from qcompile.quant.retention import Retention
 from qcompile.quant.scheme_options import SchemeOptions, given_options
-from qcompile.quant.vector_format import VectorFormat, vector_format
 
 DTYPE_NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -24,42 +22,6 @@ DTYPE_NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.floa
 def dtype_name(dtype: torch.dtype) -> str:
     """The short name of a torch dtype: `fp32` for torch.float32, `uint8` for torch.uint8."""
     return next((short for short, known in DTYPE_NAMES.items() if known == dtype), str(dtype).removeprefix("torch."))
-
-
-@dataclass(frozen=True)
-class CacheFormat:
-    """How keys and values are stored; `dtype=None` is the computation dtype.
-
-    With `keys` and `values`, which come together, vectors are packed in these formats. The `first` tokens of a sequence and at least the
-    `recent` ones stay in `dtype`, as do those whose group is not full yet.
-    """
-
-    name: str = "kv"
-    dtype: torch.dtype | None = None
-    keys: VectorFormat | None = None
-    values: VectorFormat | None = None
-    first: int = 0
-    recent: int = 0
-
-    @property
-    def retention(self) -> Retention:
-        """Which tokens stay as they came; none has rows for them where every token is stored the same way."""
-        groups = (form.tokens for form in (self.keys, self.values) if form is not None)
-        return Retention(self.first, self.recent, math.lcm(*groups))
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether vectors are stored as bytes."""
-        return self.keys is not None
-
-    @property
-    def forms(self) -> tuple[str, ...]:
-        """The formats of keys and values as text; empty where they are stored as numbers."""
-        return () if self.keys is None or self.values is None else (str(self.keys), str(self.values))
-
-
-def _packed(name: str, keys: str, values: str = "", *, first: int = 0, recent: int = 0) -> CacheFormat:
-    return CacheFormat(name, torch.float16, vector_format(keys), vector_format(values or keys), first, recent)
 
 
 @dataclass(frozen=True)
@@ -74,7 +36,7 @@ class QuantScheme:
     name: str
     compute: torch.dtype | None = None
     weight: QuantFormat | None = None
-    cache: CacheFormat = CacheFormat()
+    cache: CacheFormat = PLAIN
     ignore: tuple[str, ...] = ()
     quantize_head: bool = False
     quantize_embedding: bool = False
@@ -91,7 +53,8 @@ class QuantScheme:
         given = given_options(options)
         kept = {name: given[name] for name in ("quantize_head", "quantize_embedding") if name in given}
         ignore = tuple(given.get("ignore", self.ignore))
-        return replace(self, weight=self._weight(given), activation=self._activation(given), ignore=ignore, **kept)
+        cache = self.cache.with_options(given)
+        return replace(self, weight=self._weight(given), activation=self._activation(given), cache=cache, ignore=ignore, **kept)
 
     def _weight(self, given: dict[str, Any]) -> QuantFormat | None:
         weight = parse_format(given["weight_format"]) if "weight_format" in given else self.weight
@@ -145,16 +108,6 @@ SCHEMES = {
     "mxfp4": MXFP4A16, "mxfp4a16": MXFP4A16, "nvfp4": NVFP4A16, "nvfp4a16": NVFP4A16,
 }  # fmt: skip
 """Presets, with their names in compressed-tensors; its NVFP4 and MXFP4 quantize activations too, ours the weights alone."""
-CACHES = {
-    "kv": CacheFormat(),
-    "kv16": CacheFormat("kv16", torch.float16),
-    "kv8": _packed("kv8", "int8 g64 sym"),
-    "kvfp8": _packed("kvfp8", "fp8 g64"),
-    "kv4": _packed("kv4", "int4 g64 asym"),
-    "kv4-token": _packed("kv4-token", "int4 g64 asym"),
-    "kv4-kivi": _packed("kv4-kivi", "int4 t32 asym", "int4 g32 asym", first=4, recent=32),
-    "kv2-kivi": _packed("kv2-kivi", "int2 t32 asym", "int2 g32 asym", first=4, recent=32),
-}
 
 
 def scheme(name: str) -> QuantScheme:

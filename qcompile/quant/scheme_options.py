@@ -22,6 +22,10 @@ class SchemeOptions(TypedDict, total=False):
     activation_symmetric: bool | None
     activation_static: bool | None
     activation_clip: float | None
+    cache_keys: str | None
+    cache_values: str | None
+    cache_sinks: int | None
+    cache_window: int | None
 
 
 _KINDS: Mapping[str, tuple[type | tuple[type, ...], str]] = {
@@ -35,6 +39,10 @@ _KINDS: Mapping[str, tuple[type | tuple[type, ...], str]] = {
     "activation_symmetric": (bool, "True or False"),
     "activation_static": (bool, "True or False"),
     "activation_clip": ((float, int), "a number above 0 and at most 1"),
+    "cache_keys": (str, "text such as 'int4 t32 asym'"),
+    "cache_values": (str, "text such as 'int4 g64 asym'"),
+    "cache_sinks": (int, "an integer"),
+    "cache_window": (int, "an integer"),
 }
 
 

@@ -40,7 +40,7 @@ def test_dtypes_follow_from_architecture_and_cache(text: str, compute: torch.dty
     ("tpu-int4", "expected ARCH-SCHEME.* as one of cpu-fp32"),
     ("sm90-int5", "scheme 'int5' is not served on sm90; expected one of .*sm90-int4"),
     ("cpu-fp16", "scheme 'fp16' is not served on cpu"),
-    ("cpu-int4-kv3", "cache 'kv3' is unknown; expected kv16, kv8, kv4 or none"),
+    ("cpu-int4-kv3", "cache 'kv3' is unknown; expected kv16, kv8, kvfp8, kv4, kv4-token, kv4-kivi, kv2-kivi or none"),
 ])  # fmt: skip
 def test_an_unknown_target_lists_the_known_ones(text: str, message: str) -> None:
     with pytest.raises(TargetError, match=message):
@@ -76,13 +76,23 @@ def test_activation_options_need_quantized_activations() -> None:
         scheme("w4a4").with_options(activation_static=True)
 
 
+def test_cache_options_need_a_packed_cache() -> None:
+    cache = parse_target("cpu-fp32-kv4-kivi").scheme.with_options(cache_values="int3 g16", cache_sinks=0, cache_window=128).cache
+    assert cache.forms == ("int4 t32 asym", "int3 g16 asym")
+    assert (cache.retention.first, cache.retention.recent, cache.retention.group) == (0, 128, 32)
+    with pytest.raises(FormatError, match="cache kv16: expected a packed one for cache_keys, cache_sinks; choose"):
+        parse_target("cpu-fp32-kv16").scheme.with_options(cache_keys="int4", cache_sinks=2)
+    with pytest.raises(FormatError, match="cache_window=-1: expected a number of tokens"):
+        parse_target("cpu-fp32-kv4").scheme.with_options(cache_window=-1)
+
+
 def test_none_leaves_the_scheme_as_it_is() -> None:
     assert W4A16.with_options(**dict.fromkeys(SchemeOptions.__annotations__)) == W4A16
 
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"group_sizes": 32}, "option 'group_sizes': expected a parameter .* or one of weight_format, .*; did you mean group_size"),
-    ({"zzz": None}, "option 'zzz': expected a parameter of the function, or one of weight_format, .*, activation_clip$"),
+    ({"zzz": None}, "option 'zzz': expected a parameter of the function, or one of weight_format, .*, cache_window$"),
     ({"group_size": "32"}, "group_size='32': expected an integer"),
     ({"group_size": True}, "group_size=True: expected an integer"),
     ({"symmetric": 0}, "symmetric=0: expected True or False"),

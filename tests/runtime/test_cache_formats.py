@@ -8,7 +8,7 @@ from torch import Tensor
 
 import qcompile
 from qcompile.compiled import CompiledModel
-from qcompile.quant.scheme import CACHES
+from qcompile.quant.cache_format import CACHES
 from tests.models import tiny
 
 TEXT = torch.randint(0, 100, (1, 110), generator=torch.Generator().manual_seed(0))
