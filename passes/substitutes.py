@@ -35,7 +35,7 @@ def cache_attend(
     if not whole or softcap or sinks is not None or 0 < window < tokens:
         return ops.cache_attend(q, keys, values, page_table, positions, scale, window, softcap, sinks)
     pages = page_table[:, 0].long()
-    return _blocked(q, keys[pages], values[pages], scale, causal=True)
+    return _blocked(q, keys[pages].to(q.dtype), values[pages].to(q.dtype), scale, causal=True)
 
 
 def _blocked(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> Tensor:

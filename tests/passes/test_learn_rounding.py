@@ -78,7 +78,7 @@ def packed(graph: Graph) -> dict[str, Tensor]:
     return {name: constant.materialize() for name, constant in graph.constants.items() if constant.format is not None}
 
 
-@pytest.mark.parametrize("target", ["cpu-int4", "cpu-w4a8", "cpu-w4a4-kv4"])
+@pytest.mark.parametrize("target", ["cpu-int4", "cpu-w4a8-kv16", "cpu-w4a4-kv4"])
 def test_learning_brings_a_language_model_nearer_to_float(target: str) -> None:
     loaded = prepared(target)
     start, better = (rounded(loaded, target, rounding)[0] for rounding in ("gptq", "learned"))
