@@ -17,6 +17,8 @@ from torch import Tensor
 from qcompile.quant.learned_basis import Course, turned
 
 _TINY = torch.finfo(torch.float32).tiny
+_LEAST = 1e-6
+"""Of the mean over channels."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,16 @@ class MomentPair:
     def noise(self, rotation: Tensor) -> tuple[Tensor, Tensor]:
         """`(Σ √(sᵢ gᵢ))² / K` over the signal, and its gradient [K, K] in the rotation."""
         moved = rotation @ self.inputs, rotation @ self.weights
-        s, g = ((part * rotation).sum(1).clamp(min=_TINY) for part in moved)
+        s, g = (_diagonal(part, rotation) for part in moved)
         total, share = (s * g).sqrt().sum(), self.signal * len(rotation)
         slope = (g / s).sqrt()[:, None] * moved[0] + (s / g).sqrt()[:, None] * moved[1]
         return total.square() / share, slope * (2 * total / share)
+
+
+def _diagonal(moved: Tensor, rotation: Tensor) -> Tensor:
+    """That of `moved · rotationᵀ`, no less than what float32 tells from 0: a layer norm leaves a direction without any energy."""
+    found = (moved * rotation).sum(1)
+    return found.clamp(min=max(_TINY, _LEAST * float(found.mean())))
 
 
 def principal_axes(pairs: Sequence[MomentPair]) -> Tensor:

@@ -71,3 +71,13 @@ def test_principal_axes_do_not_depend_on_the_basis() -> None:
     turn = random_basis()
     there = (principal_axes(pairs(turn)) @ turn).abs()
     torch.testing.assert_close(there[:6], principal_axes(pairs()).abs()[:6], rtol=0, atol=1e-2)
+
+
+def test_directions_without_energy_do_no_harm() -> None:
+    """What a layer norm has centred has none along the vector of ones."""
+    centre = torch.eye(SIZE) - torch.full((SIZE, SIZE), 1 / SIZE)
+    flat = [MomentPair(centre @ pair.inputs @ centre, pair.weights) for pair in pairs()]
+    start = principal_axes(flat)
+    learned = learn_from_moments(flat, start, Course(100, 0.02, 4))
+    torch.testing.assert_close(learned @ learned.T, torch.eye(SIZE), rtol=0, atol=1e-4)
+    assert mean_moment_noise(flat, learned) < mean_moment_noise(flat, start)
