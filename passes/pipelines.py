@@ -77,13 +77,13 @@ def _change_basis(target: Target, *, calibrated: bool) -> list[Pass]:
         return [RotateHadamard(stream=False, heads=False, online=packed_keys)] if packed_keys else []
     if calibrated and (scheme.activation is not None or _is_coarse(target)):
         # Each norm's gain suits its own linears, and channels are mixed behind it: a third of the error of one rotated stream.
-        whole = scheme.activation is not None and scheme.activation.granularity.group_size == -1
-        # One scale per token wants the input of the output projection mixed across heads too, groups of channels do not.
+        grouped = scheme.activation is not None and scheme.activation.granularity.group_size != -1
+        # The input of the output projection is better mixed across heads than within them, unless activations are rounded in groups.
         return [
             LearnRotation(kinds=("orthogonal",), online=True),  # to the stream's own axes, where something has hidden them
             # What batch norms left a convolution is alike already, and only its filters would suffer.
             SmoothActivations(measure="absmean", convolutions=False),
-            RotateHadamard(stream=False, heads=not whole, online=("linears", *packed_keys)),
+            RotateHadamard(stream=False, heads=grouped, online=("linears", *packed_keys)),
         ]
     online = ("linears", *packed_keys) if scheme.activation is not None else packed_keys
     return [
