@@ -31,7 +31,8 @@ class RewriteKvCache(Pass):
 
     The graph then takes `input_ids`, `positions` [B, S] (-1 = padding, not stored, attends to nothing), `page_table`
     int32 [B, pages], and per layer `keys_i`, `values_i` [P, L, R, D] (uint8 [P, L, R, W] where the format packs them), and returns
-    logits and the new keys and values.
+    logits and the new keys and values. Where the format keeps tokens in 16 bits, with_recent, settle, retain and attend_settled take the
+    place of both, with `slots` int32 [B] and per layer `recent_keys_i`, `recent_values_i` [C, L, N, D] (`qcompile/ir/retention_ops.py`).
     """
 
     name: ClassVar[str] = "rewrite-kv-cache"

@@ -2,7 +2,7 @@
 
 Shape letters: B batch, S tokens of this call, H query heads, L key/value heads, D head size, P pages, R tokens in a page, W bytes of a
 packed vector, N rows of unsettled tokens (`quant/retention.py`), C sequences that the cache serves. `slots` int32 [B] says which of the C
-each row of the batch is; `positions` [B, S] count on from what the cache holds, padding is -1 and stands before or after them.
+each row of the batch is; `positions` [B, S] count on from what the cache holds, padding is -1, anywhere.
 
 One step of a layer is `with_recent`, `settle`, `retain` for keys and for values, then `attend_settled`. Everything is rounded to the rows'
 dtype first, so that a token is the same number whether it came in this call or before.
@@ -25,24 +25,25 @@ _POLICY = "int first, int recent, int group"
 
 @dataclass(frozen=True)
 class _Sequence:
-    """A row of the batch: tokens `start` to `end` come in this call, the first of them at `place` among the row's S."""
+    """A row of the batch: tokens `start` to `end` come in this call, at `places` among the row's S."""
 
     row: int
     start: int
     end: int
-    place: int
+    places: list[int]
 
     def rows(self, policy: Retention, positions: Iterable[int]) -> list[int]:
         """Where unsettled tokens stand in what `with_recent` gives."""
-        new = policy.rows + self.place - self.start
-        return [new + position if position >= self.start else policy.row(position) for position in positions]
+        return [
+            policy.rows + self.places[position - self.start] if position >= self.start else policy.row(position) for position in positions
+        ]
 
 
 def _sequences(positions: Tensor) -> Iterator[_Sequence]:
     for row, places in enumerate(positions.tolist()):
         real = [index for index, position in enumerate(places) if position >= 0]
         if real:
-            yield _Sequence(row, places[real[0]], places[real[-1]] + 1, real[0])
+            yield _Sequence(row, places[real[0]], places[real[-1]] + 1, real)
 
 
 def _fake_with_recent(rows: Tensor, x: Tensor, slots: Tensor) -> Tensor:
@@ -136,14 +137,13 @@ def attend_settled(
     policy = Retention(first, recent, group)
     result = torch.zeros_like(q.transpose(1, 2).contiguous()).transpose(1, 2)
     for sequence in _sequences(positions):
-        new = slice(sequence.place, sequence.place + sequence.end - sequence.start)
         stored = ((keys, exact_keys, k_form), (values, exact_values, v_form))
         k, v = (
             _both(pages, exact[sequence.row], page_table[sequence.row], form, sequence, policy, q.dtype) for pages, exact, form in stored
         )
         keep = _visible(policy, sequence, window, q.device)
-        queries = q[sequence.row : sequence.row + 1, :, new]
-        result[sequence.row, :, new] = masked_attention(queries, k, v, keep, None, scale, softcap, sinks)[0]
+        queries = q[sequence.row : sequence.row + 1, :, sequence.places]
+        result[sequence.row][:, sequence.places] = masked_attention(queries, k, v, keep, None, scale, softcap, sinks)[0]
     return result
 
 
@@ -154,7 +154,7 @@ def _both(
     work = working_dtype(dtype)
     heads, size = exact.shape[0], exact.shape[2]
     result = torch.zeros(heads, 2 * sequence.end, size, dtype=work, device=exact.device)
-    unsettled = [position for position in range(sequence.end) if position >= sequence.start or position in policy.held(sequence.start)]
+    unsettled = [*policy.held(sequence.start), *range(sequence.start, sequence.end)]
     result[:, unsettled] = exact[:, sequence.rows(policy, unsettled)].to(work)
     settled = range(policy.first, policy.settled(sequence.end))
     if settled:

@@ -49,3 +49,12 @@ def test_the_bytes_are_those_that_are_allocated(compiled: CompiledModel) -> None
     cache = CompiledModel(compiled.contents, max_batch=2, max_context=128).engine.cache  # type: ignore[attr-defined]
     allocated = sum(tensor.nbytes for tensor in cache.tensors.values())
     assert cache.nbytes == allocated == 2 * (128 * compiled.kv_bytes_per_token + compiled.kv_bytes_per_sequence)
+
+
+def test_padding_may_stand_anywhere(compiled: CompiledModel) -> None:
+    model = CompiledModel(compiled.contents, max_batch=1, max_context=128, engine="reference")
+    ids, positions = torch.zeros(1, 220, dtype=torch.long), torch.full((1, 220), -1)
+    places = torch.arange(110) * 2 + (torch.arange(110) > 40)  # a gap after each token, two after one of them
+    ids[0, places], positions[0, places] = TEXT[0], torch.arange(110)
+    found = model.engine.forward({"input_ids": ids, "positions": positions})[0][0, places]
+    torch.testing.assert_close(found, model(input_ids=TEXT)["logits"][0], rtol=0, atol=2e-5)
