@@ -221,7 +221,7 @@ def _whole(bare: CacheLayout, max_context: int) -> CacheLayout:
 
 def _affordable(bare: CacheLayout, most: int, kv_bytes: int) -> int:
     """Tokens of a page where each row gets at least one: all that there are for one row, at most `POOL_PAGE_TOKENS` for several."""
-    least = replace(bare, pages=bare.max_batch, page_tokens=bare.group)
+    least = replace(bare, pages=bare.max_batch, page_tokens=bare.group, capacity=bare.max_batch * bare.group + bare.waiting)
     fair = (kv_bytes - least.row_bytes - least.table_bytes) // (bare.max_batch * max(1, bare.bytes_per_token))
     if bare.max_batch > 1:
         most = min(most, -(-POOL_PAGE_TOKENS // bare.group) * bare.group)

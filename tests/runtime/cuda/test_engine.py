@@ -18,7 +18,7 @@ from qcompile.passes.base import PassContext
 from qcompile.passes.manager import run_pipeline
 from qcompile.passes.pipelines import default_pipeline
 from qcompile.runtime.cuda.driver import Driver
-from qcompile.runtime.engines.cuda import CudaEngine, batch_buckets, bucket_of, chunk_of, require_architecture
+from qcompile.runtime.engines.cuda import CudaEngine, batch_buckets, bucket_of, require_architecture
 from qcompile.target import parse_target
 from tests.models import tiny
 from tests.runtime.cuda.plans import BINARIES, buffer, entry, integer, kernel, launch, pointer, step
@@ -183,16 +183,16 @@ def test_everything_is_given_back(stub: Stub) -> None:
 
 def test_capacity_and_misuse(stub: Stub) -> None:
     engine = toy_engine(stub, max_batch=2, max_context=4)
-    with pytest.raises(CapacityError, match=r"row 2: expected at most 2 sequences at once; load with max_batch=3"):
+    with pytest.raises(CapacityError, match=r"prefill: expected at most 2 sequences, got 3; load with max_batch=3"):
         engine.prefill([[1]] * 3)
     with pytest.raises(
         CapacityError, match=r"sequence 1: expected at most 4 tokens, the capacity of the cache, got 5; load with max_context=5"
     ):
         engine.prefill([[1], [1] * 5])
-    with pytest.raises(EngineError, match=r"prefill: sequence 0: expected at least one token, got none"):
+    with pytest.raises(EngineError, match=r"prefill: expected at least one token in each sequence, got \[0\]"):
         engine.prefill([[]])
     engine.prefill([[1, 2, 3]])
-    with pytest.raises(EngineError, match=r"decode: expected one token for each of the 1 sequences of the last prefill, got 2"):
+    with pytest.raises(EngineError, match=r"decode: expected a token for each of the 1 sequences of the batch, got 2"):
         engine.decode([1, 2])
     engine.decode([1])
     with pytest.raises(CapacityError, match=r"sequence 0: expected at most 4 tokens, the capacity of the cache, got 1 after 4 held"):
@@ -216,12 +216,6 @@ def test_buckets_are_powers_of_two_and_the_greatest_batch() -> None:
     assert batch_buckets(8) == [1, 2, 4, 8]
     assert batch_buckets(12) == [1, 2, 4, 8, 12]
     assert [bucket_of(count, 12) for count in (1, 3, 8, 9, 12)] == [1, 4, 8, 12, 12]
-
-
-def test_a_chunk_masks_the_tail_and_the_rows_that_fill_the_bucket() -> None:
-    ids, positions = chunk_of([[1, 2, 3, 4, 5], [6]], 4, 4, 4)
-    assert ids.tolist() == [[5, 0, 0, 0], [0] * 4, [0] * 4, [0] * 4]
-    assert positions.tolist() == [[4, -1, -1, -1], [-1] * 4, [-1] * 4, [-1] * 4]
 
 
 def compiled(target: str, family: str, triton: bool) -> tuple[Parts, torch.nn.Module]:
