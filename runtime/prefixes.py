@@ -25,15 +25,16 @@ def shared_beginnings(
 ) -> dict[int, Beginning]:  # fmt: skip
     """For each row of `prompts` that begins as a row before it or one of `live`, the longest such beginning.
 
-    The last token of a prompt is always read, since its logits are wanted. A prompt still being read can be left at any token; of a
-    `live` row, `shareable(row, length)` says how many of the first `length` tokens can be taken over.
+    The last token of a prompt is always read, since its logits are wanted. A prompt still being read can be left at any token that it
+    reads itself; of a `live` row, `shareable(row, length)` says how many of the first `length` tokens can be taken over.
     """
     found: dict[int, Beginning] = {}
     earlier: dict[int, Sequence[int]] = {}
     for row, prompt in prompts.items():
         ready = [Beginning(donor, shareable(donor, common_length(prompt[:-1], tokens))) for donor, tokens in live.items()]
         coming = [Beginning(donor, common_length(prompt[:-1], tokens)) for donor, tokens in earlier.items()]
-        best = max((*ready, *coming), key=lambda beginning: beginning.length, default=None)
+        passing = [part for part in coming if part.donor not in found or part.length >= found[part.donor].length]
+        best = max((*ready, *passing), key=lambda beginning: beginning.length, default=None)
         if best is not None and best.length:
             found[row] = best
         earlier[row] = prompt
