@@ -110,8 +110,23 @@ def read_sequence(path: str | os.PathLike[str], origin: Origin) -> SavedSequence
     _require_header(path, header, origin)
     if header.get("sha256") != checksum(stored):
         raise ArtifactError(f"restore: {path}: expected the bytes that save() wrote, got others; copy it again, or save anew")
-    tokens = json.loads(header["tokens"])
-    return SavedSequence(int(header["length"]), None if tokens is None else tuple(map(int, tokens)), stored)
+    return SavedSequence(*_counted(path, header), stored)
+
+
+def _counted(path: str | os.PathLike[str], header: Mapping[str, str]) -> tuple[int, tuple[int, ...] | None]:
+    """The length, and the tokens if they are known."""
+    text = header["length"]
+    try:
+        tokens = json.loads(header["tokens"])
+        known = None if tokens is None else tuple(map(int, tokens))
+    except (ValueError, TypeError):
+        known = ()
+    if not text.isdecimal() or not int(text) or (known is not None and len(known) != int(text)):
+        count = "" if known is None else f" and {len(known)} tokens"
+        raise ArtifactError(
+            f"restore: {path}: expected a header that counts tokens, got length={text!r}{count}; copy it again, or save anew"
+        )
+    return int(text), known
 
 
 def _require_header(path: str | os.PathLike[str], header: Mapping[str, str], origin: Origin) -> None:
