@@ -19,8 +19,8 @@ from qcompile.runtime.engines.program import Kernels, Program
 from qcompile.runtime.kv_cache import KVCache
 from qcompile.runtime.sequences import SequenceEngine
 
-_KEPT_PREFILLS = 7
-"""Programs for prompts that are kept, the latest; those for decoding, one for each number of rows, all are."""
+_KEPT = {"prefill": 7, "decode": 8}
+"""Entry -> how many programs of it are kept, the last ones used: one for each number of rows and tokens."""
 
 
 class PlanEngine(SequenceEngine):
@@ -108,15 +108,16 @@ class PlanEngine(SequenceEngine):
 
     def _program(self, name: str, batch: int, sequence: int) -> Program:
         key = (name, batch, sequence)
-        if key not in self._programs:
-            prefills = [old for old in self._programs if old[0] != "decode"]
-            if name != "decode" and len(prefills) >= _KEPT_PREFILLS:
-                self._programs.pop(prefills[0])
+        program = self._programs.pop(key, None)
+        if program is None:
+            kept = [old for old in self._programs if old[0] == name]
+            if len(kept) >= _KEPT[name]:
+                del self._programs[kept[0]]
             cache = self.cache
             sizes = {"batch": batch, "sequence": sequence, **cache.sizes}
-            shared = cache.inputs(batch)
-            self._programs[key] = Program(self._entries[name], sizes, self._constants, shared, self._arena, self.kernels(cache))
-        return self._programs[key]
+            program = Program(self._entries[name], sizes, self._constants, cache.inputs(batch), self._arena, self.kernels(cache))
+        self._programs[key] = program
+        return program
 
     def forward(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """The `forward` entry on inputs by name; a model with a cache is given an empty one."""
