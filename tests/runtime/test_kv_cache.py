@@ -37,6 +37,12 @@ def kivi(max_batch: int, max_context: int, page_tokens: int | None = None, kv_by
     return plan_layout(KEPT, POLICIES, max_batch=max_batch, max_context=max_context, page_tokens=page_tokens, kv_bytes=kv_bytes)
 
 
+def mixed(max_batch: int, max_context: int, page_tokens: int | None = None, kv_bytes: int | None = None) -> CacheLayout:
+    """A layer of each kind over one page table."""
+    states = [*KEPT, Buffer("keys_1", "uint8", SHAPE, "state")]
+    return plan_layout(states, POLICIES, max_batch=max_batch, max_context=max_context, page_tokens=page_tokens, kv_bytes=kv_bytes)
+
+
 def owned(cache: KVCache) -> list[list[int]]:
     return [cache.pages_of(row) for row in range(cache.max_batch)]
 
@@ -65,10 +71,9 @@ def append(cache: KVCache, row: int, tokens: Sequence[int]) -> None:
     for state in cache.layout.states:
         policy, tensor = cache.layout.policy(state), cache.tensors[state.name]
         if state.shape[0] == "pages":
-            kept = cache.tensors.get("recent_keys_0")
+            kept = cache.tensors.get("recent_keys_0", tensor)
             for position in range(policy.settled(start), policy.settled(start + len(tokens))):
-                early = None if kept is None else int(kept[row, 0, policy.row(position), 0])
-                token = tokens[position - start] if position >= start else early
+                token = tokens[position - start] if position >= start else kept[row, 0, policy.row(position), 0]
                 slot, size = policy.page_slot(position), cache.layout.page_tokens
                 page = cache.pages_of(row)[slot // size]
                 assert cache.pool.holders(page) == 1, "a page that two rows hold is never written"
@@ -89,12 +94,14 @@ def tokens_in(cache: KVCache, row: int) -> list[int]:
     policy, kept = cache.layout.policies["keys_0"], stored["recent_keys_0"][0, :, 0].tolist()
     both = dict(zip(policy.held(cache.lengths[row]), kept, strict=True))
     both |= {position + policy.first: token for position, token in enumerate(packed)}
-    return [int(both[position]) for position in range(cache.lengths[row])]
+    tokens = [int(both[position]) for position in range(cache.lengths[row])]
+    assert "keys_1" not in stored or stored["keys_1"][1, :, 3].tolist() == tokens
+    return tokens
 
 
 @st.composite
 def caches(draw: st.DrawFn) -> KVCache:
-    layout = draw(st.sampled_from([plain, kivi]))
+    layout = draw(st.sampled_from([plain, kivi, mixed]))
     rows, context = draw(st.integers(2, 4)), draw(st.integers(1, 24))
     page = draw(st.one_of(st.none(), st.integers(1, 9)))
     full = layout(rows, context, page)
@@ -134,8 +141,8 @@ def test_rows_hold_their_own_tokens_whatever_they_share(cache: KVCache, data: st
 
 @settings(max_examples=150, deadline=None)
 @given(
-    make=st.sampled_from([plain, kivi]), rows=st.integers(1, 5), context=st.integers(1, 40), page=st.one_of(st.none(), st.integers(1, 9)),
-    budget=st.integers(0, 20_000),
+    make=st.sampled_from([plain, kivi, mixed]), rows=st.integers(1, 5), context=st.integers(1, 40),
+    page=st.one_of(st.none(), st.integers(1, 9)), budget=st.integers(0, 20_000),
 )  # fmt: skip
 def test_bytes_are_never_exceeded_and_no_page_more_would_fit(
     make: Callable[..., CacheLayout], rows: int, context: int, page: int | None, budget: int
@@ -160,7 +167,10 @@ def test_bytes_are_never_exceeded_and_no_page_more_would_fit(
 
 @settings(deadline=None)
 @given(
-    make=st.sampled_from([plain, kivi]), rows=st.integers(1, 4), context=st.integers(1, 30), page=st.one_of(st.none(), st.integers(1, 9))
+    make=st.sampled_from([plain, kivi, mixed]),
+    rows=st.integers(1, 4),
+    context=st.integers(1, 30),
+    page=st.one_of(st.none(), st.integers(1, 9)),
 )
 def test_without_a_budget_every_row_holds_its_whole_context(
     make: Callable[..., CacheLayout], rows: int, context: int, page: int | None
@@ -249,7 +259,7 @@ def test_a_fork_may_begin_where_nothing_has_settled_since() -> None:
     assert [cache.shareable(0, length) for length in (20, 14, 13, 12, 5, 2, 1)] == [14, 14, 13, 2, 2, 2, 1]
 
 
-@pytest.mark.parametrize("make", [plain, kivi])
+@pytest.mark.parametrize("make", [plain, kivi, mixed])
 def test_what_is_read_can_be_written_into_other_pages(make: Callable[..., CacheLayout]) -> None:
     first, second = KVCache(make(2, 40, 4)), KVCache(make(3, 40, 12))
     append(first, 1, list(range(1, 24)))
