@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 import qcompile
 from qcompile.compiled import CompiledModel
 from qcompile.errors import CapacityError, EngineError
+from qcompile.runtime.cache_layout import layout_of
 from qcompile.runtime.engines import make_engine
 from qcompile.runtime.engines.base import PlanEngine
 from qcompile.runtime.prefixes import Beginning, next_parts, shared_beginnings
@@ -254,6 +256,34 @@ def test_memory_is_what_is_allocated(compiled: CompiledModel, name: str) -> None
     engine.prefill([TEXT[:40]])
     program = engine._programs["prefill", 1, CHUNK]
     assert program.tensors["page_table"].data_ptr() == cache.page_table.data_ptr(), "programs read the table that is counted"
+
+
+def test_compiling_and_loading_take_the_sizes_of_the_cache(tmp_path: Path) -> None:
+    made = qcompile.compile(tiny("llama"), "cpu-fp32-kv8", recipe="nearest", max_batch=2, kv_bytes=20_000, page_tokens=8)
+    made.save(tmp_path / "artifact")
+    loaded = qcompile.load(tmp_path / "artifact", max_batch=2, kv_bytes=20_000, page_tokens=8, share_prefixes=True)
+    for model in (made, loaded):
+        plan, layout = model.memory_plan, model.engine.cache.layout  # type: ignore[attr-defined]
+        assert (layout.page_tokens, layout.max_batch, model.max_context) == (8, 2, 128)
+        assert 20_000 - 8 * model.kv_bytes_per_token < plan.cache_pages + plan.page_tables <= 20_000
+    prompts = [[*TEXT[:30], 5], [*TEXT[:30], 6]]
+    loaded.engine.join_all(prompts)
+    cache = loaded.engine.cache  # type: ignore[attr-defined]
+    assert cache.pages_of(0)[:3] == cache.pages_of(1)[:3]
+    assert loaded.generate(prompts, max_new_tokens=5, ignore_eos=True) == made.generate(prompts, max_new_tokens=5, ignore_eos=True)
+    with pytest.raises(CapacityError, match="expected kv_bytes of at least"):
+        qcompile.load(tmp_path / "artifact", max_batch=2, kv_bytes=500, page_tokens=8)
+
+
+def test_four_bits_take_less_than_a_third_of_sixteen() -> None:
+    """Everything counted, at 4096 tokens in pages of 64 and heads of 64: 4.5 of 16 bits are 0.281."""
+    bytes_ = {}
+    for cache in ("kv16", "kv4"):
+        model = qcompile.compile(tiny("llama", head_dim=64, max_position_embeddings=4096), f"cpu-fp32-{cache}", recipe="nearest")
+        layout = layout_of(model.contents.plan.entries["decode"], max_batch=1, max_context=4096, page_tokens=64)
+        assert layout.table_bytes == 64 * 4
+        bytes_[cache] = layout.nbytes
+    assert bytes_["kv4"] <= 0.30 * bytes_["kv16"]
 
 
 def test_mistakes_say_what_to_change(plain: CompiledModel) -> None:
