@@ -51,6 +51,16 @@ def test_the_bytes_are_those_that_are_allocated(compiled: CompiledModel) -> None
     assert cache.nbytes == allocated == 2 * (128 * compiled.kv_bytes_per_token + compiled.kv_bytes_per_sequence)
 
 
+def test_layers_take_together_what_the_cache_takes(compiled: CompiledModel) -> None:
+    layers = compiled.cache_layers
+    assert [layer.layer for layer in layers] == [0, 1]
+    assert sum(layer.bytes_per_token for layer in layers) == compiled.kv_bytes_per_token
+    assert sum(layer.bytes_per_sequence for layer in layers) == compiled.kv_bytes_per_sequence
+    cache = compiled.target.scheme.cache
+    assert {(layer.sinks, layer.window) for layer in layers} == {(cache.sinks, cache.window)}
+    assert {(layer.keys, layer.values) for layer in layers} == {cache.forms or ("fp16", "fp16")}
+
+
 def test_padding_may_stand_anywhere(compiled: CompiledModel) -> None:
     model = CompiledModel(compiled.contents, max_batch=1, max_context=128, engine="reference")
     ids, positions = torch.zeros(1, 220, dtype=torch.long), torch.full((1, 220), -1)
