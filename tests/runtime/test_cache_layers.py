@@ -27,6 +27,14 @@ def test_bytes_are_those_of_the_formula() -> None:
     assert first.kernel == "torch_cpu.attend_settled"
 
 
+def test_options_of_the_cache_reach_it() -> None:
+    options = {"cache_keys": "int3 t16 asym", "cache_values": "int2", "cache_sinks": 2, "cache_window": 48}
+    layer = qcompile.compile(tiny("llama"), "cpu-fp32-kv4-kivi", max_context=64, **options).cache_layers[1]
+    assert (layer.keys, layer.values, layer.sinks, layer.window) == ("int3 t16 asym", "int2 asym", 2, 48)
+    assert layer.bytes_per_token == 2 * ((16 * 8 * 3 // 8 + 4 * 8) // 16 + (2 + 4))
+    assert layer.bytes_per_sequence == 2 * 2 * (2 + 48 + 15) * 8 * 2
+
+
 def test_numbers_as_they_are_computed_take_their_own_bits() -> None:
     (layer, _) = qcompile.compile(tiny("llama"), "cpu-fp32", max_context=64).cache_layers
     assert (layer.keys, layer.values, layer.bytes_per_token) == ("fp32", "fp32", 2 * 2 * 8 * 4)
