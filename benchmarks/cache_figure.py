@@ -9,12 +9,16 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 from typing import Any
 
 WIDTH, HEIGHT = 900, 540
 LEFT, RIGHT, TOP, BOTTOM = 76, 24, 56, 62
-FONT, LETTER, LINE = 12, 6.6, 15
-"""Pixels: size of letters, width of one at most, from line to line."""
+LETTER, LINE = 7.2, 15
+"""Pixels: of a letter, on average at most, and from line to line."""
+_ROOM = 1.08
+"""Beyond the smallest and the largest format."""
+_TICKS = (1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 10, 12, 16, 24, 32)
 STYLE = """
 .back { fill: #ffffff } .ink { fill: #24292f } .soft { fill: #57606a } .grid { stroke: #d8dee4; stroke-width: 1 }
 .ours { fill: #0969da } .front { fill: none; stroke: #0969da; stroke-width: 2 } .halo { stroke: #ffffff; stroke-width: 1.5 }
@@ -53,17 +57,17 @@ class Box:
 
 
 class Axes:
-    """Bits to the right, the logarithm of KL upwards."""
+    """Bits to the right, KL upwards, both as logarithms: a bit matters more where there are few."""
 
     def __init__(self, points: Sequence[Point]) -> None:
         """Ranges that hold all points."""
-        self.first, self.last = math.floor(min(p.bits for p in points) * 2 - 0.4) / 2, math.ceil(max(p.bits for p in points) * 2 + 0.4) / 2
+        self.first, self.last = min(p.bits for p in points) / _ROOM, max(p.bits for p in points) * _ROOM
         exponents = [math.log10(p.kl) for p in points]
         self.low, self.high = math.floor(min(exponents) * 3 - 0.3) / 3, math.ceil(max(exponents) * 3 + 0.3) / 3
 
     def x(self, bits: float) -> float:
         """Pixels from the left."""
-        return LEFT + (bits - self.first) / (self.last - self.first) * (WIDTH - LEFT - RIGHT)
+        return LEFT + math.log(bits / self.first) / math.log(self.last / self.first) * (WIDTH - LEFT - RIGHT)
 
     def y(self, kl: float) -> float:
         """Pixels from the top."""
@@ -110,10 +114,10 @@ def _name(row: Mapping[str, Any]) -> str:
 
 def _grid(axes: Axes) -> Iterator[str]:
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
-    for bits in range(math.ceil(axes.first), math.floor(axes.last) + 1):
+    for bits in (bits for bits in _TICKS if axes.first <= bits <= axes.last):
         x = axes.x(bits)
         yield f'<line class="grid" x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{bottom}"/>'
-        yield f'<text class="soft" x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{bits}</text>'
+        yield f'<text class="soft" x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{bits:g}</text>'
     for exponent in range(math.floor(axes.low), math.ceil(axes.high) + 1):
         for digit in (1, 2, 5):
             kl = digit * 10.0**exponent
@@ -130,7 +134,16 @@ def _grid(axes: Axes) -> Iterator[str]:
 
 def _legend() -> Iterator[str]:
     x, y = WIDTH - RIGHT, 44
-    yield f'<text class="soft" x="{x}" y="{y}" text-anchor="end">● qcompile   ◆ other libraries   — no other is better in both</text>'
+    words = (
+        ("ours", "● "),
+        ("soft", "qcompile   "),
+        ("peer", "◆ "),
+        ("soft", "other libraries   "),
+        ("ours", "— "),
+        ("soft", "nothing beats both"),
+    )
+    spans = "".join(f'<tspan class="{kind}">{text}</tspan>' for kind, text in words)
+    yield f'<text x="{x}" y="{y}" text-anchor="end" xml:space="preserve">{spans}</text>'
 
 
 def _front(axes: Axes, front: Sequence[Point]) -> str:
@@ -138,6 +151,14 @@ def _front(axes: Axes, front: Sequence[Point]) -> str:
     path = f"M{axes.x(front[0].bits):.1f} {axes.y(front[0].kl):.1f}"
     path += "".join(f"H{axes.x(point.bits):.1f}V{axes.y(point.kl):.1f}" for point in front[1:])
     return f'<path class="front" d="{path}"/>'
+
+
+def _stairs(axes: Axes, front: Sequence[Point]) -> Iterator[Box]:
+    """What the staircase covers, wide enough that no name touches it."""
+    for before, after in pairwise(front):
+        left, top, right, bottom = axes.x(before.bits), axes.y(before.kl), axes.x(after.bits), axes.y(after.kl)
+        yield Box(left, top - 3, right, top + 3)
+        yield Box(right - 3, top, right + 3, bottom)
 
 
 def _mark(axes: Axes, point: Point) -> str:
@@ -150,6 +171,7 @@ def _mark(axes: Axes, point: Point) -> str:
 def _labels(axes: Axes, points: Sequence[Point], front: Sequence[Point]) -> Iterator[str]:
     """Names beside their points, each where it covers least of what is there already."""
     taken = [Box(axes.x(p.bits) - 7, axes.y(p.kl) - 7, axes.x(p.bits) + 7, axes.y(p.kl) + 7) for p in points]
+    taken += _stairs(axes, front)
     for point in sorted(points, key=lambda p: (p not in front, p.bits)):
         x, y = axes.x(point.bits), axes.y(point.kl)
         box, leads = _place(x, y, LETTER * len(point.name), taken)
@@ -165,12 +187,12 @@ def _place(x: float, y: float, width: float, taken: Sequence[Box]) -> tuple[Box,
     """A box for a name near a point, and whether it is so far off that a line must lead there."""
     inside = Box(LEFT, TOP, WIDTH - 4, HEIGHT - BOTTOM)
     best, least = (Box(x, y, x, y), False), math.inf
-    for distance in (0, 1, 2, 3, 4):
+    for distance in range(7):
         for left in (x + 10, x - 10 - width, x - width / 2):
-            for middle in (y, y - LINE * (distance or 1), y + LINE * (distance or 1)):
+            for middle in (y - LINE * distance, y + LINE * distance):
                 box = Box(left, middle - LINE / 2, left + width, middle + LINE / 2)
                 outside = width * LINE - box.overlap(inside)
-                cost = 3 * outside + sum(box.overlap(other) for other in taken) + 4 * distance
+                cost = 3 * outside + sum(box.overlap(other) for other in taken) + 6 * distance
                 if cost < least - 1e-9:
                     best, least = (box, distance > 1), cost
     return best
