@@ -27,7 +27,7 @@ import qcompile
 from benchmarks.accuracy import run_json
 from benchmarks.accuracy_model import write_directory
 from benchmarks.accuracy_peers import read
-from benchmarks.cache_figure import draw
+from benchmarks.cache_figure import KL, draw
 from benchmarks.cache_peers import PEERS
 from benchmarks.cache_scores import FloatModel, score
 from qcompile.compiled import CompiledModel
@@ -93,21 +93,19 @@ def main() -> None:
         rows = read_rows(options.rows)
         print("\n".join((HEADER, *map(line, rows))))
         if options.figure is not None:
-            options.figure.write_text(draw(rows), encoding="utf-8")
+            options.figure.write_text(draw(rows, KL), encoding="utf-8")
         return
     print(HEADER, flush=True)
     for row in _measured(options):
         print(line(row), flush=True)
-        if options.out is not None:
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+        append(options.out, row)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=Path, help="token ids [windows, length] to measure on (.npy)")
     parser.add_argument("--calibration", type=Path, help="token ids for formats that are calibrated (.npy); default: the packaged text")
-    parser.add_argument("--formats", nargs="*", type=_entry, default=[], metavar="FORMAT")
+    parser.add_argument("--formats", nargs="*", type=format_of, default=[], metavar="FORMAT")
     parser.add_argument("--model", type=Path, help="a Hugging Face directory in place of SmolLM2")
     parser.add_argument("--windows", type=int, help="use this many windows only")
     parser.add_argument("--peers", type=Path, help="interpreter of an environment that has the other libraries")
@@ -123,7 +121,8 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _entry(text: str) -> Entry:
+def format_of(text: str) -> Entry:
+    """A format given on the command line."""
     try:
         return Entry.read(text)
     except ValueError as error:
@@ -184,6 +183,13 @@ def run_peer(options: argparse.Namespace, name: str, model: Path) -> dict[str, A
     command = ("-m", "benchmarks.cache_peers", name, "--model", str(model), "--tokens", str(options.tokens.resolve()), *windows)
     measured = run_json((str(options.peers), *command))
     return {"error": measured} if isinstance(measured, str) else measured
+
+
+def append(path: Path | None, row: Mapping[str, Any]) -> None:
+    """Write a row behind those of a file, if there is one."""
+    if path is not None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The figure of the cache table: bits of storage against KL, the formats that no other beats in both joined by a line.
+"""The figures of cache formats: bits of storage against KL or recall, the formats that no other beats in both joined by a line.
 
 Colours are fixed on a background of their own, one for light and one for dark surroundings.
 """
@@ -31,12 +31,29 @@ STYLE = """
 
 
 @dataclass(frozen=True)
+class Measure:
+    """What is drawn upwards: the name in a row, words for the axis and above the figure, and whether more of it is better.
+
+    Less is better on a logarithmic axis, more on an even one from 0 to 1.
+    """
+
+    key: str
+    axis: str
+    title: str
+    more: bool = False
+
+
+KL = Measure("kl", "KL of the next token, nats", "Cache formats: bits of storage against distance from the float model")
+RECALL = Measure("recall", "facts recalled", "Cache formats: bits of storage against recall over 1,900 tokens", more=True)
+
+
+@dataclass(frozen=True)
 class Point:
-    """A format: its name, bits per number, KL, and whether it is ours."""
+    """A format: its name, bits per number, what was measured, and whether it is ours."""
 
     name: str
     bits: float
-    kl: float
+    value: float
     ours: bool
 
 
@@ -59,45 +76,65 @@ class Box:
 class Axes:
     """Bits to the right, KL upwards, both as logarithms: a bit matters more where there are few."""
 
-    def __init__(self, points: Sequence[Point]) -> None:
+    def __init__(self, points: Sequence[Point], measure: Measure) -> None:
         """Ranges that hold all points."""
+        self.measure = measure
         self.first, self.last = min(p.bits for p in points) / _ROOM, max(p.bits for p in points) * _ROOM
-        exponents = [math.log10(p.kl) for p in points]
-        self.low, self.high = math.floor(min(exponents) * 3 - 0.3) / 3, math.ceil(max(exponents) * 3 + 0.3) / 3
+        heights = [self._height(p.value) for p in points]
+        self.low, self.high = math.floor(min(heights) * 3 - 0.3) / 3, math.ceil(max(heights) * 3 + 0.3) / 3
+        if measure.more:
+            self.low, self.high = 0.0, 1.0
+
+    def _height(self, value: float) -> float:
+        return value if self.measure.more else math.log10(value)
 
     def x(self, bits: float) -> float:
         """Pixels from the left."""
         return LEFT + math.log(bits / self.first) / math.log(self.last / self.first) * (WIDTH - LEFT - RIGHT)
 
-    def y(self, kl: float) -> float:
+    def y(self, value: float) -> float:
         """Pixels from the top."""
-        return TOP + (self.high - math.log10(kl)) / (self.high - self.low) * (HEIGHT - TOP - BOTTOM)
+        return TOP + (self.high - self._height(value)) / (self.high - self.low) * (HEIGHT - TOP - BOTTOM)
+
+    def ticks(self) -> Iterator[tuple[float, str]]:
+        """Values to the left of the figure."""
+        if self.measure.more:
+            yield from ((step / 10, f"{10 * step} %") for step in range(11))
+            return
+        for exponent in range(math.floor(self.low), math.ceil(self.high) + 1):
+            values = (digit * 10.0**exponent for digit in (1, 2, 5))
+            yield from ((value, f"{value:g}") for value in values if self.low <= math.log10(value) <= self.high)
 
 
-def pareto(points: Iterable[Point]) -> list[Point]:
-    """Those that no other beats in bits and KL at once, from the smallest up."""
+def pareto(points: Iterable[Point], measure: Measure) -> list[Point]:
+    """Those that no other beats in bits and in what is measured at once, from the smallest up."""
+    sign = -1 if measure.more else 1
     front: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.bits, p.kl)):
-        if not front or point.kl < front[-1].kl:
+    for point in sorted(points, key=lambda p: (p.bits, sign * p.value)):
+        if not front or sign * point.value < sign * front[-1].value:
             front.append(point)
     return front
 
 
-def draw(rows: Iterable[Mapping[str, Any]]) -> str:
-    """The figure as SVG, of rows as `benchmarks/cache_accuracy.py` writes them; those that failed are left out.
+def draw(rows: Iterable[Mapping[str, Any]], measure: Measure) -> str:
+    """The figure as SVG, of rows as the benchmarks write them; those that failed are left out.
 
     Raises:
         ValueError: without a row that was measured.
     """
-    points = [Point(_name(row), row["bits"], row["kl"], row["by"] == "qcompile") for row in rows if row.get("kl", 0) > 0]
+    points = [
+        Point(_name(row), row["bits"], row[measure.key], row["by"] == "qcompile")
+        for row in rows
+        if measure.key in row and (measure.more or row[measure.key] > 0)
+    ]
     if not points:
-        raise ValueError("figure: expected at least one row with bits and a KL, got none; measure formats first")
-    axes, front = Axes(points), pareto(points)
+        raise ValueError(f"figure: expected at least one row with bits and {measure.key}, got none; measure formats first")
+    axes, front = Axes(points, measure), pareto(points, measure)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}">',
         f"<style>{STYLE}</style>",
         f'<rect class="back" width="{WIDTH}" height="{HEIGHT}" rx="6"/>',
-        f'<text class="ink title" x="{LEFT}" y="26">Cache formats: bits of storage against distance from the float model</text>',
+        f'<text class="ink title" x="{LEFT}" y="26">{measure.title}</text>',
         *_grid(axes),
         *_legend(),
         _front(axes, front),
@@ -118,18 +155,15 @@ def _grid(axes: Axes) -> Iterator[str]:
         x = axes.x(bits)
         yield f'<line class="grid" x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{bottom}"/>'
         yield f'<text class="soft" x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{bits:g}</text>'
-    for exponent in range(math.floor(axes.low), math.ceil(axes.high) + 1):
-        for digit in (1, 2, 5):
-            kl = digit * 10.0**exponent
-            if axes.low <= math.log10(kl) <= axes.high:
-                y = axes.y(kl)
-                yield f'<line class="grid" x1="{LEFT}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}"/>'
-                yield f'<text class="soft" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{kl:g}</text>'
+    for value, words in axes.ticks():
+        y = axes.y(value)
+        yield f'<line class="grid" x1="{LEFT}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}"/>'
+        yield f'<text class="soft" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{words}</text>'
     middle, half_way = (LEFT + right) / 2, (TOP + bottom) / 2
     below = "bits per number of a sequence of 4096 tokens, everything counted"
     yield f'<text class="ink" x="{middle}" y="{HEIGHT - 16}" text-anchor="middle">{below}</text>'
     turned = f"translate(18 {half_way}) rotate(-90)"
-    yield f'<text class="ink" transform="{turned}" text-anchor="middle">KL of the next token, nats</text>'
+    yield f'<text class="ink" transform="{turned}" text-anchor="middle">{axes.measure.axis}</text>'
 
 
 def _legend() -> Iterator[str]:
@@ -148,21 +182,21 @@ def _legend() -> Iterator[str]:
 
 def _front(axes: Axes, front: Sequence[Point]) -> str:
     """From format to format as a staircase: between two only the smaller one is to be had."""
-    path = f"M{axes.x(front[0].bits):.1f} {axes.y(front[0].kl):.1f}"
-    path += "".join(f"H{axes.x(point.bits):.1f}V{axes.y(point.kl):.1f}" for point in front[1:])
+    path = f"M{axes.x(front[0].bits):.1f} {axes.y(front[0].value):.1f}"
+    path += "".join(f"H{axes.x(point.bits):.1f}V{axes.y(point.value):.1f}" for point in front[1:])
     return f'<path class="front" d="{path}"/>'
 
 
 def _stairs(axes: Axes, front: Sequence[Point]) -> Iterator[Box]:
     """What the staircase covers, wide enough that no name touches it."""
     for before, after in pairwise(front):
-        left, top, right, bottom = axes.x(before.bits), axes.y(before.kl), axes.x(after.bits), axes.y(after.kl)
+        left, top, right, bottom = axes.x(before.bits), axes.y(before.value), axes.x(after.bits), axes.y(after.value)
         yield Box(left, top - 3, right, top + 3)
         yield Box(right - 3, top, right + 3, bottom)
 
 
 def _mark(axes: Axes, point: Point) -> str:
-    x, y = axes.x(point.bits), axes.y(point.kl)
+    x, y = axes.x(point.bits), axes.y(point.value)
     if point.ours:
         return f'<circle class="ours halo" cx="{x:.1f}" cy="{y:.1f}" r="5.5"/>'
     return f'<path class="peer halo" d="M{x:.1f} {y - 6.5:.1f}l6.5 6.5l-6.5 6.5l-6.5 -6.5z"/>'
@@ -170,10 +204,10 @@ def _mark(axes: Axes, point: Point) -> str:
 
 def _labels(axes: Axes, points: Sequence[Point], front: Sequence[Point]) -> Iterator[str]:
     """Names beside their points, each where it covers least of what is there already."""
-    taken = [Box(axes.x(p.bits) - 7, axes.y(p.kl) - 7, axes.x(p.bits) + 7, axes.y(p.kl) + 7) for p in points]
+    taken = [Box(axes.x(p.bits) - 7, axes.y(p.value) - 7, axes.x(p.bits) + 7, axes.y(p.value) + 7) for p in points]
     taken += _stairs(axes, front)
     for point in sorted(points, key=lambda p: (p not in front, p.bits)):
-        x, y = axes.x(point.bits), axes.y(point.kl)
+        x, y = axes.x(point.bits), axes.y(point.value)
         box, leads = _place(x, y, LETTER * len(point.name), taken)
         taken.append(box)
         if leads:

@@ -11,13 +11,15 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks import cache_accuracy
 from benchmarks.cache_accuracy import Entry
-from benchmarks.cache_figure import Point, draw, pareto
+from benchmarks.cache_figure import KL, RECALL, Measure, Point, draw, pareto
+from benchmarks.cache_needle import make_text, recall, words_of
 from benchmarks.cache_peers import PEERS
 from benchmarks.cache_scores import FloatModel, score
-from qcompile.evaluation import evaluate
+from qcompile.evaluation import LogitsFunction, evaluate
 from tests.models import tiny
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -43,7 +45,7 @@ def test_a_wrong_format_is_named(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Entry.read(text)
     with pytest.raises(argparse.ArgumentTypeError, match=message):
-        cache_accuracy._entry(text)
+        cache_accuracy.format_of(text)
 
 
 def test_scores_are_those_of_evaluate() -> None:
@@ -102,19 +104,78 @@ def test_the_last_row_of_a_name_counts(tmp_path: Path) -> None:
 
 def test_the_front_holds_what_nothing_beats() -> None:
     small, beaten, worse, large = Point("a", 3, 0.1, True), Point("b", 4, 0.2, True), Point("c", 4, 0.05, True), Point("d", 8, 0.001, False)
-    assert pareto([large, beaten, worse, small]) == [small, worse, large]
+    assert pareto([large, beaten, worse, small], KL) == [small, worse, large]
+    assert pareto([large, beaten, worse, small], RECALL) == [small, beaten]
 
 
-def test_the_figure_names_every_format_inside_it() -> None:
-    rows = [ROW | {"cache": f"kv{n}:window={n}", "bits": 2 + n * n / 40, "kl": 10 ** (-n / 6)} for n in range(20)]
-    rows += [ROW | {"cache": "quanto <4>", "by": "peer", "bits": 5.0, "kl": 0.5}, {"cache": "x", "by": "qcompile", "error": "no"}]
-    root = ElementTree.fromstring(draw(rows))
+@pytest.mark.parametrize("measure", [KL, RECALL])
+def test_the_figure_names_every_format_inside_it(measure: Measure) -> None:
+    rows = [ROW | {"cache": f"kv{n}:window={n}", "bits": 2 + n * n / 40, "kl": 10 ** (-n / 6), "recall": n / 19} for n in range(20)]
+    rows += [ROW | {"cache": "quanto <4>", "by": "peer", "bits": 5.0, "kl": 0.5, "recall": 0.5}]
+    root = ElementTree.fromstring(draw([*rows, {"cache": "x", "by": "qcompile", "error": "no"}], measure))
     texts = {"".join(text.itertext()): text for text in root.iter(f"{SVG}text")}
     names = [f"kv{n}:window={n}" for n in range(20)] + ["peer quanto <4>"]
-    assert set(names) <= set(texts)
+    assert {*names, measure.title, measure.axis} <= set(texts)
     assert len(list(root.iter(f"{SVG}circle"))) == 20
     places = [(float(texts[name].get("x", "nan")), float(texts[name].get("y", "nan"))) for name in names]
     assert all(0 < x < 900 and 0 < y < 540 for x, y in places)
     assert len(set(places)) == len(names)
-    with pytest.raises(ValueError, match="at least one row"):
-        draw([{"cache": "x", "by": "qcompile", "error": "no"}])
+    heights = [float(circle.get("cy", "nan")) for circle in root.iter(f"{SVG}circle")]
+    assert heights == sorted(heights, reverse=measure.more), "upwards is more"
+    with pytest.raises(ValueError, match=f"at least one row with bits and {measure.key}, got none"):
+        draw([{"cache": "x", "by": "qcompile", "error": "no"}], measure)
+
+
+def letters(text: str) -> list[int]:
+    """A tokenizer of single characters."""
+    return [ord(letter) for letter in text]
+
+
+WORDS = [f"{a}{b}word" for a in "abcdefghijkl" for b in "abcdefghij"]
+
+
+def test_a_text_asks_for_every_fact_it_states() -> None:
+    text = make_text(WORDS, letters, seed=3)
+    written = "".join(map(chr, text.ids.tolist()))
+    lines = written.splitlines()
+    assert len(lines) == 64 + 32 + 64
+    assert sorted(set(lines[:64])) == sorted(lines[96:])
+    assert len(set(lines[64:96])) == 32
+    assert lines[:64] != lines[96:]
+    for line, places, stated in zip(lines[96:], text.places.tolist(), text.stated.tolist(), strict=True):
+        assert line.endswith(f" is {''.join(written[place] for place in places)}.")
+        assert lines[:96].count(line) == stated
+    assert torch.equal(make_text(WORDS, letters, seed=3).ids, text.ids)
+    assert not torch.equal(make_text(WORDS, letters, seed=4).ids[:200], text.ids[:200])
+    with pytest.raises(ValueError, match="a token for each digit, got 1 tokens for"):
+        make_text(WORDS, lambda text: [len(text)], seed=0)
+
+
+def test_a_fact_is_recalled_if_all_its_digits_are() -> None:
+    texts = [make_text(WORDS, letters, seed) for seed in range(2)]
+
+    def knows_all_but(missing: Tensor) -> LogitsFunction:
+        """Logits that predict what follows, but not at the positions `missing`."""
+
+        def logits(ids: Tensor) -> Tensor:
+            following = ids.roll(-1, 1)
+            following[:, missing] = 0
+            return torch.nn.functional.one_hot(following, 128).float()
+
+        return logits
+
+    assert recall(knows_all_but(torch.tensor([], dtype=torch.long)), texts)["recall"] == 1
+    first = texts[:1]
+    once = first[0].places[first[0].stated == 1]
+    found = recall(knows_all_but(once[:8, 2] - 1), first)
+    assert (found["recall"], found["once"], found["twice"]) == (1 - 8 / 64, 1 - 8 / 32, 1)
+    assert found["digits"] == 1 - 8 / 256
+    assert found["facts"] == 64
+
+
+def test_words_are_single_tokens() -> None:
+    from tokenizers import Tokenizer, models
+
+    vocabulary = ["Ġhouse", "house", "Ġtree", "ĠTree", "Ġabc", "Ġtree1", "Ġgrün", "Ġmountains"]
+    tokenizer = Tokenizer(models.BPE({word: index for index, word in enumerate(vocabulary)}, []))
+    assert words_of(tokenizer) == ["house", "tree"]
