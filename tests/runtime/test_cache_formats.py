@@ -49,7 +49,8 @@ def test_evaluation_scores_what_decoding_would_have_seen(name: str) -> None:
     """
     scheme = parse_target(f"cpu-fp32-{name}" if name != "kv" else "cpu-fp32").scheme
     cache = replace(scheme.cache, dtype=torch.float64)
-    compiled = qcompile.compile(tiny("llama"), "cpu-fp32", scheme=replace(scheme, cache=cache, compute=torch.float64), max_context=128)
+    scheme = replace(scheme, cache=cache, compute=torch.float64)
+    compiled = qcompile.compile(tiny("llama"), "cpu-fp32", scheme=scheme, calibration=CALIBRATION, max_context=128)
     model = CompiledModel(compiled.contents, max_batch=2, max_context=128, engine="reference")
     windows = torch.cat((TEXT, TEXT.flip(1)))
     first = model.engine.prefill(windows[:, :1].tolist())

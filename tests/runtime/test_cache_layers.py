@@ -41,6 +41,13 @@ def test_numbers_as_they_are_computed_take_their_own_bits() -> None:
     assert layer.bits_per_number == 32
 
 
+def test_tables_of_a_layer_are_counted_once_for_all_sequences() -> None:
+    text = torch.randint(0, 100, (4, 32), generator=torch.Generator().manual_seed(0))
+    (layer, _) = qcompile.compile(tiny("llama"), "cpu-fp32-kv8-static", calibration=text, max_context=64).cache_layers
+    assert layer.table_bytes == 2 * 2 * 8 * 2, "a float16 for each channel of keys and values"
+    assert layer.bits_per_number == pytest.approx(8 + 8 * 64 / (32 * 4096))
+
+
 def test_everything_a_sequence_takes_is_counted() -> None:
     assert LAYER.bits_per_number == 4.5
     assert replace(LAYER, bytes_per_sequence=4096, table_bytes=8192).bits_per_number == pytest.approx(4.5 + 8 * 3 / 128)
