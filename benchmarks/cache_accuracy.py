@@ -91,7 +91,7 @@ def main() -> None:
     options = _options()
     if options.rows is not None:
         rows = read_rows(options.rows)
-        print("\n".join((HEADER, *map(line, rows))))
+        print("\n".join(untimed(text) for text in (*HEADER.split("\n"), *map(line, rows))))
         if options.figure is not None:
             options.figure.write_text(draw(rows, KL), encoding="utf-8")
         return
@@ -208,6 +208,11 @@ def line(row: Mapping[str, Any]) -> str:
         return f"| {name} | failed: {row['error'][:200]} | | | | | | |"
     scores = f"{row['kl']:.4f} | {row['kl_late']:.4f} | {row['perplexity']:.2f} | {100 * row['top1']:.1f} %"
     return f"| {name} | {row['form']} | {row['bits']:.3f} | {scores} | {row['seconds']:.0f} |"
+
+
+def untimed(text: str) -> str:
+    """A line of the table without seconds, which say something beside others of the same run only."""
+    return "|".join(text.split("|")[:-2]) + "|"
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from benchmarks.cache_accuracy import Entry, append, form, format_of, read_rows
+from benchmarks.cache_accuracy import Entry, append, form, format_of, read_rows, untimed
 from benchmarks.cache_figure import RECALL, draw
 from qcompile.errors import QCompileError
 from qcompile.evaluation import LogitsFunction, logits_of, tokenizer_of
@@ -131,13 +131,13 @@ def line(row: Mapping[str, Any]) -> str:
 def main() -> None:
     """Ask every format, or show what was found."""
     options = _options()
-    print(HEADER, flush=True)
     if options.rows is not None:
         rows = read_rows(options.rows)
-        print("\n".join(map(line, rows)))
+        print("\n".join(untimed(text) for text in (*HEADER.split("\n"), *map(line, rows))))
         if options.figure is not None:
             options.figure.write_text(draw(rows, RECALL), encoding="utf-8")
         return
+    print(HEADER, flush=True)
     for row in _measured(options):
         print(line(row), flush=True)
         append(options.out, row)
