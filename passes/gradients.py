@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,9 +60,15 @@ def cache_attend(
 def cache_attend_packed(
     q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, positions: Tensor,
     k_form: str, v_form: str, scale: float, window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None,
+    k_tables: Sequence[Tensor] | None = None, v_tables: Sequence[Tensor] | None = None,
+    inv_freq: Tensor | None = None, scaling: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """`qcompile::cache_attend_packed` over vectors that were rounded when they were stored, and are numbers here."""
-    del k_form, v_form
+    del k_form, v_form, k_tables, v_tables
+    if inv_freq is not None and _fills_pages(keys, page_table, positions):
+        keys = cache_ops.turned(keys, inv_freq, scaling)
+    elif inv_freq is not None:
+        keys, values, page_table = cache_ops.turned_pages(keys, values, page_table, inv_freq, scaling)
     return cache_attend(q, keys, values, page_table, positions, scale, window, softcap, sinks)
 
 
@@ -75,16 +82,20 @@ def attend_settled(
     q: Tensor, keys: Tensor, values: Tensor, exact_keys: Tensor, exact_values: Tensor, page_table: Tensor, positions: Tensor,
     k_form: str, v_form: str, first: int, recent: int, group: int,
     scale: float, window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None,
+    k_tables: Sequence[Tensor] | None = None, v_tables: Sequence[Tensor] | None = None,
+    inv_freq: Tensor | None = None, scaling: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """`qcompile::attend_settled` as if nothing had settled: what is learned does not make up for the rounding of old tokens."""
-    del keys, values, page_table, k_form, v_form, first, recent, group
+    del keys, values, page_table, k_form, v_form, first, recent, group, k_tables, v_tables
+    if inv_freq is not None:
+        exact_keys = ops.rope(exact_keys, *ops.rotary_table(positions, inv_freq, scaling, exact_keys.dtype))
     return attention(q, exact_keys, exact_values, positions >= 0, None, scale, causal=True, window=window, softcap=softcap, sinks=sinks)
 
 
-def straight_vectors(x: Tensor, form: str) -> Tensor:
-    """What is read back of `qcompile::pack_vectors(x, form)`, with the gradient of x."""
+def straight_vectors(x: Tensor, form: str, tables: Sequence[Tensor] | None = None) -> Tensor:
+    """What is read back of `qcompile::pack_vectors(x, form, tables)`, with the gradient of x."""
     with torch.no_grad():
-        change = cache_ops.unpack_vectors(cache_ops.pack_vectors(x, form), form, x.shape[-1], x.dtype) - x
+        change = cache_ops.unpack_vectors(cache_ops.pack_vectors(x, form, tables), form, x.shape[-1], x.dtype, tables) - x
     return x + change
 
 

@@ -57,8 +57,8 @@ class CacheFormat:
 
     @property
     def is_rotated(self) -> bool:
-        """Whether queries and keys are better rotated against outliers: where few levels have to hold a key, not a channel of tokens."""
-        return isinstance(self.keys, VectorFormat) and self.keys.element.bits <= _FEW and not self.before_positions
+        """Whether queries and keys are rotated against outliers: where integers hold keys as they are after positions."""
+        return isinstance(self.keys, VectorFormat) and self.keys.element.is_integer and not self.before_positions
 
     def forms(self, layer: int = -1) -> tuple[str, ...]:
         """The forms of a layer's keys and values as text; empty where they are stored as numbers."""
@@ -80,10 +80,6 @@ class CacheFormat:
         return replace(self, **changes)
 
 
-_FEW = 4
-"""Bits at which rotation begins to help."""
-
-
 def _packed(name: str, keys: str, values: str = "", *, sinks: int = 0, window: int = 0, before_positions: bool = False) -> CacheFormat:
     return CacheFormat(name, torch.float16, vector_format(keys), vector_format(values or keys), sinks, window, before_positions)
 
@@ -96,9 +92,10 @@ CACHES = {
     "kv8": _packed("kv8", "int8 g64 sym"),
     "kv8-static": _packed("kv8-static", "int8 static"),
     "kvfp8": _packed("kvfp8", "fp8 g64"),
-    "kv4": _packed("kv4", "int4 g64 asym"),
-    "kv4-token": _packed("kv4-token", "int4 g64 asym"),
+    "kv4": _packed("kv4", "int4 t64 asym", "int4 g64 sym", sinks=4, window=28),
+    "kv4-token": _packed("kv4-token", "int4 g64 sym", sinks=4, window=56),
     "kv4-kivi": _packed("kv4-kivi", "int4 t32 asym", "int4 g32 asym", sinks=4, window=32),
+    "kv2": _packed("kv2", "klt2", sinks=4, window=116, before_positions=True),
     "kv2-kivi": _packed("kv2-kivi", "int2 t32 asym", "int2 g32 asym", sinks=4, window=32),
 }
 """Presets by name: KIVI is arXiv:2402.02750."""

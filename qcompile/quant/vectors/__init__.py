@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from qcompile.quant.vector_format import VectorForm
+from qcompile.quant.vectors.klt import read_klt
 from qcompile.quant.vectors.static import read_static
 
-FAMILIES: Mapping[str, Callable[[str], VectorForm | None]] = MappingProxyType({"int8 static": read_static})
+FAMILIES: Mapping[str, Callable[[str], VectorForm | None]] = MappingProxyType({"int8 static": read_static, "klt2": read_klt})
 """An example of each family's text -> what reads it, giving None for any other."""
