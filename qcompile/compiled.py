@@ -17,6 +17,7 @@ from qcompile.ir.lowered import Engine
 from qcompile.ir.records import Assets, CoverageRow, MemoryPlan, PassRecord
 from qcompile.ir.structure import flatten, unflatten
 from qcompile.runtime.artifact import ArtifactContents, load_artifact, save_artifact
+from qcompile.runtime.cache_layers import CacheLayer, cache_layers
 from qcompile.target import Target, parse_target
 
 DEFAULT_CONTEXT = 2048
@@ -134,6 +135,11 @@ class CompiledModel:
         return self.engine.memory
 
     @property
+    def cache_layers(self) -> list[CacheLayer]:
+        """Forms, bytes and kernel of each attention's cache; empty for a model without one."""
+        return cache_layers(self.contents.plan)
+
+    @property
     def engine(self) -> Engine:
         """What runs the plan, made on first use."""
         if self._engine is None:
@@ -209,13 +215,15 @@ class CompiledModel:
 
     def report(self) -> str:
         """Passes, size, bits, error per step, and what was left alone and why, as text."""
+        from qcompile.dump.cache_table import cache_tables
         from qcompile.dump.tables import coverage_table, pass_table, readable, value_table, written
 
         sizes = {
             "target": self.contents.target, "weight_bytes": self.weight_bytes, "bits_per_weight": self.bits_per_weight,
             "max_batch": self.max_batch, "max_context": self.max_context, "kv_bytes_per_token": self.kv_bytes_per_token,
         }  # fmt: skip
-        return written([pass_table(self.records), coverage_table(self.coverage), value_table(readable(sizes)), self.contents.pipeline])
+        tables = [pass_table(self.records), coverage_table(self.coverage), *cache_tables(self.cache_layers), value_table(readable(sizes))]
+        return written([*tables, self.contents.pipeline])
 
 
 def lm_inputs(input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> dict[str, Tensor]:
