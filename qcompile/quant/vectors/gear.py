@@ -96,8 +96,8 @@ class GearFormat:
         """Invert `encode`: uint8 [..., T, W] to [..., T, D] as `dtype`."""
         del tables
         groups = packed.reshape(-1, self.tokens, packed.shape[-1])
-        lengths = (self.inner.width(size), OUTLIER_BYTES * self.outliers, _HALF * self.rank, self._share(size))
-        body, outliers, left, spread = groups.split(lengths, dim=-1)
+        lengths = [self.inner.width(size), OUTLIER_BYTES * self.outliers, _HALF * self.rank, self._share(size)]
+        body, outliers, left, spread = torch.split(groups, lengths, dim=-1)
         values = self.inner.decode(body, size)
         right = halves(spread.flatten(1)[:, : _HALF * self.rank * size]).view(len(groups), self.rank, size)
         for column, row in zip(halves(left).unbind(-1), right.unbind(1), strict=True):  # one order of summation, whatever the shape

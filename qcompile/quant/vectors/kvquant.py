@@ -110,7 +110,7 @@ class NuqFormat:
         if self.is_static:
             scale, centre = (table.float().unsqueeze(-2) for table in tables[1:])
         else:
-            scale, centre = halves(packed[..., body : body + _PER_TOKEN]).split(1, dim=-1)
+            scale, centre = torch.split(halves(packed[..., body : body + _PER_TOKEN]), 1, dim=-1)
             body += _PER_TOKEN
         values = centre + scale * tables[0].float().view(-1)[codes.long()]
         return put_back(values, packed[..., body:]).to(dtype)

@@ -15,7 +15,7 @@ _CHANNELS = 256
 
 def half_bytes(x: Tensor) -> Tensor:
     """X [..., K] rounded to float16, as uint8 [..., 2·K]."""
-    return x.to(torch.float16).contiguous().view(torch.uint8)
+    return x.to(torch.float16).clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def halves(packed: Tensor) -> Tensor:

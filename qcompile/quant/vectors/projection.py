@@ -20,6 +20,6 @@ def project(x: Tensor, basis: Tensor) -> Tensor:
     rows = by_head.reshape(heads, -1, size)
     count = rows.shape[1]
     rows = torch.nn.functional.pad(rows, (0, 0, 0, -count % _ROWS))
-    tiles = [torch.bmm(tile.contiguous(), matrix) for tile in rows.split(_ROWS, dim=1)] if count else [rows @ matrix]
+    tiles = [torch.bmm(tile.contiguous(), matrix) for tile in torch.split(rows, _ROWS, dim=1)] if count else [rows @ matrix]
     found = torch.cat(tiles, dim=1)[:, :count].view(*by_head.shape[:-1], matrix.shape[-1])
     return found.transpose(0, 1).reshape(*x.shape[:-1], matrix.shape[-1])

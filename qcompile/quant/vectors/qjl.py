@@ -70,7 +70,7 @@ def sketch(signs: int, size: int, seed: int = 0) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     blocks = torch.randn(-(-signs // size), size, size, generator=generator, dtype=torch.float64)
-    rows = torch.linalg.qr(blocks).Q.mT.reshape(1, -1, size)[:, :signs]
+    rows: Tensor = torch.linalg.qr(blocks).Q.mT.reshape(1, -1, size)[:, :signs]
     length = math.sqrt(2) * math.exp(math.lgamma((size + 1) / 2) - math.lgamma(size / 2))
     return (rows * length).float()
 
