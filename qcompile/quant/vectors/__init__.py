@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from qcompile.quant.vector_format import VectorForm
+from qcompile.quant.vectors.ranked import read_ranked
 from qcompile.quant.vectors.static import read_static
 
-FAMILIES: Mapping[str, Callable[[str], VectorForm | None]] = MappingProxyType({"int8 static": read_static})
+FAMILIES: Mapping[str, Callable[[str], VectorForm | None]] = MappingProxyType(
+    {"int8 static": read_static, "int4 g64 asym over int2 g64 asym top 16 of 32": read_ranked}
+)
 """An example of each family's text -> what reads it, giving None for any other."""
