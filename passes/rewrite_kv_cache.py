@@ -58,9 +58,7 @@ class RewriteKvCache(Pass):
         made = plan_rematerialized(graph, layers, ctx) if cache.rematerialized else [""] * len(layers)
         tables = make_tables(graph, pairs, ctx)  # before inputs change: the data is that of a model without a cache
         shared = _new_inputs(graph, ctx.target)
-        states = [
-            _Layer(graph, *layer, index, shared).rewrite(ctx) for index, layer in enumerate(zip(pairs, tables, made, strict=True))
-        ]
+        states = [_Layer(graph, *layer, index, shared).rewrite(ctx) for index, layer in enumerate(zip(pairs, tables, made, strict=True))]
         _return_states(graph, states)
         _replace_positions(graph, shared.positions)
         _require_no_mask(graph)

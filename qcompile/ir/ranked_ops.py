@@ -113,19 +113,19 @@ def _attend_row(row: _Row, queries: Tensor, options: _Options) -> Tensor:
         keys = row.vectors[0].unsqueeze(0)
         if options.inv_freq is not None:
             keys = torch.cat([turned(part, options.inv_freq, options.scaling) for part in keys.chunk(2, dim=2)], dim=2)
-        weights = attention_weights(
-            queries[:, :, mine], keys, keep[:, :, mine], None, options.scale, options.softcap, options.sinks
-        )[0].unflatten(0, (len(row.received), -1))  # fmt: skip
+        seen_by = (None, options.scale, options.softcap, options.sinks)
+        weights = attention_weights(queries[:, :, mine], keys, keep[:, :, mine], *seen_by)[0]
+        weights = weights.view(len(row.received), -1, *weights.shape[1:])
         row.received += weights[..., :end].mean(1).sum(1)
         result.append(torch.matmul(weights, row.vectors[1].unsqueeze(1)).flatten(0, 1))
     return torch.cat(result, dim=1)
 
 
 def _attend(
-    q: Tensor, keys: Tensor, values: Tensor, marks: Tensor, saliency: Tensor, exact_keys: Tensor, exact_values: Tensor,
+    q: Tensor, pages: tuple[Tensor, Tensor, Tensor], saliency: Tensor, exact_keys: Tensor, exact_values: Tensor,
     slots: Tensor, page_table: Tensor, positions: Tensor, forms: tuple[str, str], policy: Retention, options: _Options,
 ) -> Tensor:  # fmt: skip
-    """The attention; keys, values, marks and saliency are written in place."""
+    """The attention; pages of keys, values and marks, and saliency, are written in place."""
     ranked = [form for form in map(vector_format, forms) if isinstance(form, RankedFormat)]
     if len(ranked) != len(forms) or policy.recent < 1:
         raise FormatError(
@@ -138,7 +138,7 @@ def _attend(
         rows, held = saliency[int(slots[arrivals.row])], policy.held(arrivals.start)
         received = exact[0].new_zeros(exact[0].shape[0], arrivals.end)
         received[:, held] = rows[:, [policy.row(position) for position in held], 0].to(received.dtype)
-        row = _Row(arrivals, policy, (ranked[0], ranked[1]), (keys, values, marks), page_table[arrivals.row], exact, received)
+        row = _Row(arrivals, policy, (ranked[0], ranked[1]), pages, page_table[arrivals.row], exact, received)
         queries = q[arrivals.row : arrivals.row + 1, :, arrivals.places]
         result[arrivals.row][:, arrivals.places] = _attend_row(row, queries, options).to(q.dtype)
         kept = policy.held(arrivals.end)
@@ -183,16 +183,17 @@ def attend_ranked(
     Raises:
         FormatError: for forms that are not ranked, or a window of 0, in which a token would be judged before anyone has seen it.
     """
-    states = [state.clone() for state in (keys, values, marks, saliency)]
+    pages, saliency = (keys.clone(), values.clone(), marks.clone()), saliency.clone()
     options = _Options(scale, window, softcap, sinks, inv_freq, scaling)
     policy = Retention(first, recent, group)
-    given = (exact_keys, exact_values, slots, page_table, positions, (k_form, v_form), policy, options)
-    return _attend(q, *states, *given), states[0], states[1], states[2], states[3]
+    out = _attend(
+        q, pages, saliency, exact_keys, exact_values, slots, page_table, positions, (k_form, v_form), policy, options
+    )  # fmt: skip
+    return out, *pages, saliency
 
 
 @define(
-    "attend_ranked_(Tensor q, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) marks, Tensor(d!) saliency, "
-    f"{_ARGUMENTS}) -> Tensor",
+    f"attend_ranked_(Tensor q, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) marks, Tensor(d!) saliency, {_ARGUMENTS}) -> Tensor",
     lambda q, keys, values, marks, saliency, exact_keys, exact_values, *_, **__: _fake_out(q, exact_values),
 )
 def attend_ranked_(
@@ -204,5 +205,5 @@ def attend_ranked_(
     """`attend_ranked` in place."""
     options = _Options(scale, window, softcap, sinks, inv_freq, scaling)
     policy = Retention(first, recent, group)
-    given = (exact_keys, exact_values, slots, page_table, positions, (k_form, v_form), policy, options)
-    return _attend(q, keys, values, marks, saliency, *given)
+    pages = (keys, values, marks)
+    return _attend(q, pages, saliency, exact_keys, exact_values, slots, page_table, positions, (k_form, v_form), policy, options)

@@ -84,7 +84,9 @@ def attend_over(
             continue
         x, mine = sources[row, :, : int(places.max()) + 1].to(work), places[real].unsqueeze(1)
         k, v = (
-            functional.linear(x, weight.to(work), None if bias is None else bias.to(work)).unflatten(2, (heads, -1)).transpose(1, 2)
+            functional.linear(x, weight.to(work), None if bias is None else bias.to(work))
+            .view(1, -1, heads, len(weight) // heads)
+            .transpose(1, 2)
             for weight, bias in ((k_weight, k_bias), (v_weight, v_bias))
         )
         column = torch.arange(x.shape[1], device=q.device)

@@ -41,6 +41,7 @@ class Arrivals:
 
 
 def sequences(positions: Tensor) -> Iterator[Arrivals]:
+    """What comes for each row of `positions` [B, S], but for rows of padding alone."""
     for row, places in enumerate(positions.tolist()):
         real = [index for index, position in enumerate(places) if position >= 0]
         if real:

@@ -51,9 +51,8 @@ def shared_latent(k_weight: Tensor, v_weight: Tensor, moment: Tensor | None, for
     lost = {rank: float(variances[rank:].sum()) for rank in ranks}
     rank = next((rank for rank in ranks if lost[rank] <= budget), full)
     kept = _mixed(basis[:, :rank], group)
-    keys, values = (norm * part for norm, part in zip(norms, kept.split([len(weight) for weight in weights]), strict=True))
-    down = kept.T @ stacked
-    return Latent(down.float(), keys.float(), values.float(), lost[rank] / float(variances.sum()))
+    keys, values = norms[0] * kept[: len(k_weight)], norms[1] * kept[len(k_weight) :]
+    return Latent((kept.T @ stacked).float(), keys.float(), values.float(), lost[rank] / float(variances.sum()))
 
 
 def _mixed(basis: Tensor, group: int) -> Tensor:

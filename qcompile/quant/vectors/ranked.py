@@ -102,10 +102,10 @@ def read_ranked(text: str) -> RankedFormat | None:
     match = _PATTERN.fullmatch(text)
     if match is None:
         return None
-    parts = [vector_format(match[name]) for name in ("fine", "coarse")]
+    fine, coarse = vector_format(match["fine"]), vector_format(match["coarse"])
     salient, tokens = int(match["salient"]), int(match["tokens"])
-    if any(part.tokens != 1 or part.tables for part in parts):
+    if any(part.tokens != 1 or part.tables for part in (fine, coarse)):
         raise FormatError(f"cache format {text!r}: expected two forms per token without tables, such as int4 g64 asym")
     if salient >= tokens:
-        raise FormatError(f"cache format {text!r}: expected fewer fine tokens than {tokens}; with all of them fine, choose {parts[0]}")
-    return RankedFormat(*parts, salient, tokens)
+        raise FormatError(f"cache format {text!r}: expected fewer fine tokens than {tokens}; with all of them fine, choose {fine}")
+    return RankedFormat(fine, coarse, salient, tokens)
