@@ -136,7 +136,7 @@ def _goal(target: str | Target, scheme: QuantScheme | None, options: SchemeOptio
     """The target with the caller's scheme and options in it."""
     goal = parse_target(target)
     chosen = (scheme or goal.scheme).with_options(**options)
-    return resolve(goal.arch, chosen, chosen.cache if scheme else goal.scheme.cache)
+    return resolve(goal.arch, chosen)
 
 
 def require_coverage(rows: Sequence[CoverageRow]) -> None:

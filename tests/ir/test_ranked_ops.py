@@ -87,7 +87,9 @@ def by_definition(
 
 
 @settings(max_examples=40, deadline=None)
-@given(policy=st.sampled_from(POLICIES), cuts=st.sets(st.integers(1, 39), max_size=8), seed=st.integers(0, 100), window=st.sampled_from([0, 9]))
+@given(
+    policy=st.sampled_from(POLICIES), cuts=st.sets(st.integers(1, 39), max_size=8), seed=st.integers(0, 100), window=st.sampled_from([0, 9])
+)
 def test_any_chunks_give_what_decoding_gives(policy: Retention, cuts: set[int], seed: int, window: int) -> None:
     q, k, v = vectors(HEADS, 40, seed), vectors(SHARED, 40, seed + 1), vectors(SHARED, 40, seed + 2)
     form = form_of(policy)
@@ -148,7 +150,7 @@ def test_the_error_lies_between_all_fine_and_all_coarse_and_is_less_than_by_the_
     ranked, wrong = form_of(policy), form_of(policy, "int2 g4", "int4 g4")
     fine, coarse = form_of(policy, "int4 g4", "int4 g4"), form_of(policy, "int2 g4", "int2 g4")
     assert vector_format(ranked).width(SIZE) == vector_format(wrong).width(SIZE)
-    assert error(fine) < error(ranked) < 0.5 * error(wrong) < 0.5 * error(coarse)
+    assert error(fine) < error(ranked) < 0.5 * min(error(wrong), error(coarse))
 
 
 def test_in_place_is_the_same() -> None:
@@ -169,5 +171,5 @@ def test_forms_that_nothing_ranks_are_refused() -> None:
     cache, slots = Cache(POLICIES[0], form_of(POLICIES[0])), torch.tensor([0])
     x = vectors(HEADS, 5, 0)
     cache.form = "int4 g4"
-    with pytest.raises(FormatError, match="attend_ranked: expected two ranked formats .* got 'int4 g4', 'int4 g4' and 3; choose kv4-zip"):
+    with pytest.raises(FormatError, match=r"attend_ranked: expected two ranked formats .* got 'int4 g4', 'int4 g4' and 3; choose kv4-zip"):
         cache.step(x, x[:, :SHARED], x[:, :SHARED], torch.arange(5).unsqueeze(0), slots)

@@ -49,7 +49,7 @@ def test_forms_that_make_no_pair_are_refused(text: str, message: str) -> None:
 
 
 def test_a_group_that_does_not_share_bytes_evenly_is_refused() -> None:
-    with pytest.raises(FormatError, match="expected 32 tokens that share bytes evenly, got 623 bytes .* 60"):
+    with pytest.raises(FormatError, match=r"expected 32 tokens that share bytes evenly, got 623 bytes .* 60"):
         vector_format("int4 over int2 top 1 of 32").width(60)
 
 
@@ -60,7 +60,7 @@ def test_marks_are_needed() -> None:
 
 @pytest.mark.parametrize("options", [{"cache_window": 0}, {"cache_keys": "int4 g64"}, {"cache_values": TEXT.replace("8 of 32", "8 of 16")}])
 def test_a_cache_ranks_keys_and_values_alike_and_by_attention(options: dict[str, str | int]) -> None:
-    with pytest.raises(FormatError, match="cache kv4-zip: expected keys and values that are both ranked among as many tokens.*kv4-zip"):
+    with pytest.raises(FormatError, match=r"cache kv4-zip: expected keys and values that are both ranked among as many tokens.*kv4-zip"):
         CACHES["kv4-zip"].with_options(options)
 
 
