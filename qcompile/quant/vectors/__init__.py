@@ -12,6 +12,7 @@ from qcompile.quant.vectors.klt import read_klt
 from qcompile.quant.vectors.kvquant import read_nuq
 from qcompile.quant.vectors.pca import read_pca
 from qcompile.quant.vectors.qjl import read_qjl
+from qcompile.quant.vectors.ranked import read_ranked
 from qcompile.quant.vectors.static import read_static
 
 FAMILIES: Mapping[str, Callable[[str], VectorForm | None]] = MappingProxyType(
@@ -23,6 +24,7 @@ FAMILIES: Mapping[str, Callable[[str], VectorForm | None]] = MappingProxyType(
         "qjl256": read_qjl,
         "nuq3 static s1": read_nuq,
         "klt2": read_klt,
+        "int4 g64 asym over int2 g64 asym top 16 of 32": read_ranked,
     }
 )
 """An example of each family's text -> what reads it, giving None for any other."""
