@@ -5,7 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from qcompile.codegen.triton import attention, cache, code_linear, elementwise, embedding, gather, linear, norm, quantize, rotary, sampling
+from qcompile.codegen.triton import (
+    attention,
+    cache,
+    code_linear,
+    elementwise,
+    embedding,
+    gather,
+    linear,
+    norm,
+    quantize,
+    retained,
+    rotary,
+    sampling,
+    settle,
+)
 from qcompile.codegen.triton.contract import Operator, lacks_float8
 from qcompile.codegen.triton.tiles import architecture
 from qcompile.errors import CoverageError
@@ -25,6 +39,9 @@ OPERATORS: Mapping[str, Operator] = MappingProxyType(
         "add": elementwise.ADD,
         "cache_append_": cache.APPEND,
         "cache_attend": attention.ATTEND,
+        "with_recent": retained.WITH_RECENT,
+        "settle_": settle.SETTLE,
+        "retain_": retained.RETAIN,
         "embedding": embedding.EMBEDDING,
         "quantized_embedding": embedding.QUANTIZED_EMBEDDING,
         "gather_last": gather.GATHER_LAST,
