@@ -54,18 +54,18 @@ def row_of(position: str) -> str:
 
 
 def sequence_range() -> Lines:
-    """`before` and `after`: tokens of the sequence `batch` before this call and after it; both 0 where it takes no part."""
+    """`held` and `length`: tokens of the sequence `batch` before this call and after it; both 0 where it takes no part."""
     step = [
         "at = begin + tl.arange(0, POSITIONS)",
         "seen = tl.load(positions + batch * sequence + at, mask=at < sequence, other=-1).to(tl.int32)",
-        "before = tl.minimum(before, tl.min(tl.where(seen >= 0, seen, 2147483647), axis=0))",
-        "after = tl.maximum(after, tl.max(seen, axis=0) + 1)",
+        "held = tl.minimum(held, tl.min(tl.where(seen >= 0, seen, 2147483647), axis=0))",
+        "length = tl.maximum(length, tl.max(seen, axis=0) + 1)",
     ]
     return [
-        "before = tl.full((), 2147483647, tl.int32)",
-        "after = tl.zeros((), tl.int32)",
+        "held = tl.full((), 2147483647, tl.int32)",
+        "length = tl.zeros((), tl.int32)",
         *loop("for begin in range(0, sequence, POSITIONS)", step),
-        "before = tl.minimum(before, after)",
+        "held = tl.minimum(held, length)",
     ]
 
 
@@ -135,7 +135,7 @@ def emit_retain(spec: KernelSpec, arch: Architecture) -> Kernel:
         "token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)",
         "dim = tl.arange(0, BLOCK_D)[None, :]",
         "position = tl.load(positions + batch * sequence + token, mask=token < sequence, other=-1).to(tl.int32)",
-        f"waits = (position >= 0) & ((position < FIRST) | (position >= {settled('after')}))",
+        f"waits = (position >= 0) & ((position < FIRST) | (position >= {settled('length')}))",
         f"row = {row_of('position')}",
         "present = waits[:, None] & (dim < D)",
         "source = exact + ((batch * L + head) * (ROWS + sequence) + ROWS + token[:, None]) * D + dim",

@@ -53,7 +53,7 @@ def place_lines() -> Lines:
         "place += tl.sum(tl.where(seen[None, :] == (slot + FIRST)[:, None], ROWS + at[None, :], 0), axis=1)",
     ]
     return [
-        "place = tl.where(slot + FIRST < before, FIRST + slot % TURNING, 0)",
+        "place = tl.where(slot + FIRST < held, FIRST + slot % TURNING, 0)",
         *loop("for begin in range(0, sequence, POSITIONS)", step),
     ]
 
@@ -161,8 +161,8 @@ def emit_settle(spec: KernelSpec, arch: Architecture) -> Kernel:
         "batch = tl.program_id(2).to(tl.int64)",
         *sequence_range(),
         "# Slots are counted over a sequence's pages: the token at position FIRST has the first one.",
-        f"begin_slot = {settled('before')} - FIRST + tl.program_id(0) * BLOCK_T",
-        f"stop = {settled('after')} - FIRST",
+        f"begin_slot = {settled('held')} - FIRST + tl.program_id(0) * BLOCK_T",
+        f"stop = {settled('length')} - FIRST",
         *loop("if begin_slot < stop", pack),
     ]
     parameters = settle_parameters(spec)
