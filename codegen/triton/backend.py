@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from qcompile.codegen.triton import attention, cache, code_linear, elementwise, embedding, gather, linear, norm, quantize, rotary, sampling
+from qcompile.codegen.triton import (
+    attention,
+    cache,
+    code_linear,
+    elementwise,
+    embedding,
+    gather,
+    linear,
+    norm,
+    packed_attention,
+    quantize,
+    rotary,
+    sampling,
+)
 from qcompile.codegen.triton.contract import Operator, lacks_float8
 from qcompile.codegen.triton.tiles import architecture
 from qcompile.errors import CoverageError
@@ -25,6 +38,7 @@ OPERATORS: Mapping[str, Operator] = MappingProxyType(
         "add": elementwise.ADD,
         "cache_append_": cache.APPEND,
         "cache_attend": attention.ATTEND,
+        "cache_attend_packed": packed_attention.ATTEND_PACKED,
         "embedding": embedding.EMBEDDING,
         "quantized_embedding": embedding.QUANTIZED_EMBEDDING,
         "gather_last": gather.GATHER_LAST,
