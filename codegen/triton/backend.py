@@ -14,11 +14,13 @@ from qcompile.codegen.triton import (
     gather,
     linear,
     norm,
+    packed_attention,
     quantize,
     retained,
     rotary,
     sampling,
     settle,
+    settled_attention,
 )
 from qcompile.codegen.triton.contract import Operator, lacks_float8
 from qcompile.codegen.triton.tiles import architecture
@@ -39,9 +41,11 @@ OPERATORS: Mapping[str, Operator] = MappingProxyType(
         "add": elementwise.ADD,
         "cache_append_": cache.APPEND,
         "cache_attend": attention.ATTEND,
+        "cache_attend_packed": packed_attention.ATTEND_PACKED,
         "with_recent": retained.WITH_RECENT,
         "settle_": settle.SETTLE,
         "retain_": retained.RETAIN,
+        "attend_settled": settled_attention.ATTEND_SETTLED,
         "embedding": embedding.EMBEDDING,
         "quantized_embedding": embedding.QUANTIZED_EMBEDDING,
         "gather_last": gather.GATHER_LAST,
