@@ -1,4 +1,4 @@
-"""One layer of a cache that keeps some tokens as they came, stepped by its kernels and by the reference operators side by side."""
+"""One layer of a cache that keeps some tokens as they came, stepped by the reference operators, by its kernels beside them where asked."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def chunk_positions(starts: Sequence[int], counts: Sequence[int], width: int = 0
 
 @dataclass
 class Layer:
-    """Pages and rows of keys and of values; every step compares what kernels write with what the reference writes, bit for bit."""
+    """Pages and rows of keys and of values; with `kernels` every step compares what they write with what the reference writes, bit for bit."""
 
     policy: Retention
     forms: tuple[str, str]
@@ -39,6 +39,7 @@ class Layer:
     pages: int
     dtype: str = "bf16"
     rows_dtype: str = "fp16"
+    kernels: bool = False
     lengths: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -77,6 +78,8 @@ class Layer:
         return exact, at
 
     def _with_recent(self, rows: Tensor, x: Tensor, sizes: dict[str, int]) -> Tensor:
+        if not self.kernels:
+            return guarded(with_recent(rows, x, self.slots))
         out = result((x.shape[0], self.heads, self.policy.rows + x.shape[2], self.size), rows.dtype)
         spec = settled_specs.with_recent(self.heads, self.size, self.policy, self.dtype, self.rows_dtype)
         run_kernel(spec, {"rows": rows, "x": x, "slots": self.slots, "out": out}, sizes)
@@ -84,16 +87,19 @@ class Layer:
         return out
 
     def _settle(self, part: int, form: str, exact: Tensor, positions: Tensor, sizes: dict[str, int]) -> None:
-        expected = self.stored[part].clone()
-        options = settled_specs.policy_options(self.policy)
-        settle_(expected, exact, self.table, positions, form, **options)
+        expected = self.stored[part].clone() if self.kernels else self.stored[part]
+        settle_(expected, exact, self.table, positions, form, **settled_specs.policy_options(self.policy))
+        if not self.kernels:
+            return
         operands = {"pages": self.stored[part], "exact": exact, "page_table": self.table, "positions": positions}
         run_kernel(settled_specs.settle(self.heads, self.size, form, self.policy, self.rows_dtype), operands, sizes)
         assert torch.equal(self.stored[part], expected)
 
     def _retain(self, part: int, exact: Tensor, positions: Tensor, sizes: dict[str, int]) -> None:
-        expected = self.rows[part].clone()
+        expected = self.rows[part].clone() if self.kernels else self.rows[part]
         retain_(expected, exact, self.slots, positions, **settled_specs.policy_options(self.policy))
+        if not self.kernels:
+            return
         operands = {"rows": self.rows[part], "exact": exact, "slots": self.slots, "positions": positions}
         run_kernel(settled_specs.retain(self.heads, self.size, self.policy, self.rows_dtype), operands, sizes)
         same(self.rows[part], expected)
