@@ -139,6 +139,8 @@ def settle_constants(spec: KernelSpec) -> dict[str, tuple[int | float, str]]:
         "BLOCK_C": (channels_of(spec), "channels, padded"),
         "BLOCK_T": (tokens_of(spec), "tokens of a program"),
         **form.constants(),
+        "BITS": (form.form.element.bits, "bits of a code"),
+        "PER": (form.per_byte, "codes in a byte"),
         **policy_constants(policy_of(spec)),
         **scan_constants(),
     }

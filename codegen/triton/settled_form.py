@@ -63,8 +63,6 @@ class Packed:
         numbers: dict[str, tuple[int | float, str]] = {
             "BYTES": (self.form.width(self.size), "bytes of a packed token"),
             "BODY": (self.body, "bytes of codes before the scales"),
-            "BITS": (self.form.element.bits, "bits of a code"),
-            "PER": (self.per_byte, "codes in a byte"),
             "GROUPS": (self.groups, "scales of the tokens that are packed together"),
         }
         return {self.constant(text): value for text, value in numbers.items()}

@@ -52,14 +52,17 @@ def number_lines(form: Packed, codes: str, kind: str, spread: str) -> Lines:
 
 def code_lines(form: Packed, rows: str, columns: str) -> Lines:
     """`NAME_codes` [rows, columns] of the bytes `NAME_items` [rows, columns / PER]."""
-    name, per = form.name.lower(), form.constant("PER")
+    name = form.name.lower()
     if form.per_byte == 1:
         return [f"{name}_codes = {name}_items"]
-    shift = f"tl.arange(0, {per})[None, None, :] * {form.constant('BITS')}"
-    return [
-        f"{name}_codes = ({name}_items[:, :, None] >> ({shift}).to(tl.uint8)) & {(1 << form.form.element.bits) - 1}",
-        f"{name}_codes = tl.reshape({name}_codes, [{rows}, {columns}])",
-    ]
+    bits, mask = form.form.element.bits, (1 << form.form.element.bits) - 1
+    parts = [f"({name}_items >> {bits * place}) & {mask}" for place in range(form.per_byte)]
+    return [f"{name}_codes = tl.reshape({joined(parts)}, [{rows}, {columns}])"]
+
+
+def joined(parts: list[str]) -> str:
+    """Expressions put side by side along new last axes, so that a reshape of these leaves the first, the second … of each number."""
+    return parts[0] if len(parts) == 1 else f"tl.join({joined(parts[::2])}, {joined(parts[1::2])})"
 
 
 def scale_lines(form: Packed, source: str, cell: str, index: str, mask: str) -> Lines:
@@ -103,9 +106,7 @@ def channel_lines(form: Packed, source: str, kind: str, step: int) -> Lines:
     lines = [
         f"{name}_first = (start // {tokens} + tl.arange(0, {step // held})) * {tokens}",
         f"{name}_there = {name}_first < last",
-        *load(
-            f"{name}_page", f"page_table + batch * pages + {name}_first // page_tokens", f"{name}_there", "0", ".to(tl.int64)"
-        ),
+        *load(f"{name}_page", f"page_table + batch * pages + {name}_first // page_tokens", f"{name}_there", "0", ".to(tl.int64)"),
         f"{name}_cell = (({name}_page * L + head) * page_tokens + {name}_first % page_tokens) * {form.constant('BYTES')}",
         f"{name}_byte = {offset}tl.arange(0, {held // per})",
         *load(f"{name}_items", at, f"{name}_there[None, :, None] & (dim < D)[:, None, None]", "0"),

@@ -28,7 +28,7 @@ def chunk_positions(starts: Sequence[int], counts: Sequence[int], width: int = 0
 
 @dataclass
 class Layer:
-    """Pages and rows of keys and of values; with `kernels` every step compares what they write with what the reference writes, bit for bit."""
+    """Pages and rows of keys and of values; with `kernels` each step compares what they and the reference write, bit for bit."""
 
     policy: Retention
     forms: tuple[str, str]
@@ -63,7 +63,7 @@ class Layer:
         return {"pages": self.pages, "page_tokens": self.page_tokens}
 
     def step(self, positions: Tensor, spread: float = 1.0) -> tuple[list[Tensor], Tensor]:
-        """Take in new tokens at `positions` [B, S]: what `with_recent` gave for keys and for values, and the positions as kernels get them."""
+        """Take in new tokens at `positions` [B, S]: what `with_recent` gave for keys and values, and the positions as kernels get them."""
         batch, sequence = positions.shape
         at = guarded(positions)
         sizes = {**self.sizes, "batch": batch, "sequence": sequence, "rows": batch * sequence}

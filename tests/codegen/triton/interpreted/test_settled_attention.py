@@ -19,9 +19,7 @@ KIVI = Retention(4, 8, 16)
 """The shape of `kv4-kivi`, smaller."""
 
 
-def attend(
-    layer: Layer, heads: int, positions: Tensor, bucket: str, *, window: int = 0, softcap: float = 0.0, sinks: bool = False
-) -> None:
+def attend(layer: Layer, heads: int, positions: Tensor, bucket: str, *, window: int = 0, softcap: float = 0.0, sinks: bool = False) -> None:
     """One step of the layer, its queries a view of a fused matrix."""
     exact, at = layer.step(positions)
     batch, sequence = positions.shape
