@@ -20,8 +20,13 @@ _BATCHED = {
     "qcompile.cache_append_.default": "k",
     "qcompile.cache_append.default": "k",
     "qcompile.cache_attend.default": "q",
+    "qcompile.append_packed_.default": "k",
+    "qcompile.append_packed.default": "k",
+    "qcompile.cache_attend_packed.default": "q",
 }
 """Operators over [B, heads, S, D] -> the operand that has these axes."""
+
+_ATTENDING = ("qcompile.cache_attend.default", "qcompile.cache_attend_packed.default")
 
 _INDEXED = {
     "aten.embedding.default": "indices",
@@ -93,7 +98,7 @@ def local_sizes(name: str, operands: Mapping[str, Any], sizes: Mapping[str, int]
 
 def bucket_count(name: str, local: Mapping[str, int]) -> int:
     """What `BUCKETS` counts for an operator: tokens of each sequence for attention over the cache, else rows."""
-    return local["sequence" if name == "qcompile.cache_attend.default" else "rows"]
+    return local["sequence" if name in _ATTENDING else "rows"]
 
 
 def is_dense(shape: Sequence[int], strides: Sequence[int], covered: frozenset[int]) -> bool:
