@@ -12,6 +12,7 @@ from qcompile.ir import activation_ops as _activation_ops  # noqa: F401  registe
 from qcompile.ir import append_ops as _append_ops  # noqa: F401  registers operators that pack and store at once
 from qcompile.ir import fused_activation_ops as _fused_activation_ops  # noqa: F401  registers producers of quantized activations
 from qcompile.ir import fused_asymmetric_ops as _fused_asymmetric_ops  # noqa: F401  registers their asymmetric twins
+from qcompile.ir import retention_ops as _retention_ops  # noqa: F401  registers operators of caches that keep some tokens as they came
 from qcompile.ir.graph import Graph
 from qcompile.ir.lowered import BUCKETS, KernelSpec
 from qcompile.passes.raise_patterns import activation_name
@@ -56,6 +57,14 @@ def _attend(operands: dict[str, Any]) -> Sizes:
     return {"H": operands["q"].shape[1], "L": operands["keys"].shape[1], "D": operands["q"].shape[3]}
 
 
+def _recent(operands: dict[str, Any]) -> Sizes:
+    return {"L": operands["rows"].shape[1], "N": operands["rows"].shape[2], "D": operands["rows"].shape[3]}
+
+
+def _exact(operands: dict[str, Any]) -> Sizes:
+    return {"L": operands["exact"].shape[1], "D": operands["exact"].shape[3]}
+
+
 OPERATORS: dict[Any, tuple[str, tuple[str, ...], Callable[[dict[str, Any]], Sizes], bool]] = {
     aten.linear.default: ("linear", ("x", "weight", "bias"), _matrix, True),
     qcompile.quantized_linear.default: (
@@ -76,6 +85,13 @@ OPERATORS: dict[Any, tuple[str, tuple[str, ...], Callable[[dict[str, Any]], Size
     ),
     qcompile.cache_attend_packed.default: (
         "cache_attend_packed", ("q", "keys", "values", "page_table", "positions", "", "", "", "", "", "sinks"), _attend, True,
+    ),
+    qcompile.with_recent.default: ("with_recent", ("rows", "x", "slots"), _recent, False),
+    qcompile.settle.default: ("settle_", ("pages", "exact", "page_table", "positions"), _exact, False),
+    qcompile.retain.default: ("retain_", ("rows", "exact", "slots", "positions"), _exact, False),
+    qcompile.attend_settled.default: (
+        "attend_settled",
+        ("q", "keys", "values", "exact_keys", "exact_values", "page_table", "positions", *[""] * 8, "sinks"), _attend, True,
     ),
     aten.embedding.default: ("embedding", ("weight", "indices"), _table, False),
     qcompile.quantized_embedding.default: ("quantized_embedding", ("indices", "codes", "scale", "zero"), _table, False),
@@ -105,7 +121,10 @@ OPERATORS: dict[Any, tuple[str, tuple[str, ...], Callable[[dict[str, Any]], Size
 }  # fmt: skip
 """Operator -> the specification's name, its operands by position ("" is not a tensor), its sizes, and whether it has buckets."""
 
-_NO_RESULT = ("cache_append_", "append_packed_")
+_NO_RESULT = ("cache_append_", "append_packed_", "settle_", "retain_")
+_PER_SEQUENCE = ("slots",)
+"""Operands whose only axis is the batch."""
+_POLICY = ("first", "recent", "group")
 
 
 def kernel_specs(graph: Graph, node: fx.Node) -> dict[str, KernelSpec]:
@@ -127,9 +146,7 @@ def kernel_specs(graph: Graph, node: fx.Node) -> dict[str, KernelSpec]:
 
 
 def _unnamed(node: fx.Node, names: tuple[str, ...]) -> dict[str, fx.Node]:
-    """Tensors of our own operators that the table has no name for, by the schema's: a kernel refuses what it does not know."""
-    if node.target.namespace != "qcompile":  # type: ignore[union-attr]
-        return {}
+    """Tensors that the table has no name for, by the schema's: a kernel refuses what it does not know."""
     named = {place for place, operand in enumerate(names) if operand}
     found = {key: value for place, (key, value) in enumerate(_given(node).items()) if place not in named}
     return {key: value for key, value in found.items() if isinstance(value, fx.Node) and isinstance(value.meta["val"], Tensor)}
@@ -144,10 +161,11 @@ def _given(node: fx.Node) -> dict[str, Any]:
 
 def _regular(node: fx.Node, values: dict[str, Any], name: str) -> bool:
     """Whether the call has the form the kernel is defined for: tensors only, nothing broadcast in an add."""
-    if not all(
-        isinstance(value, Tensor) and isinstance(value.shape[-1], int) for value in values.values() if value.dim() and value.dim() != 2
-    ):
-        return False
+    for operand, value in values.items():
+        if not isinstance(value, Tensor):
+            return False
+        if value.dim() not in (0, 2) and operand not in _PER_SEQUENCE and not isinstance(value.shape[-1], int):
+            return False
     if name == "add":
         shapes = [list(map(str, value.shape)) for value in values.values()]
         return len(values) == 3 and not node.kwargs and shapes[0] == shapes[1]
@@ -174,6 +192,9 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "cache_attend": ("scale", "window", "softcap"),
     "cache_attend_packed": ("k_form", "v_form", "scale", "window", "softcap"),
     "append_packed_": ("k_form", "v_form", "size"),
+    "settle_": ("form", *_POLICY),
+    "retain_": _POLICY,
+    "attend_settled": ("k_form", "v_form", *_POLICY, "scale", "window", "softcap"),
     "integer_linear": ("group_size",),
     "float8_linear": ("group_size",),
     "quantize_activation": _RANGE,

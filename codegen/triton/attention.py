@@ -7,6 +7,7 @@ heads reads its keys once, and the 16 lines that a matrix instruction wants are 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from qcompile.codegen.triton.cache_tiles import Sum, Tiles, plain_tiles
 from qcompile.codegen.triton.contract import (
@@ -72,17 +73,34 @@ def scored(spec: KernelSpec) -> Lines:
     ]
 
 
+def page_lines(place: str) -> Lines:
+    """`slot`, the number of the place in all pages of the token at `place` of its sequence's pages, where `present`."""
+    return [
+        f"page = tl.load(page_table + batch * pages + {place} // page_tokens, mask=present, other=0).to(tl.int64)",
+        f"slot = (page * L + head) * page_tokens + {place} % page_tokens",
+    ]
+
+
 def key_step(spec: KernelSpec, tiles: Tiles) -> Lines:
-    """One step over BLOCK_T keys: scores, the running maximum (online softmax, arXiv:2205.14135), and the mix of values."""
-    window = int(spec.option("window", 0))
+    """One step over BLOCK_T keys of the pages."""
     return [
         "key = start + tl.arange(0, BLOCK_T)",
         "present = key < last",
-        "page = tl.load(page_table + batch * pages + key // page_tokens, mask=present, other=0).to(tl.int64)",
-        "slot = (page * L + head) * page_tokens + key % page_tokens",
+        *page_lines("key"),
+        *mix_tile(spec, tiles, "present[None, :] & (key[None, :] <= position[:, None])"),
+    ]
+
+
+def mix_tile(spec: KernelSpec, tiles: Tiles, visible: str) -> Lines:
+    """Scores of a tile, the running maximum (online softmax, arXiv:2205.14135), and the mix of values.
+
+    `slot` and `present` say where the tokens are, `key` which positions they have, `visible` what each line sees of them but for a window.
+    """
+    window = int(spec.option("window", 0))
+    return [
         *tiles.keys.score,
         *scored(spec),
-        "visible = present[None, :] & (key[None, :] <= position[:, None])",
+        f"visible = {visible}",
         *(["visible = visible & (key[None, :] > position[:, None] - WINDOW)"] if window else []),
         'score = tl.where(visible, score, float("-inf"))',
         "higher = tl.maximum(peak, tl.max(score, axis=1))",
@@ -114,9 +132,19 @@ def key_range(spec: KernelSpec, split: bool) -> Lines:
     ]
 
 
-def attend_body(spec: KernelSpec, tiles: Tiles, numbers: dict[str, tuple[int | float, str]], split: bool) -> Lines:
+def page_walk(spec: KernelSpec, tiles: Tiles, split: bool) -> tuple[Lines, Lines]:
+    """Every key that the lines see, or this program's share of them, from the pages: what to prepare, and the loop."""
+    return key_range(spec, split), loop("for start in range(first, last, BLOCK_T)", key_step(spec, tiles))
+
+
+Walk = Callable[[KernelSpec, Tiles, bool], tuple[Lines, Lines]]
+"""Specification, tiles, whether programs share the length -> what to prepare, and the loops over all keys."""
+
+
+def attend_body(spec: KernelSpec, tiles: Tiles, numbers: dict[str, tuple[int | float, str]], split: bool, walk: Walk) -> Lines:
     """Lines that leave the sums of values (not yet divided), `peak` and `total` of each line of the tile."""
     first_line = "" if split else "tl.program_id(0) * BLOCK_M + "
+    prepare, loops = walk(spec, tiles, split)
     return [
         *constants(numbers),
         "head = tl.program_id(1)",
@@ -130,11 +158,11 @@ def attend_body(spec: KernelSpec, tiles: Tiles, numbers: dict[str, tuple[int | f
         "query_at = q + batch * q_stride_0 + query_head[:, None].to(tl.int64) * q_stride_1",
         "query_at += token[:, None].to(tl.int64) * q_stride_2",
         *tiles.keys.query,
-        *key_range(spec, split),
+        *prepare,
         'peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)',
         "total = tl.zeros([BLOCK_M], dtype=tl.float32)",
         *tiles.values.zeros,
-        *loop("for start in range(first, last, BLOCK_T)", key_step(spec, tiles)),
+        *loops,
         *tiles.values.finish,
     ]
 
@@ -170,19 +198,25 @@ def store_sums(rows: str, sums: tuple[Sum, ...], suffix: str = "") -> Lines:
     return [f"tl.store({rows} + {mixed.columns}, {mixed.name}{suffix}, mask={mixed.mask('inside')})" for mixed in sums]
 
 
-def emit_prefill(spec: KernelSpec, arch: Architecture, tiles: Tiles) -> Kernel:
+def emit_prefill(spec: KernelSpec, arch: Architecture, tiles: Tiles, walk: Walk = page_walk) -> Kernel:
     """One launch: each program takes a tile of lines of one key/value head and everything they can see."""
     numbers = {**shape_constants(spec), **step_constants(spec, tiles, lines=64)}
-    parameters = [*inputs(spec), *sink_pointer(spec), *output(spec), *run_time(spec), *strides("out", (0, 1, 2), "out", alignment(spec))]
+    parameters = [
+        *inputs(spec),
+        *sink_pointer(spec),
+        *output(spec),
+        *run_time(spec, tiles),
+        *strides("out", (0, 1, 2), "out", alignment(spec)),
+    ]
     doc = "One program: BLOCK_M lines (query heads of consecutive tokens) of one key/value head over every key they can see."
     lines = ("mul", "sequence", spec.size("H") // spec.size("L"))
     warps = attention_warps(spec.size("D"), arch)
     launch = Launch(spec.operator, (("ceildiv", lines, 64), spec.size("L"), "batch"), tuple(parameters), (), warps, stages(spec, arch))
-    body = [*attend_body(spec, tiles, numbers, split=False), *store_lines(spec, tiles.values.sums)]
+    body = [*attend_body(spec, tiles, numbers, False, walk), *store_lines(spec, tiles.values.sums)]
     return kernel(spec, arch, [function(spec.operator, [p.name for p in parameters], doc, body)], [launch], expects=(arch.matrix,))
 
 
-def emit_decode(spec: KernelSpec, arch: Architecture, tiles: Tiles) -> Kernel:
+def emit_decode(spec: KernelSpec, arch: Architecture, tiles: Tiles, walk: Walk = page_walk) -> Kernel:
     """Two launches over a fixed grid: every program mixes its share of the length, then the shares are put together in order."""
     splits = decode_splits(spec.size("L"), arch)
     heads, size = spec.size("H"), spec.size("D")
@@ -195,9 +229,9 @@ def emit_decode(spec: KernelSpec, arch: Architecture, tiles: Tiles) -> Kernel:
         *store_sums("partial + share_at[:, None] * D", tiles.values.sums),
     ]
     work = [pointer(name, "fp32") for name in ("partial", "peaks", "totals")]
-    parameters = [*inputs(spec), *work, *run_time(spec)]
+    parameters = [*inputs(spec), *work, *run_time(spec, tiles)]
     doc = "One program: the heads of one key/value head of one sequence over its share of the length, read from positions."
-    main = function(spec.operator, [p.name for p in parameters], doc, [*attend_body(spec, tiles, numbers, split=True), *store])
+    main = function(spec.operator, [p.name for p in parameters], doc, [*attend_body(spec, tiles, numbers, True, walk), *store])
     merge = [*work, *sink_pointer(spec), *output(spec), *strides("out", (0, 1), "out", alignment(spec))]
     shares = ("mul", "batch", heads * splits * 4)
     return kernel(
@@ -259,8 +293,7 @@ def inputs(spec: KernelSpec) -> list[Parameter]:
     """Queries, cache, page table and positions."""
     return [
         pointer("q", stored(spec, "q"), alignment(spec)),
-        pointer("keys", stored(spec, "keys")),
-        pointer("values", stored(spec, "values")),
+        *(pointer(name, stored(spec, name)) for name in ("keys", "values", "exact_keys", "exact_values") if spec.format(name)),
         pointer("page_table", "i32"),
         pointer("positions", "i64"),
     ]
@@ -277,9 +310,10 @@ def output(spec: KernelSpec) -> list[Parameter]:
     return [pointer("out", stored(spec, "out"), alignment(spec))]
 
 
-def run_time(spec: KernelSpec) -> list[Parameter]:
+def run_time(spec: KernelSpec, tiles: Tiles) -> list[Parameter]:
     """Sizes and strides known at the launch."""
-    return [integer("sequence"), integer("pages"), integer("page_tokens"), *strides("q", (0, 1, 2), "q", alignment(spec))]
+    page_tokens = integer("page_tokens", divisible_by=tiles.together)
+    return [integer("sequence"), integer("pages"), page_tokens, *strides("q", (0, 1, 2), "q", alignment(spec))]
 
 
 def emit_attend(spec: KernelSpec, arch: Architecture) -> Kernel:

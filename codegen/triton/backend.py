@@ -17,8 +17,11 @@ from qcompile.codegen.triton import (
     packed_append,
     packed_attention,
     quantize,
+    retained,
     rotary,
     sampling,
+    settle,
+    settled_attention,
 )
 from qcompile.codegen.triton.contract import Operator, lacks_float8
 from qcompile.codegen.triton.tiles import architecture
@@ -41,6 +44,10 @@ OPERATORS: Mapping[str, Operator] = MappingProxyType(
         "append_packed_": packed_append.APPEND_PACKED,
         "cache_attend": attention.ATTEND,
         "cache_attend_packed": packed_attention.ATTEND_PACKED,
+        "with_recent": retained.WITH_RECENT,
+        "settle_": settle.SETTLE,
+        "retain_": retained.RETAIN,
+        "attend_settled": settled_attention.ATTEND_SETTLED,
         "embedding": embedding.EMBEDDING,
         "quantized_embedding": embedding.QUANTIZED_EMBEDDING,
         "gather_last": gather.GATHER_LAST,

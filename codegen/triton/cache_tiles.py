@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from qcompile.codegen.triton.source import Lines
+from qcompile.codegen.triton.source import Lines, load
 
 
 @dataclass(frozen=True)
@@ -74,27 +74,32 @@ class Tiles:
         values: how values are read.
         step: tokens of a step, BLOCK_T.
         channels: what comes before both.
+        together: tokens that lie together; a page holds a multiple of them.
     """
 
     keys: KeyTile
     values: ValueTile
     step: int
     channels: Lines = field(default_factory=list)
+    together: int = 1
 
 
-def plain_tiles(kind: str, step: int) -> Tiles:
-    """Keys and values of 16 bits, D numbers a slot; `kind` is Triton's name of their type."""
+def plain_tiles(kind: str, step: int, names: tuple[str, str] = ("keys", "values"), suffix: str = "") -> Tiles:
+    """Keys and values of 16 bits, D numbers a slot; `kind` is Triton's name of their type, which `suffix` turns them into if need be."""
+    keys_from, values_from = names
     keys = KeyTile(
         query=["query = tl.load(query_at + dim[None, :], mask=inside[:, None] & (dim < D)[None, :], other=0.0)"],
         score=[
-            "key_tile = tl.load(keys + slot[None, :] * D + dim[:, None], mask=present[None, :] & (dim < D)[:, None], other=0.0)",
+            *load("key_tile", f"{keys_from} + slot[None, :] * D + dim[:, None]", "present[None, :] & (dim < D)[:, None]", suffix=suffix),
             "score = tl.dot(query, key_tile)",
         ],
     )
     values = ValueTile(
         zeros=["mixed = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)"],
         mix=[
-            "value_tile = tl.load(values + slot[:, None] * D + dim[None, :], mask=present[:, None] & (dim < D)[None, :], other=0.0)",
+            *load(
+                "value_tile", f"{values_from} + slot[:, None] * D + dim[None, :]", "present[:, None] & (dim < D)[None, :]", suffix=suffix
+            ),
             f"mixed = tl.dot(weight.to({kind}), value_tile, mixed * decay[:, None])",
         ],
         sums=(Sum("mixed", "dim", "dim < D"),),

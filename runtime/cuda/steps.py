@@ -23,6 +23,9 @@ HOST_SYNCHRONISING = frozenset(
         "qcompile.append_packed_.default",
         "qcompile.append_packed.default",
         "qcompile.cache_attend_packed.default",
+        "qcompile.settle_.default",
+        "qcompile.retain_.default",
+        "qcompile.attend_settled.default",
         "qcompile.moe_experts.default",
     }
 )
