@@ -24,6 +24,7 @@ COVERED = (
     qcompile.quantized_linear.default, qcompile.quantized_embedding.default,
     qcompile.integer_linear.default, qcompile.float8_linear.default, qcompile.integer_conv2d.default,
     qcompile.hadamard.default, qcompile.dequantize_activation.default, *PRODUCERS,
+    qcompile.append_packed.default,
     qcompile.attention.default, qcompile.cache_attend.default, qcompile.cache_attend_packed.default, qcompile.attend_settled.default,
     qcompile.moe_experts.default,
     aten.scaled_dot_product_attention.default,
@@ -78,6 +79,8 @@ def _coverage_row(graph: Graph, node: fx.Node, note: tuple[str, bool], refused: 
     activation = str(format_of(producer(node.args[0]) if node.target in ACTIVATION_READERS else node) or "")
     if node.target in _WITHOUT_WEIGHT:
         weight, form, activation = "", activation or form, ""
+    if node.target is qcompile.append_packed.default:
+        form = " / ".join(dict.fromkeys(map(str, node.args[6:8])))
     names = node.meta.get("kernels")
     kernel = ", ".join(dict.fromkeys(names.values())) if names else REFERENCE
     reason, chosen = note

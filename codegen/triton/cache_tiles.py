@@ -89,18 +89,19 @@ class Tiles:
 def plain_tiles(kind: str, step: int, names: tuple[str, str] = ("keys", "values"), suffix: str = "") -> Tiles:
     """Keys and values of 16 bits, D numbers a slot; `kind` is Triton's name of their type, which `suffix` turns them into if need be."""
     keys_from, values_from = names
-    there = "(dim < D)"
     keys = KeyTile(
         query=["query = tl.load(query_at + dim[None, :], mask=inside[:, None] & (dim < D)[None, :], other=0.0)"],
         score=[
-            *load("key_tile", f"{keys_from} + slot[None, :] * D + dim[:, None]", f"present[None, :] & {there}[:, None]", suffix=suffix),
+            *load("key_tile", f"{keys_from} + slot[None, :] * D + dim[:, None]", "present[None, :] & (dim < D)[:, None]", suffix=suffix),
             "score = tl.dot(query, key_tile)",
         ],
     )
     values = ValueTile(
         zeros=["mixed = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)"],
         mix=[
-            *load("value_tile", f"{values_from} + slot[:, None] * D + dim[None, :]", f"present[:, None] & {there}[None, :]", suffix=suffix),
+            *load(
+                "value_tile", f"{values_from} + slot[:, None] * D + dim[None, :]", "present[:, None] & (dim < D)[None, :]", suffix=suffix
+            ),
             f"mixed = tl.dot(weight.to({kind}), value_tile, mixed * decay[:, None])",
         ],
         sums=(Sum("mixed", "dim", "dim < D"),),

@@ -1,4 +1,4 @@
-"""Attention over a cache whose keys and values are packed token by token: the loop of `attention.py` over the tiles of `packed_vectors.py`."""
+"""Attention over a cache packed token by token: the loop of `attention.py` over the tiles of `packed_vectors.py`."""
 
 from __future__ import annotations
 

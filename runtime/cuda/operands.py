@@ -20,6 +20,9 @@ _BATCHED = {
     "qcompile.cache_append_.default": "k",
     "qcompile.cache_append.default": "k",
     "qcompile.cache_attend.default": "q",
+    "qcompile.append_packed_.default": "k",
+    "qcompile.append_packed.default": "k",
+    "qcompile.cache_attend_packed.default": "q",
     "qcompile.with_recent.default": "x",
     "qcompile.attend_settled.default": "q",
 }
@@ -27,6 +30,8 @@ _BATCHED = {
 
 _PLACED = ("qcompile.settle_.default", "qcompile.retain_.default")
 """Operators whose `positions` [B, S] say how many tokens come."""
+
+_ATTENDING = ("qcompile.cache_attend.default", "qcompile.cache_attend_packed.default", "qcompile.attend_settled.default")
 
 _INDEXED = {
     "aten.embedding.default": "indices",
@@ -101,7 +106,7 @@ def local_sizes(name: str, operands: Mapping[str, Any], sizes: Mapping[str, int]
 
 def bucket_count(name: str, local: Mapping[str, int]) -> int:
     """What `BUCKETS` counts for an operator: tokens of each sequence for attention over the cache, else rows."""
-    return local["sequence" if name in ("qcompile.cache_attend.default", "qcompile.attend_settled.default") else "rows"]
+    return local["sequence" if name in _ATTENDING else "rows"]
 
 
 def is_dense(shape: Sequence[int], strides: Sequence[int], covered: frozenset[int]) -> bool:

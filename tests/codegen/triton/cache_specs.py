@@ -34,3 +34,10 @@ def attend_packed(
     sizes = {"H": heads, "L": key_heads, "D": size}
     options = {"k_form": k_form, "v_form": v_form or k_form, "scale": size**-0.5, "window": window, "softcap": softcap}
     return spec("cache_attend_packed", bucket, sizes=sizes, formats=formats, **options)
+
+
+def append_packed(key_heads: int, size: int, k_form: str = KV4, v_form: str = "", dtype: str = "bf16", *, rotated: int = 0) -> KernelSpec:
+    """Packing and writing into the cache, keys rotated in blocks of `rotated` channels."""
+    formats = {"keys": "uint8", "values": "uint8", "k": dtype, "v": dtype, "page_table": "i32", "positions": "i64"}
+    options = {"k_form": k_form, "v_form": v_form or k_form, **({"hadamard_size": rotated} if rotated else {})}
+    return spec("append_packed_", sizes={"L": key_heads, "D": size}, formats=formats, **options)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qcompile.codegen.triton import attention
-from qcompile.ir import ops
+from qcompile.ir import append_ops, ops
 from qcompile.quant.scheme import DTYPE_NAMES
 from qcompile.quant.vector_format import vector_format
 from tests.codegen.triton import cache_specs as specs
@@ -131,3 +131,49 @@ def test_small_and_large_values(dtype: str, spread: float) -> None:
 
 def test_every_share_of_a_long_context() -> None:
     run_attend("m1", torch.tensor([[2300]]), 32, "int4 asym", page_tokens=256)
+
+
+def run_append(size: int, k_form: str, v_form: str = "", *, dtype: str = "bf16", rotated: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+    """Append a ragged batch through a view of a fused matrix; the pages, and what the reference makes of them."""
+    torch.manual_seed(0)
+    kind, v_form, key_heads, page_tokens = DTYPE_NAMES[dtype], v_form or k_form, 3, 5
+    positions = torch.tensor([[-1, -1, 0, 1], [9, 10, 11, -1], [15, 2, 3, 4]])  # 15 lies beyond the table
+    table = guarded(torch.randperm(9).view(3, 3).to(torch.int32) + 1)
+    fill = 0 if rotated else 255
+    widths = [vector_format(form).width(size) for form in (k_form, v_form)]
+    pages = [guarded(torch.full((10, key_heads, page_tokens, width), fill, dtype=torch.uint8)) for width in widths]
+    fused = torch.randn(3, 4, 2 * key_heads, size) * torch.tensor([1e-6, 1e-3, 1.0, 300.0]).view(1, 4, 1, 1)
+    fused[1, 1] = 0
+    fused = guarded(fused.to(kind))
+    k, v = fused[:, :, :key_heads].transpose(1, 2), fused[:, :, key_heads:].transpose(1, 2)
+    expected = append_ops.append_packed(*pages, k, v, table, positions.where(positions < 15, -1), k_form, v_form, None, rotated)
+    operands = {"keys": pages[0], "values": pages[1], "k": k, "v": v, "page_table": table, "positions": guarded(positions)}
+    sizes = {"batch": 3, "sequence": 4, "pages": 3, "page_tokens": page_tokens}
+    run_kernel(specs.append_packed(key_heads, size, k_form, v_form, dtype, rotated=rotated), operands, sizes)
+    return pages, list(expected)
+
+
+APPENDED = [
+    *((64, form) for form in FORMS),
+    *((size, form) for size in (32, 80, 96, 128) for form in (specs.KV4, specs.KV8)),
+    (96, "int4 g32 asym"), (96, "fp8 g32 sym"), (33, "int8 sym"), (34, "int4 asym"), (33, "int4 sym"), (33, "int2 asym"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "form"), APPENDED)
+def test_append_packs_the_bytes_of_the_reference(size: int, form: str) -> None:
+    for got, want in zip(*run_append(size, form, dtype="fp16" if size == 80 else "bf16"), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(("size", "rotated"), [(64, 64), (128, 32), (96, 32)])
+@pytest.mark.parametrize(("k_form", "v_form", "levels"), [(specs.KV4, specs.KV8, 15), ("int8 g32 sym", "fp8", 127)])
+def test_append_rotates_keys_first(size: int, rotated: int, k_form: str, v_form: str, levels: int) -> None:
+    """Sums in another order round to the next number of 16 bits now and then, and that to the next code: values are the reference's."""
+    (keys, values), (k_expected, v_expected) = run_append(size, k_form, v_form, rotated=rotated)
+    assert torch.equal(values, v_expected)
+    got, want = (vector_format(k_form).decode(part, size) for part in (keys, k_expected))
+    largest = want.abs().amax(-1, keepdim=True)
+    assert bool(((got - want).abs() <= largest * (2 / levels + 2**-7)).all())
+    assert float((got != want).float().mean()) < 0.02
+    assert float(largest.max()) > 100
