@@ -29,9 +29,10 @@ from qcompile.ir.lowered import BUCKETS, Kernel, KernelSpec
 FORMS = (("k_form", "KEY"), ("v_form", "VALUE"))
 
 
-def forms_of(spec: KernelSpec) -> list[Packed]:
+def forms_of(spec: KernelSpec) -> tuple[Packed, Packed]:
     """How keys and how values are packed."""
-    return [packed(spec.option(option), spec.size("D"), name) for option, name in FORMS]
+    keys, values = (packed(spec.option(option), spec.size("D"), name) for option, name in FORMS)
+    return keys, values
 
 
 def settled_walk(spec: KernelSpec, tiles: Tiles, split: bool) -> tuple[Lines, Lines]:

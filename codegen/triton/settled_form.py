@@ -70,7 +70,9 @@ class Packed:
 
 def packed(text: str, size: int, name: str = "") -> Packed:
     """The format written as `text` for heads of `size` numbers, where `refuses_form` has nothing against it."""
-    return Packed(vector_format(text), size, name)
+    form = vector_format(text)
+    assert isinstance(form, VectorFormat)
+    return Packed(form, size, name)
 
 
 def refuses_form(option: str, text: object, size: int) -> str | None:
@@ -80,7 +82,7 @@ def refuses_form(option: str, text: object, size: int) -> str | None:
         width = form.width(size)
     except FormatError as error:
         return f"{option}: {error}"
-    if type(form) is not VectorFormat or not form.element.is_integer or form.element.bits not in BITS:
+    if not isinstance(form, VectorFormat) or not form.element.is_integer or form.element.bits not in BITS:
         return f"{option} is {text!r}: expected integers of {', '.join(map(str, BITS))} bits with a scale per group"
     return refuses_groups(option, Packed(form, size)) or (
         f"{option} is {text!r}: expected an even number of bytes where {form.tokens} tokens lie together, got {width * form.tokens}"
