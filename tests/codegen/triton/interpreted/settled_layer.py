@@ -38,7 +38,7 @@ class Layer:
     page_tokens: int
     pages: int
     dtype: str = "bf16"
-    rows_dtype: str = "fp16"
+    rows_dtype: str = "bf16"
     kernels: bool = False
     lengths: list[int] = field(default_factory=list)
 

@@ -29,7 +29,7 @@ def test_a_prompt_in_chunks_and_tokens_one_by_one(keys: str) -> None:
 @pytest.mark.parametrize(("values", "policy"), PER_TOKEN)
 def test_formats_per_token(values: str, policy: Retention) -> None:
     torch.manual_seed(0)
-    layer = Layer(policy, ("int8 g64 sym", values), heads=1, size=64, batch=2, page_tokens=7, pages=10, rows_dtype="bf16", kernels=True)
+    layer = Layer(policy, ("int8 g64 sym", values), heads=1, size=64, batch=2, page_tokens=7, pages=10, rows_dtype="fp16", kernels=True)
     for counts in ((37, 3), (1, 14), (2, 1)):
         layer.step(chunk_positions(layer.lengths, counts))
 

@@ -72,7 +72,7 @@ def test_options(options: dict[str, float]) -> None:
 def test_policies(policy: Retention) -> None:
     torch.manual_seed(0)
     forms = ("int4 t32 asym" if policy.group > 1 else "int4 asym", "int4 g32 asym")
-    layer = Layer(policy, forms, heads=1, size=32, batch=2, page_tokens=64, pages=2, rows_dtype="bf16")
+    layer = Layer(policy, forms, heads=1, size=32, batch=2, page_tokens=64, pages=2, rows_dtype="fp16")
     decode_and_prefill(layer, 3, ((60, 0), (50, 7), (1, 1)))
 
 
