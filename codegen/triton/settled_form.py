@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qcompile.errors import FormatError
+from qcompile.quant.element import FP8
 from qcompile.quant.packing import packed_bytes
 from qcompile.quant.vector_format import VectorFormat, vector_format
 
@@ -82,8 +83,8 @@ def refuses_form(option: str, text: object, size: int) -> str | None:
         width = form.width(size)
     except FormatError as error:
         return f"{option}: {error}"
-    if not isinstance(form, VectorFormat) or not form.element.is_integer or form.element.bits not in BITS:
-        return f"{option} is {text!r}: expected integers of {', '.join(map(str, BITS))} bits with a scale per group"
+    if not isinstance(form, VectorFormat) or (form.element != FP8 and form.element.bits not in BITS):
+        return f"{option} is {text!r}: expected fp8 or integers of {', '.join(map(str, BITS))} bits with a scale per group"
     return refuses_groups(option, Packed(form, size)) or (
         f"{option} is {text!r}: expected an even number of bytes where {form.tokens} tokens lie together, got {width * form.tokens}"
         if width * form.tokens % 2

@@ -8,9 +8,11 @@ that was never packed. A code in the low bits of 2^23 is 2^23 plus the code: no 
 from __future__ import annotations
 
 from qcompile.codegen.triton.cache_tiles import KeyTile, Sum, Tiles, ValueTile, plain_tiles
+from qcompile.codegen.triton.elements import element_float32
 from qcompile.codegen.triton.settled_form import Packed
 from qcompile.codegen.triton.source import Lines, load
 from qcompile.codegen.triton.tiles import power_of_two
+from qcompile.quant.element import FP8
 
 CODE_BASE, CODE_PATTERN = float(1 << 23), "0x4B000000"
 """2^23, and its bits as float32."""
@@ -44,8 +46,10 @@ def number_lines(form: Packed, codes: str, kind: str, spread: str) -> Lines:
     """`NAME_tile` of `codes` whose scales broadcast by `spread`."""
     name = form.name.lower()
     least = "" if form.form.symmetric else f" + {name}_least{spread}"
+    wide = f"{codes}.to(tl.uint32)"
+    integer = f"({wide} | {CODE_PATTERN}).to(tl.float32, bitcast=True) - {CODE_BASE + form.zero}"
     return [
-        f"{name}_numbers = ({codes}.to(tl.uint32) | {CODE_PATTERN}).to(tl.float32, bitcast=True) - {CODE_BASE + form.zero}",
+        f"{name}_numbers = {element_float32('fp8', wide) if form.form.element == FP8 else integer}",
         f"{name}_tile = ({name}_numbers * {name}_scale{spread}{least}).to({kind})",
     ]
 

@@ -13,8 +13,8 @@ from qcompile.codegen.triton.backend import OPERATORS, TritonBackend
 from qcompile.errors import ArtifactError, CoverageError, TargetError
 from qcompile.ir.layouts import apply_layout
 from qcompile.ir.lowered import KernelSpec
-from qcompile.quant.retention import Retention
 from qcompile.quant.reference import pack
+from qcompile.quant.retention import Retention
 from tests.codegen.triton import activation_specs, settled_specs, specs
 from tests.codegen.triton.specs import with_format
 
@@ -58,8 +58,7 @@ REFUSED = {
     "option 'eps' is missing": replace(specs.rms_norm(8), options=()),
     "option 'bias': expected one of scale, window, softcap": replace(specs.attend(2, 1, 64, "m1"), options=(("bias", 1), ("scale", 1.0))),
     "operand 'mask': expected one of q, keys": with_format(specs.attend(2, 1, 64, "m1"), mask="fp32"),
-    "form is 'int3 t32 asym': expected integers of 2, 4, 8 bits": settled_specs.settle(1, 64, "int3 t32 asym"),
-    "form is 'fp8 g64': expected integers of 2, 4, 8 bits": settled_specs.settle(1, 64, "fp8 g64"),
+    "form is 'int3 t32 asym': expected fp8 or integers of 2, 4, 8 bits": settled_specs.settle(1, 64, "int3 t32 asym"),
     "k_form: cache format 'int4 t': expected int2 to int8": settled_specs.attend_settled(2, 1, 64, "m1", ("int4 t", "int4")),
     "v_form: groups of 24: expected a power of two": settled_specs.attend_settled(2, 1, 96, "m1", ("int4", "int4 g24 asym")),
     "form: groups of 2: expected a multiple of the 4 codes in a byte": settled_specs.settle(1, 64, "int2 t2 asym", Retention(0, 0, 2)),
