@@ -34,7 +34,7 @@ def test_formats_per_token(values: str, policy: Retention) -> None:
         layer.step(chunk_positions(layer.lengths, counts))
 
 
-@pytest.mark.parametrize("size", [8, 80, 96, 128])
+@pytest.mark.parametrize("size", [8, 80, 128])
 def test_head_sizes(size: int) -> None:
     torch.manual_seed(0)
     forms = ("int2 t16 asym", "int2 g16 asym")

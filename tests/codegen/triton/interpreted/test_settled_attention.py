@@ -25,14 +25,14 @@ def test_formats_of_keys_and_values(forms: tuple[str, str]) -> None:
     layer.attend_in_chunks(2, ((70, 0), (12, 3), (1, 1)))
 
 
-@pytest.mark.parametrize("options", [{"window": 20}, {"softcap": 5.0}, {"sinks": True}, {"window": 1}])
+@pytest.mark.parametrize("options", [{"window": 20}, {"softcap": 5.0, "sinks": True}, {"window": 1}])
 def test_options(options: dict[str, float]) -> None:
     torch.manual_seed(0)
     layer = Layer(KIVI, FORMS[0], heads=1, size=32, batch=2, page_tokens=16, pages=6)
     layer.attend_in_chunks(3, ((80, 9), (1, 1)), **options)
 
 
-@pytest.mark.parametrize("policy", [Retention(0, 0, 32), Retention(4, 0, 1), Retention(0, 40, 32), Retention(40, 1, 64)])
+@pytest.mark.parametrize("policy", [Retention(0, 0, 32), Retention(4, 0, 1), Retention(40, 1, 64)])
 def test_policies(policy: Retention) -> None:
     torch.manual_seed(0)
     forms = ("int4 t32 asym" if policy.group > 1 else "int4 asym", "int4 g32 asym")
