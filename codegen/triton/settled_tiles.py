@@ -103,9 +103,7 @@ def channel_lines(form: Packed, source: str, kind: str, step: int) -> Lines:
     lines = [
         f"{name}_first = (start // {tokens} + tl.arange(0, {step // held})) * {tokens}",
         f"{name}_there = {name}_first < last",
-        *load(
-            f"{name}_page", f"page_table + batch * pages + {name}_first // page_tokens", f"{name}_there", "0", ".to(tl.int64)"
-        ),
+        *load(f"{name}_page", f"page_table + batch * pages + {name}_first // page_tokens", f"{name}_there", "0", ".to(tl.int64)"),
         f"{name}_cell = (({name}_page * L + head) * page_tokens + {name}_first % page_tokens) * {form.constant('BYTES')}",
         f"{name}_byte = {offset}tl.arange(0, {held // per})",
         *load(f"{name}_items", at, f"{name}_there[None, :, None] & (dim < D)[:, None, None]", "0"),

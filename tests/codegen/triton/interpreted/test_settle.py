@@ -37,7 +37,9 @@ def test_formats_per_token(values: str, policy: Retention) -> None:
 @pytest.mark.parametrize("size", [8, 80, 96, 128])
 def test_head_sizes(size: int) -> None:
     torch.manual_seed(0)
-    layer = Layer(KIVI, ("int2 t16 asym", "int2 g16 asym"), heads=1, size=size, batch=1, page_tokens=16, pages=4, dtype="fp16", kernels=True)
+    layer = Layer(
+        KIVI, ("int2 t16 asym", "int2 g16 asym"), heads=1, size=size, batch=1, page_tokens=16, pages=4, dtype="fp16", kernels=True
+    )
     layer.step(chunk_positions([0], [33]))
     layer.step(chunk_positions([33], [12]))
 
