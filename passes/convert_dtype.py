@@ -46,7 +46,7 @@ def convert(graph: Graph, dtype: torch.dtype, *, values: bool = True) -> bool:
     """
     kept = set() if dtype == torch.float64 else _position_arithmetic(graph)
     # A cache is stored in a dtype of its own, and a cast copy of it is not what is written; float64 is there to see no rounding at all.
-    kept_as_is = set() if dtype == torch.float64 else {*_rotations(graph), *graph.states}
+    kept_as_is = set() if dtype == torch.float64 else {*_rotations(graph), *_cache_tables(graph), *graph.states}
     changed = False
     for node in graph.nodes:
         if node in kept_as_is:
@@ -70,6 +70,13 @@ def _rotations(graph: Graph) -> set[fx.Node]:
     return {node for node in found if isinstance(node, fx.Node) and node.op == "get_attr"}
 
 
+def _cache_tables(graph: Graph) -> set[fx.Node]:
+    """Tables of cache forms, which come as lists: they are stored as the form says, and widened where they are used."""
+    calls = graph.calls(*_CACHE_OPERATORS)
+    lists = (value for call in calls for value in (*call.args, *call.kwargs.values()) if isinstance(value, list | tuple))
+    return {node for nodes in lists for node in nodes if isinstance(node, fx.Node)}
+
+
 def _position_arithmetic(graph: Graph) -> set[fx.Node]:
     """What sines and cosines of positions are computed from: float32 always, because half precision cannot count to 300."""
     kept = {call.args[1] for call in graph.calls(torch.ops.qcompile.rotary_table.default)}
@@ -86,6 +93,10 @@ def _position_arithmetic(graph: Graph) -> set[fx.Node]:
     return kept  # type: ignore[return-value]
 
 
+_CACHE_OPERATORS = (
+    torch.ops.qcompile.pack_vectors.default, torch.ops.qcompile.settle.default, torch.ops.qcompile.cache_attend_packed.default,
+    torch.ops.qcompile.attend_settled.default,
+)  # fmt: skip
 _LEARNED = (torch.ops.aten.linear.default, torch.ops.aten.embedding.default, torch.ops.aten.conv2d.default)
 
 
@@ -109,7 +120,7 @@ def _cast_result(graph: Graph, node: fx.Node, kept: set[fx.Node], dtype: torch.d
     users = [
         user
         for user in node.users
-        if user not in kept and user.target not in (torch.ops.aten.to.dtype, torch.ops.qcompile.rotary_table.default)
+        if user not in kept and user.target not in (torch.ops.aten.to.dtype, torch.ops.qcompile.rotary_table.default, *_CACHE_OPERATORS)
     ]
     if not users:
         return False

@@ -75,7 +75,7 @@ def default_pipeline(target: Target, recipe: str = "nearest", *, calibrated: boo
 def _change_basis(target: Target, *, calibrated: bool) -> list[Pass]:
     """Bases in which weights, activations and keys quantize well: all exact."""
     scheme = target.scheme
-    packed_keys = ("keys",) if scheme.cache.keys is not None and scheme.cache.keys.element.bits <= 4 else ()
+    packed_keys = ("keys",) if scheme.cache.is_rotated else ()
     if scheme.weight is None and scheme.activation is None:
         return [RotateHadamard(stream=False, heads=False, online=packed_keys)] if packed_keys else []
     if calibrated and (scheme.activation is not None or _is_coarse(target)):

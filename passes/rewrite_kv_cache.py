@@ -15,6 +15,7 @@ from qcompile.ir.graph import CACHE_STATES, Graph, Interface
 from qcompile.ir.structure import template_of
 from qcompile.ir.verify import where
 from qcompile.passes.base import Pass, PassContext
+from qcompile.passes.cache_tables import CachedPair, make_tables
 from qcompile.quant.cache_format import CacheFormat
 from qcompile.quant.vector_format import vector_format
 from qcompile.target import Target
@@ -48,8 +49,10 @@ class RewriteKvCache(Pass):
             return False
         for node in layers:
             _require_cacheable(node)
+        pairs = [_stored_pair(node, index, ctx.target.scheme.cache) for index, node in enumerate(layers)]
+        tables = make_tables(graph, pairs, ctx)  # before inputs change: the data is that of a model without a cache
         shared = _new_inputs(graph, ctx.target)
-        states = [_rewrite_layer(graph, node, index, shared) for index, node in enumerate(layers)]
+        states = [_Layer(graph, *layer, index, shared).rewrite() for index, layer in enumerate(zip(pairs, tables, strict=True))]
         _return_states(graph, states)
         _replace_positions(graph, shared.positions)
         _require_no_mask(graph)
@@ -105,14 +108,33 @@ def _placeholder(graph: Graph, name: str, value: Tensor) -> fx.Node:
     return node
 
 
-def _rewrite_layer(graph: Graph, node: fx.Node, index: int, shared: _Shared) -> States:
-    """Let an attention read the cache; what it is stored in, by name, as it is afterwards."""
-    options = tuple(_option(node, place, name, default) for place, name, default in _ATTEND_OPTIONS)
-    layer = _Layer(graph, node, index, shared)
-    attend, args, states = layer.kept() if shared.cache.retention.rows else layer.stored()
-    attended = graph.insert(node, attend, (*args, *options), source=node)
-    graph.replace(node, attended)
-    return states
+def _stored_pair(attention: fx.Node, index: int, cache: CacheFormat) -> CachedPair:
+    """What a layer stores, and how.
+
+    Raises:
+        UnsupportedModelError: where keys cannot be kept before positions.
+    """
+    queries, keys, values = attention.args[:3]
+    if cache.before_positions:
+        keys = _turning(attention).args[0]
+    assert isinstance(queries, fx.Node)
+    assert isinstance(keys, fx.Node)
+    assert isinstance(values, fx.Node)
+    forms = cache.forms(index) or ("int8", "int8")  # a cache of numbers has no forms, and asks for no tables
+    return CachedPair(attention, queries, keys, values, (forms[0], forms[1]), cache.before_positions)
+
+
+def _turning(attention: fx.Node) -> fx.Node:
+    """The node that turns an attention's keys by their positions."""
+    keys: Any = attention.args[1]
+    table = keys.args[1].args[0] if keys.target is qcompile.rope.default else None
+    if table is None or table.target is not qcompile.rotary_table.default:
+        raise UnsupportedModelError(
+            f"rewrite-kv-cache: {where(attention)}: expected rotary positions over whole heads for a cache of keys before positions, got "
+            f"{attention.args[1]}; choose a cache of keys after positions, such as kv4-kivi, or cache_before_positions=False"
+        )
+    turning: fx.Node = keys
+    return turning
 
 
 @dataclass(frozen=True)
@@ -129,45 +151,71 @@ class _Shared:
 
 @dataclass(frozen=True)
 class _Layer:
-    """One attention, and the nodes that replace it: the operator that attends, its first arguments, and the new states."""
+    """One attention, and the nodes that replace it."""
 
     graph: Graph
-    node: fx.Node
+    pair: CachedPair
+    tables: tuple[list[fx.Node], list[fx.Node]]
     index: int
     shared: _Shared
 
+    @property
+    def node(self) -> fx.Node:
+        """The attention."""
+        return self.pair.attention
+
+    def rewrite(self) -> States:
+        """Let the attention read the cache; what it is stored in, by name, as it is afterwards."""
+        options = tuple(_option(self.node, place, name, default) for place, name, default in _ATTEND_OPTIONS)
+        attend, args, states = self.kept() if self.shared.cache.retention.rows else self.stored()
+        on_read = self._on_read()
+        attended = self._call(attend, *args, *options, **on_read)
+        self.graph.replace(self.node, attended)
+        return states
+
     def stored(self) -> tuple[Any, tuple[Any, ...], States]:
-        """Every token goes into the pages as it comes, packed or not."""
-        q, k, v = self.node.args[:3]
-        forms = self.shared.cache.forms
+        """Every token goes into the pages as it comes, packed or not: the operator that attends, its first arguments, the new states."""
+        k, v = self.pair.keys, self.pair.values
+        forms = self.shared.cache.forms(self.index)
         if forms:
-            k, v = (self._call(qcompile.pack_vectors.default, part, form) for part, form in zip((k, v), forms, strict=True))
+            k, v = (
+                self._call(qcompile.pack_vectors.default, part, form, *_given(tables))
+                for part, form, tables in zip((k, v), forms, self.tables, strict=True)
+            )
         dtype = torch.uint8 if forms else self.shared.dtype
-        pages = [self._pages(name, part, part.meta["val"].shape[3], dtype) for name, part in (("keys", k), ("values", v))]  # type: ignore[union-attr]
+        pages = [self._pages(name, part, part.meta["val"].shape[3], dtype) for name, part in (("keys", k), ("values", v))]
         places = (self.shared.page_table, self.shared.positions)
         appended = self._call(qcompile.cache_append.default, *pages, k, v, *places)
         keys, values = (self._call(operator.getitem, appended, part) for part in (0, 1))
         attend = qcompile.cache_attend_packed.default if forms else qcompile.cache_attend.default
-        return attend, (q, keys, values, *places, *forms), {"keys": keys, "values": values}
+        return attend, (self.pair.queries, keys, values, *places, *forms), {"keys": keys, "values": values}
 
     def kept(self) -> tuple[Any, tuple[Any, ...], States]:
         """Tokens settle in the pages once their time has come, others are kept as they came."""
-        q, *parts = self.node.args[:3]
         shared, policy, states = self.shared, self.shared.cache.retention, {}
         options, places = (policy.first, policy.recent, policy.group), (shared.page_table, shared.positions)
         exact = []
-        for name, part, text in zip(("keys", "values"), parts, shared.cache.forms, strict=True):
-            value = part.meta["val"]  # type: ignore[union-attr]
+        parts = zip(("keys", "values"), (self.pair.keys, self.pair.values), self.pair.forms, self.tables, strict=True)
+        for name, part, text, tables in parts:
             rows = self._rows(f"recent_{name}", part, policy.rows)
             exact.append(self._call(qcompile.with_recent.default, rows, part, shared.slots))
-            pages = self._pages(name, part, vector_format(text).width(int(value.shape[3])), torch.uint8)
-            states[name] = self._call(qcompile.settle.default, pages, exact[-1], *places, text, *options)
+            pages = self._pages(name, part, vector_format(text).width(int(part.meta["val"].shape[3])), torch.uint8)
+            settled = (pages, exact[-1], *places, text, *options, *_given(tables))
+            states[name] = self._call(qcompile.settle.default, *settled)
             states[f"recent_{name}"] = self._call(qcompile.retain.default, rows, exact[-1], shared.slots, shared.positions, *options)
-        args = (q, states["keys"], states["values"], *exact, *places, *shared.cache.forms, *options)
+        args = (self.pair.queries, states["keys"], states["values"], *exact, *places, *self.pair.forms, *options)
         return qcompile.attend_settled.default, args, states
 
-    def _call(self, target: Any, *args: Any) -> fx.Node:
-        return self.graph.insert(self.node, target, args, source=self.node)
+    def _on_read(self) -> dict[str, Any]:
+        """What an operator that reads packed vectors needs besides."""
+        given: dict[str, Any] = {name: tables for name, tables in zip(("k_tables", "v_tables"), self.tables, strict=True) if tables}
+        if self.pair.before_positions:
+            table: Any = _turning(self.node).args[1].args[0]  # type: ignore[union-attr]
+            given |= {"inv_freq": table.args[1], "scaling": table.args[2]}
+        return given
+
+    def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return self.graph.insert(self.node, target, args, kwargs, source=self.node)
 
     def _pages(self, name: str, part: Any, width: int, dtype: torch.dtype) -> fx.Node:
         symbols = self.shared.symbols
@@ -181,6 +229,11 @@ class _Layer:
         with self.graph.mode:
             value = torch.empty(shape, dtype=dtype)
         return _placeholder(self.graph, f"{name}_{self.index}", value)
+
+
+def _given(tables: list[fx.Node]) -> tuple[list[fx.Node], ...]:
+    """As the last argument; none where there are no tables."""
+    return (tables,) if tables else ()
 
 
 _ATTEND_OPTIONS = ((5, "scale", 1.0), (7, "window", 0), (8, "softcap", 0.0), (9, "sinks", None))

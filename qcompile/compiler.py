@@ -98,6 +98,7 @@ def compile(  # noqa: A001  the name is the product's
             - `cache_keys`, `cache_values`: text in place of the format, such as `int4 g64 asym`, or per channel `int4 t32 asym`;
             - `cache_sinks`: how many tokens at the start of a sequence stay in 16 bits;
             - `cache_window`: how many of the last tokens do, at least.
+            - `cache_before_positions`: whether keys are kept as they are before rotary positions, which are then applied on reading.
 
     Returns:
         The compiled model, ready to run on this machine and to be saved.

@@ -10,12 +10,13 @@ dtype first, so that a token is the same number whether it came in this call or 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from qcompile.ir.cache_ops import ON_READ, turned
 from qcompile.ir.ops import define, masked_attention, working_dtype
 from qcompile.quant.retention import Retention
 from qcompile.quant.vector_format import vector_format
@@ -61,11 +62,13 @@ def _like_first(first: Tensor, *_: object) -> Tensor:
     return torch.empty_like(first)
 
 
-def _settle(pages: Tensor, exact: Tensor, page_table: Tensor, positions: Tensor, form: str, policy: Retention) -> None:
+def _settle(
+    pages: Tensor, exact: Tensor, page_table: Tensor, positions: Tensor, form: str, policy: Retention, tables: Sequence[Tensor] | None
+) -> None:  # fmt: skip
     for sequence in _sequences(positions):
         settling = range(policy.settled(sequence.start), policy.settled(sequence.end))
         if settling:
-            packed = vector_format(form).encode(exact[sequence.row][:, sequence.rows(policy, settling)])
+            packed = vector_format(form).encode(exact[sequence.row][:, sequence.rows(policy, settling)], tables or ())
             page, row = _slots(page_table[sequence.row], policy, settling, pages.shape[2])
             pages[page, :, row] = packed.transpose(0, 1)
 
@@ -76,22 +79,30 @@ def _slots(table: Tensor, policy: Retention, positions: range, page_tokens: int)
     return table.long()[slots // page_tokens], slots % page_tokens
 
 
-@define(f"settle(Tensor pages, Tensor exact, Tensor page_table, Tensor positions, str form, {_POLICY}) -> Tensor", _like_first)
+@define(
+    f"settle(Tensor pages, Tensor exact, Tensor page_table, Tensor positions, str form, {_POLICY}, Tensor[]? tables=None) -> Tensor",
+    _like_first,
+)
 def settle(
-    pages: Tensor, exact: Tensor, page_table: Tensor, positions: Tensor, form: str, first: int, recent: int, group: int
+    pages: Tensor, exact: Tensor, page_table: Tensor, positions: Tensor, form: str, first: int, recent: int, group: int,
+    tables: Sequence[Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """The pages [P, L, R, W] with the tokens that settle in this call packed; `exact` [B, L, N + S, D] is what `with_recent` gave."""
     pages = pages.clone()
-    _settle(pages, exact, page_table, positions, form, Retention(first, recent, group))
+    _settle(pages, exact, page_table, positions, form, Retention(first, recent, group), tables)
     return pages
 
 
-@define(f"settle_(Tensor(a!) pages, Tensor exact, Tensor page_table, Tensor positions, str form, {_POLICY}) -> ()", lambda *_: None)
+@define(
+    f"settle_(Tensor(a!) pages, Tensor exact, Tensor page_table, Tensor positions, str form, {_POLICY}, Tensor[]? tables=None) -> ()",
+    lambda *_: None,
+)
 def settle_(
-    pages: Tensor, exact: Tensor, page_table: Tensor, positions: Tensor, form: str, first: int, recent: int, group: int
+    pages: Tensor, exact: Tensor, page_table: Tensor, positions: Tensor, form: str, first: int, recent: int, group: int,
+    tables: Sequence[Tensor] | None = None,
 ) -> None:  # fmt: skip
     """`settle` in place."""
-    _settle(pages, exact, page_table, positions, form, Retention(first, recent, group))
+    _settle(pages, exact, page_table, positions, form, Retention(first, recent, group), tables)
 
 
 def _retain(rows: Tensor, exact: Tensor, slots: Tensor, positions: Tensor, policy: Retention) -> None:
@@ -121,26 +132,30 @@ def _fake_attend_settled(q: Tensor, *_: object, **__: object) -> Tensor:
 
 @define(
     "attend_settled(Tensor q, Tensor keys, Tensor values, Tensor exact_keys, Tensor exact_values, Tensor page_table, Tensor positions, "
-    f"str k_form, str v_form, {_POLICY}, float scale, int window=0, float softcap=0.0, Tensor? sinks=None) -> Tensor",
+    f"str k_form, str v_form, {_POLICY}, float scale, int window=0, float softcap=0.0, Tensor? sinks=None, {ON_READ}) -> Tensor",
     _fake_attend_settled,
 )
 def attend_settled(
     q: Tensor, keys: Tensor, values: Tensor, exact_keys: Tensor, exact_values: Tensor, page_table: Tensor, positions: Tensor,
     k_form: str, v_form: str, first: int, recent: int, group: int,
     scale: float, window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None,
+    k_tables: Sequence[Tensor] | None = None, v_tables: Sequence[Tensor] | None = None,
+    inv_freq: Tensor | None = None, scaling: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """Attention of q [B, H, S, D] where each query sees the cache as it stands at its own step: tokens that have settled by then packed.
 
     keys, values [P, L, R, W] are what `settle` gave, exact_keys, exact_values [B, L, N + S, D] what `with_recent` gave. Options as
-    `cache_attend`; a padding query gives 0.
+    `cache_attend_packed`; a padding query gives 0.
     """
     policy = Retention(first, recent, group)
     result = torch.zeros_like(q.transpose(1, 2).contiguous()).transpose(1, 2)
     for sequence in _sequences(positions):
-        stored = ((keys, exact_keys, k_form), (values, exact_values, v_form))
+        stored = ((keys, exact_keys, k_form, k_tables), (values, exact_values, v_form, v_tables))
         k, v = (
-            _both(pages, exact[sequence.row], page_table[sequence.row], form, sequence, policy, q.dtype) for pages, exact, form in stored
+            _both(pages, exact[sequence.row], page_table[sequence.row], form, tables, sequence, policy, q.dtype)
+            for pages, exact, form, tables in stored
         )
+        k = torch.cat([turned(part, inv_freq, scaling) for part in k.chunk(2, dim=2)], dim=2) if inv_freq is not None else k
         keep = _visible(policy, sequence, window, q.device)
         queries = q[sequence.row : sequence.row + 1, :, sequence.places]
         result[sequence.row][:, sequence.places] = masked_attention(queries, k, v, keep, None, scale, softcap, sinks)[0]
@@ -148,7 +163,8 @@ def attend_settled(
 
 
 def _both(
-    pages: Tensor, exact: Tensor, table: Tensor, form: str, sequence: _Sequence, policy: Retention, dtype: torch.dtype
+    pages: Tensor, exact: Tensor, table: Tensor, form: str, tables: Sequence[Tensor] | None, sequence: _Sequence, policy: Retention,
+    dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """A sequence's vectors as they came, then as they were packed: [1, L, 2 T, D]; 0 where there is none of the kind."""
     work = working_dtype(dtype)
@@ -160,7 +176,7 @@ def _both(
     if settled:
         page, row = _slots(table, policy, settled, pages.shape[2])
         packed = pages[page, :, row].transpose(0, 1)
-        result[:, sequence.end + settled.start : sequence.end + settled.stop] = vector_format(form).decode(packed, size, work)
+        result[:, sequence.end + settled.start : sequence.end + settled.stop] = vector_format(form).decode(packed, size, work, tables or ())
     return result.unsqueeze(0)
 
 

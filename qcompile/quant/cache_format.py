@@ -11,7 +11,7 @@ import torch
 
 from qcompile.errors import FormatError
 from qcompile.quant.retention import Retention
-from qcompile.quant.vector_format import VectorFormat, vector_format
+from qcompile.quant.vector_format import VectorForm, VectorFormat, vector_format
 
 
 @dataclass(frozen=True)
@@ -19,15 +19,19 @@ class CacheFormat:
     """How keys and values are stored; `dtype=None` is the computation dtype.
 
     With `keys` and `values`, which come together, vectors are packed in these formats. The first `sinks` tokens of a sequence and at least
-    the last `window` stay in `dtype`, as do those whose group is not full yet.
+    the last `window` stay in `dtype`, as do those whose group is not full yet. With `before_positions` keys are kept as they are before
+    rotary positions, which are applied on reading (KVQuant, arXiv:2401.18079): their channels are then alike at every position. `layers`
+    are the forms of keys and values of the first layers, as text, where not all have the same.
     """
 
     name: str = "kv"
     dtype: torch.dtype | None = None
-    keys: VectorFormat | None = None
-    values: VectorFormat | None = None
+    keys: VectorForm | None = None
+    values: VectorForm | None = None
     sinks: int = 0
     window: int = 0
+    before_positions: bool = False
+    layers: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what no cache holds.
@@ -42,7 +46,8 @@ class CacheFormat:
     @property
     def retention(self) -> Retention:
         """Which tokens stay as they came; none has rows for them where every token is stored the same way."""
-        groups = (form.tokens for form in (self.keys, self.values) if form is not None)
+        own = (vector_format(form) for pair in self.layers for form in pair)
+        groups = (form.tokens for form in (self.keys, self.values, *own) if form is not None)
         return Retention(self.sinks, self.window, math.lcm(*groups))
 
     @property
@@ -51,9 +56,15 @@ class CacheFormat:
         return self.keys is not None
 
     @property
-    def forms(self) -> tuple[str, ...]:
-        """The formats of keys and values as text; empty where they are stored as numbers."""
-        return () if self.keys is None or self.values is None else (str(self.keys), str(self.values))
+    def is_rotated(self) -> bool:
+        """Whether queries and keys are better rotated against outliers: where few levels have to hold a key, not a channel of tokens."""
+        return isinstance(self.keys, VectorFormat) and self.keys.element.bits <= _FEW and not self.before_positions
+
+    def forms(self, layer: int = -1) -> tuple[str, ...]:
+        """The forms of a layer's keys and values as text; empty where they are stored as numbers."""
+        if self.keys is None or self.values is None:
+            return ()
+        return self.layers[layer] if 0 <= layer < len(self.layers) else (str(self.keys), str(self.values))
 
     def with_options(self, given: Mapping[str, Any]) -> CacheFormat:
         """A copy with the `cache_` options among `given`, which hold what they should (`quant/scheme_options.py`).
@@ -69,8 +80,12 @@ class CacheFormat:
         return replace(self, **changes)
 
 
-def _packed(name: str, keys: str, values: str = "", *, sinks: int = 0, window: int = 0) -> CacheFormat:
-    return CacheFormat(name, torch.float16, vector_format(keys), vector_format(values or keys), sinks, window)
+_FEW = 4
+"""Bits at which rotation begins to help."""
+
+
+def _packed(name: str, keys: str, values: str = "", *, sinks: int = 0, window: int = 0, before_positions: bool = False) -> CacheFormat:
+    return CacheFormat(name, torch.float16, vector_format(keys), vector_format(values or keys), sinks, window, before_positions)
 
 
 PLAIN = CacheFormat()
@@ -79,6 +94,7 @@ CACHES = {
     "kv": PLAIN,
     "kv16": CacheFormat("kv16", torch.float16),
     "kv8": _packed("kv8", "int8 g64 sym"),
+    "kv8-static": _packed("kv8-static", "int8 static"),
     "kvfp8": _packed("kvfp8", "fp8 g64"),
     "kv4": _packed("kv4", "int4 g64 asym"),
     "kv4-token": _packed("kv4-token", "int4 g64 asym"),

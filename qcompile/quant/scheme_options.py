@@ -26,6 +26,7 @@ class SchemeOptions(TypedDict, total=False):
     cache_values: str | None
     cache_sinks: int | None
     cache_window: int | None
+    cache_before_positions: bool | None
 
 
 _KINDS: Mapping[str, tuple[type | tuple[type, ...], str]] = {
@@ -43,6 +44,7 @@ _KINDS: Mapping[str, tuple[type | tuple[type, ...], str]] = {
     "cache_values": (str, "text such as 'int4 g64 asym'"),
     "cache_sinks": (int, "an integer"),
     "cache_window": (int, "an integer"),
+    "cache_before_positions": (bool, "True or False"),
 }
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +24,34 @@ from qcompile.quant.packing import pack, packed_bytes, unpack
 _PATTERN = re.compile(r"(?P<element>int[2-8]|fp8)( (?P<axis>[gt])(?P<group>[1-9]\d*))?( (?P<kind>sym|asym))?")
 _HALF = 2
 """Bytes of a float16."""
+
+
+class VectorForm(Protocol):
+    """A way to store vectors [D]; further ones are in `qcompile/quant/vectors`."""
+
+    @property
+    def tokens(self) -> int:
+        """t: vectors that are encoded together."""
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """Names of the tensors that `calibrate` makes and `encode` and `decode` take; empty for most forms."""
+
+    def width(self, size: int) -> int:
+        """W: bytes of a vector of `size` numbers.
+
+        Raises:
+            FormatError: if vectors of that size cannot be stored.
+        """
+
+    def calibrate(self, x: Tensor, importance: Tensor) -> tuple[Tensor, ...]:
+        """The tables for vectors like x [N, L, D] (N tokens, L heads), of which an error in channel d counts `importance` [L, D]."""
+
+    def encode(self, x: Tensor, tables: Sequence[Tensor] = ()) -> Tensor:
+        """X [..., L, T, D], T a multiple of t, as uint8 [..., L, T, W]."""
+
+    def decode(self, packed: Tensor, size: int, dtype: torch.dtype = torch.float32, tables: Sequence[Tensor] = ()) -> Tensor:
+        """Invert `encode`: [..., L, T, D] as `dtype`."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +69,7 @@ class VectorFormat:
     group: int = -1
     symmetric: bool = False
     tokens: int = 1
+    tables: ClassVar[tuple[str, ...]] = ()
 
     def __str__(self) -> str:
         group = f" t{self.tokens}" if self.tokens > 1 else "" if self.group == -1 else f" g{self.group}"
@@ -68,12 +99,18 @@ class VectorFormat:
         """Of storage for each number of a vector of `size`."""
         return 8 * self.width(size) / size
 
-    def encode(self, x: Tensor) -> Tensor:
+    def calibrate(self, x: Tensor, importance: Tensor) -> tuple[Tensor, ...]:
+        """No tables: scales are stored with the codes."""
+        del x, importance
+        return ()
+
+    def encode(self, x: Tensor, tables: Sequence[Tensor] = ()) -> Tensor:
         """Quantize vectors x [..., T, D], T a multiple of t (any shape [..., D] where t is 1): uint8 [..., T, W].
 
         `x ≈ least + code · scale` with `scale = (max - min) / (levels - 1)`, symmetric `x ≈ code · scale` with the largest magnitude at the
         largest code. Scale and least value are rounded to float16 first, so a number is at most half a step (and what float16 adds) away.
         """
+        del tables
         size = x.shape[-1]
         groups = self._together(x.to(torch.float32))
         codes, parts = self._signed(groups) if self.symmetric else self._unsigned(groups)
@@ -82,8 +119,9 @@ class VectorFormat:
         together = torch.cat((body, *(part.view(len(flat), -1).view(torch.uint8) for part in parts)), dim=-1)
         return together.view(*x.shape[:-1], self.width(size))
 
-    def decode(self, packed: Tensor, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    def decode(self, packed: Tensor, size: int, dtype: torch.dtype = torch.float32, tables: Sequence[Tensor] = ()) -> Tensor:
         """Invert `encode`: uint8 [..., T, W] to [..., T, D] as `dtype`."""
+        del tables
         count, groups = self.tokens * size, self.groups(size)
         rows = packed.reshape(-1, self.tokens * packed.shape[-1])
         body = packed_bytes(count, self.element.bits)
@@ -133,17 +171,34 @@ def _usable(scale: Tensor) -> Tensor:
 
 
 @functools.cache
-def vector_format(text: str) -> VectorFormat:
-    """Read `int4`, `int4 g64`, `int8 sym`, `fp8`: integers are asymmetric unless it says `sym`.
+def vector_format(text: str) -> VectorForm:
+    """Read a form: `int4`, `int4 g64`, `int8 sym`, `fp8`, `int4 t32 asym`, or one of `qcompile/quant/vectors`.
 
     Raises:
         FormatError: saying what is expected.
     """
+    from qcompile.quant.vectors import FAMILIES  # forms hold forms, which they read with this function
+
+    for read in FAMILIES.values():
+        form = read(text)
+        if form is not None:
+            return form
+    return uniform_format(text)
+
+
+def uniform_format(text: str) -> VectorFormat:
+    """Read `int4 g64 asym` and its kind: integers are asymmetric unless it says `sym`.
+
+    Raises:
+        FormatError: saying what is expected, of all forms.
+    """
+    from qcompile.quant.vectors import FAMILIES
+
     match = _PATTERN.fullmatch(text)
     if match is None or (match["element"] == "fp8" and match["kind"] == "asym"):
         raise FormatError(
             f"cache format {text!r}: expected int2 to int8 or fp8, then g and channels or t and tokens that share a scale, sym or "
-            "asym, such as 'int4 g64 asym'"
+            f"asym, such as 'int4 g64 asym'; or {', '.join(FAMILIES)}"
         )
     kind = FP8 if match["element"] == "fp8" else element(match["element"])
     symmetric = match["kind"] == "sym" or kind == FP8

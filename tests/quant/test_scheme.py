@@ -78,7 +78,7 @@ def test_activation_options_need_quantized_activations() -> None:
 
 def test_cache_options_need_a_packed_cache() -> None:
     cache = parse_target("cpu-fp32-kv4-kivi").scheme.with_options(cache_values="int3 g16", cache_sinks=0, cache_window=128).cache
-    assert cache.forms == ("int4 t32 asym", "int3 g16 asym")
+    assert cache.forms() == ("int4 t32 asym", "int3 g16 asym")
     assert (cache.retention.first, cache.retention.recent, cache.retention.group) == (0, 128, 32)
     with pytest.raises(FormatError, match="cache kv16: expected a packed one for cache_keys, cache_sinks; choose"):
         parse_target("cpu-fp32-kv16").scheme.with_options(cache_keys="int4", cache_sinks=2)

@@ -12,6 +12,7 @@ from qcompile.quant.cache_format import CACHES
 from tests.models import tiny
 
 TEXT = torch.randint(0, 100, (1, 110), generator=torch.Generator().manual_seed(0))
+CALIBRATION = torch.randint(0, 100, (8, 64), generator=torch.Generator().manual_seed(1))
 PROMPT = 60
 """Shorter than what formats keep as it came, which the text is not."""
 
@@ -19,7 +20,7 @@ PROMPT = 60
 @pytest.fixture(scope="module", params=sorted(CACHES.keys() - {"kv"}))
 def compiled(request: pytest.FixtureRequest) -> CompiledModel:
     torch.manual_seed(0)
-    return qcompile.compile(tiny("llama"), f"cpu-fp32-{request.param}", max_context=128, max_batch=2)
+    return qcompile.compile(tiny("llama"), f"cpu-fp32-{request.param}", calibration=CALIBRATION, max_context=128, max_batch=2)
 
 
 def by_decoding(compiled: CompiledModel, engine: str) -> Tensor:
