@@ -161,9 +161,9 @@ def _given(node: fx.Node) -> dict[str, Any]:
 
 def _regular(node: fx.Node, values: dict[str, Any], name: str) -> bool:
     """Whether the call has the form the kernel is defined for: tensors only, nothing broadcast in an add."""
+    if not all(isinstance(value, Tensor) for value in values.values()):
+        return False
     for operand, value in values.items():
-        if not isinstance(value, Tensor):
-            return False
         if value.dim() not in (0, 2) and operand not in _PER_SEQUENCE and not isinstance(value.shape[-1], int):
             return False
     if name == "add":

@@ -27,6 +27,8 @@ from qcompile.codegen.triton.tiles import Architecture, attention_keys, attentio
 from qcompile.ir.lowered import BUCKETS, Kernel, KernelSpec, Launch, Parameter, Workspace
 
 WIDEST_HEAD = 256
+WARP_GROUP_LINES = 64
+"""What a matrix instruction of a warp group takes; fewer lines are multiplied by each warp for itself."""
 LOG2_E = math.log2(math.e)
 """Scores are kept in units of log 2: the hardware's exponential is 2^x."""
 
@@ -201,20 +203,16 @@ def store_sums(rows: str, sums: tuple[Sum, ...], suffix: str = "") -> Lines:
 
 def emit_prefill(spec: KernelSpec, arch: Architecture, tiles: Tiles, walk: Walk = page_walk) -> Kernel:
     """One launch: each program takes a tile of lines of one key/value head and everything they can see."""
-    numbers = {**shape_constants(spec), **step_constants(spec, tiles, lines=64)}
-    parameters = [
-        *inputs(spec),
-        *sink_pointer(spec),
-        *output(spec),
-        *run_time(spec, tiles),
-        *strides("out", (0, 1, 2), "out", alignment(spec)),
-    ]
+    numbers = {**shape_constants(spec), **step_constants(spec, tiles, tiles.lines)}
+    pointers = [*inputs(spec), *sink_pointer(spec), *output(spec)]
+    parameters = [*pointers, *run_time(spec, tiles), *strides("out", (0, 1, 2), "out", alignment(spec))]
     doc = "One program: BLOCK_M lines (query heads of consecutive tokens) of one key/value head over every key they can see."
-    lines = ("mul", "sequence", spec.size("H") // spec.size("L"))
+    lines = ("ceildiv", ("mul", "sequence", spec.size("H") // spec.size("L")), tiles.lines)
     warps = attention_warps(spec.size("D"), arch)
-    launch = Launch(spec.operator, (("ceildiv", lines, 64), spec.size("L"), "batch"), tuple(parameters), (), warps, stages(spec, arch))
+    launch = Launch(spec.operator, (lines, spec.size("L"), "batch"), tuple(parameters), (), warps, stages(spec, arch))
     body = [*attend_body(spec, tiles, numbers, False, walk), *store_lines(spec, tiles.values.sums)]
-    return kernel(spec, arch, [function(spec.operator, [p.name for p in parameters], doc, body)], [launch], expects=(arch.matrix,))
+    main = function(spec.operator, [p.name for p in parameters], doc, body)
+    return kernel(spec, arch, [main], [launch], expects=(arch.matrix if tiles.lines >= WARP_GROUP_LINES else "mma",))
 
 
 def emit_decode(spec: KernelSpec, arch: Architecture, tiles: Tiles, walk: Walk = page_walk) -> Kernel:
@@ -244,7 +242,7 @@ def emit_decode(spec: KernelSpec, arch: Architecture, tiles: Tiles, walk: Walk =
             Launch("merge_shares", (heads, "batch", 1), tuple(merge)),
         ],
         [Workspace("partial", ("mul", shares, size)), Workspace("peaks", shares), Workspace("totals", shares)],
-        expects=(arch.matrix if lines >= 64 else "mma",),
+        expects=(arch.matrix if lines >= WARP_GROUP_LINES else "mma",),
     )
 
 

@@ -75,6 +75,7 @@ class Tiles:
         step: tokens of a step, BLOCK_T.
         channels: what comes before both.
         together: tokens that lie together; a page holds a multiple of them.
+        lines: lines of a program where there are many, BLOCK_M.
     """
 
     keys: KeyTile
@@ -82,6 +83,7 @@ class Tiles:
     step: int
     channels: Lines = field(default_factory=list)
     together: int = 1
+    lines: int = 64
 
 
 def plain_tiles(kind: str, step: int, names: tuple[str, str] = ("keys", "values"), suffix: str = "") -> Tiles:

@@ -9,6 +9,7 @@ from qcompile.codegen.triton.quantize import FLOAT8_LARGEST, round_lines
 from qcompile.codegen.triton.source import Lines
 from qcompile.codegen.triton.tiles import power_of_two
 from qcompile.quant.element import FP8
+from qcompile.quant.vector_format import VectorFormat
 
 LEAST_SCALE = torch.finfo(torch.float16).tiny
 """Nothing is divided by less."""
@@ -31,12 +32,10 @@ def held(vectors: PackedVectors) -> int:
 def pack_lines(vectors: PackedVectors, numbers: str, pages: str, cell: str, present: str) -> Lines:
     """Store the vector `numbers`, float32 [held], at the pointer `pages` + `cell` if `present`; `dim` is 0 to held - 1."""
     group = held(vectors) if vectors.groups == 1 else vectors.group
-    ranges = _signed_range(vectors) if vectors.form.symmetric else _unsigned_range(vectors)
     return [
         f"grouped = tl.reshape({numbers}, [{held(vectors) // group}, {group}])",
         f"inside = tl.reshape(dim, [{held(vectors) // group}, {group}]) < {vectors.size}",
-        *ranges,
-        "codes = tl.where(inside, codes, 0)",
+        *round_groups(vectors.form),
         *_code_stores(vectors, pages, cell, present),
         f"group = tl.arange(0, {held(vectors) // group})",
         *_half_stores(vectors, "scale", pages, f"{cell} + {vectors.body}", present),
@@ -44,12 +43,18 @@ def pack_lines(vectors: PackedVectors, numbers: str, pages: str, cell: str, pres
     ]
 
 
+def round_groups(form: VectorFormat) -> Lines:
+    """Codes of `grouped`, float32 [groups, numbers], where `inside`, else 0: `codes` int32, `scale` and `least` float16 [groups]."""
+    ranges = _signed_range(form) if form.symmetric else _unsigned_range(form)
+    return [*ranges, "codes = tl.where(inside, codes, 0)"]
+
+
 def _usable(spread: str) -> Lines:
     return [f"scale = tl.maximum({spread}, {LEAST_SCALE}).to(tl.float16)", "step = scale.to(tl.float32)[:, None]"]
 
 
-def _unsigned_range(vectors: PackedVectors) -> Lines:
-    top = vectors.form.element.levels - 1
+def _unsigned_range(form: VectorFormat) -> Lines:
+    top = form.element.levels - 1
     return [
         'least = tl.min(tl.where(inside, grouped, float("inf")), axis=1).to(tl.float16)',
         "base = least.to(tl.float32)",
@@ -59,8 +64,8 @@ def _unsigned_range(vectors: PackedVectors) -> Lines:
     ]
 
 
-def _signed_range(vectors: PackedVectors) -> Lines:
-    element = vectors.form.element
+def _signed_range(form: VectorFormat) -> Lines:
+    element = form.element
     largest = FLOAT8_LARGEST if element == FP8 else float(element.high)
     lines = [
         "greatest = tl.max(tl.where(inside, tl.abs(grouped), 0.0), axis=1)",

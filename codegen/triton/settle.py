@@ -1,13 +1,13 @@
 """Packing the tokens whose time has come into their pages, once (`qcompile.ir.retention_ops.settle`).
 
-Numbers that share a scale stand along the last two axes of a tile [shares, bytes, codes in a byte], so that extremes are reductions and
-a byte is a sum over the last axis: tokens of a channel, or channels of a token.
+Numbers that share a scale stand along the last axis of a tile, tokens of a channel or channels of a token: extremes are reductions over
+it, and codes that share a byte stand side by side.
 """
 
 from __future__ import annotations
 
 from qcompile.codegen.triton.contract import HALVES, Operator, integer, kernel, pointer, stored
-from qcompile.codegen.triton.quantize import round_lines
+from qcompile.codegen.triton.pack import round_groups
 from qcompile.codegen.triton.retained import POLICY, policy_constants, policy_of, refuses_policy, scan_constants, sequence_range, settled
 from qcompile.codegen.triton.settled_form import Packed, packed, refuses_form
 from qcompile.codegen.triton.source import Lines, constants, function, loop
@@ -18,8 +18,6 @@ NUMBERS = 2048
 """Of a program's tile: sixteen for each thread."""
 MOST_TOKENS = 32
 """Of a program: each is compared with the positions of the call."""
-HALF_TINY = 2.0**-14
-"""The least normal float16: no scale is smaller."""
 
 
 def form_of(spec: KernelSpec) -> Packed:
@@ -58,45 +56,27 @@ def place_lines() -> Lines:
     ]
 
 
-def numbers_lines(form: Packed) -> Lines:
-    """`numbers` [shares, bytes, codes in a byte] float32 and which of them are `present`."""
-    cut = ("BLOCK_T // PER", "PER") if form.per_channel else ("BLOCK_C // PER", "PER")
-    along = f"tl.reshape({{0}}, [1, {cut[0]}, {cut[1]}])"
-    lines = ["channel = part * CHANNELS + tl.arange(0, BLOCK_C)", "inside = (tl.arange(0, BLOCK_C) < CHANNELS) & (channel < D)"]
-    if form.per_channel:
-        lines += [f"token = {along.format('place')}", "dim = channel[:, None, None]", "present = inside[:, None, None]"]
-    else:
-        lines += [
-            "token = place[:, None, None]",
-            f"dim = {along.format('channel')}",
-            f"present = (slot < stop)[:, None, None] & ({along.format('channel')} < (part + 1) * CHANNELS)",
-        ]
+def grouped_lines(form: Packed) -> Lines:
+    """`grouped` float32 [BLOCK_C, BLOCK_T] per channel, [BLOCK_T, BLOCK_C] per token, and which of them are `inside`."""
+    channel, token = ("[:, None]", "[None, :]") if form.per_channel else ("[None, :]", "[:, None]")
     return [
-        *lines,
-        "source = exact + ((batch * L + head) * (ROWS + sequence) + token) * D + dim",
-        "numbers = tl.load(source, mask=present, other=0.0).to(tl.float32)",
+        "channel = part * CHANNELS + tl.arange(0, BLOCK_C)",
+        "there = (tl.arange(0, BLOCK_C) < CHANNELS) & (channel < D)",
+        f"inside = there{channel} & (slot < stop){token}",
+        f"source = exact + ((batch * L + head) * (ROWS + sequence) + place{token}) * D + channel{channel}",
+        "grouped = tl.load(source, mask=inside, other=0.0).to(tl.float32)",
     ]
 
 
-def encode_lines(form: Packed) -> Lines:
-    """`items` uint8 [shares, bytes] and `scale`, `least` float16 [shares], as `VectorFormat.encode` rounds them."""
-    element = form.form.element
-    if form.form.symmetric:
-        scale = f"tl.div_rn(tl.max(tl.max(tl.abs(numbers), axis=2), axis=1), {float(element.high)})"
-        ends, scaled, low, high, zero = [], "numbers", element.low, element.high, f" + {-element.low}"
-    else:
-        ends = [
-            'greatest = tl.max(tl.max(tl.where(present, numbers, float("-inf")), axis=2), axis=1)',
-            'least = tl.min(tl.min(tl.where(present, numbers, float("inf")), axis=2), axis=1).to(tl.float16)',
-        ]
-        scale = f"tl.div_rn(greatest - least.to(tl.float32), {float(element.levels - 1)})"
-        scaled, low, high, zero = "numbers - least.to(tl.float32)[:, None, None]", 0, element.levels - 1, ""
+def item_lines(form: Packed) -> Lines:
+    """`items` uint8: codes of tokens of a channel, or of channels of a token, as many as a byte takes."""
+    if form.per_byte == 1:
+        return ["items = codes.to(tl.uint8)"]
+    rows, columns = ("BLOCK_C", "BLOCK_T") if form.per_channel else ("BLOCK_T", "BLOCK_C")
     return [
-        *ends,
-        f"scale = tl.maximum({scale}, {HALF_TINY!r}).to(tl.float16)",
-        *round_lines("codes", f"tl.div_rn({scaled}, scale.to(tl.float32)[:, None, None])", low, high),
-        f"codes = tl.where(present, codes{zero}, 0)",
-        "items = tl.sum(codes << (tl.arange(0, PER) * BITS)[None, None, :], axis=2).to(tl.uint8)",
+        "shift = tl.arange(0, PER) * BITS",
+        f"codes = tl.reshape(codes, [{rows}, {columns} // PER, PER])",
+        "items = tl.sum(codes << shift[None, None, :], axis=2).to(tl.uint8)",
     ]
 
 
@@ -104,14 +84,13 @@ def store_lines(form: Packed) -> Lines:
     """Codes, scales and least values into the page of each token (one page for tokens that lie together)."""
     if form.per_channel:
         lines = [
-            "first_slot = begin_slot",
-            "real = first_slot // page_tokens < pages",
-            "page = tl.load(page_table + batch * pages + first_slot // page_tokens, mask=real, other=0).to(tl.int64)",
-            "cell = cells + ((page * L + head) * page_tokens + first_slot % page_tokens) * BYTES",
+            "real = begin_slot // page_tokens < pages",
+            "page = tl.load(page_table + batch * pages + begin_slot // page_tokens, mask=real, other=0).to(tl.int64)",
+            "cell = cells + ((page * L + head) * page_tokens + begin_slot % page_tokens) * BYTES",
             "byte = tl.arange(0, BLOCK_T // PER)[None, :]",
-            "tl.store(cell + channel[:, None] * (BLOCK_T // PER) + byte, items, mask=inside[:, None] & real)",
+            "tl.store(cell + channel[:, None] * (BLOCK_T // PER) + byte, items, mask=there[:, None] & real)",
             "half = (cell + BODY).to(tl.pointer_type(tl.float16)) + channel",
-            "written = inside & real",
+            "written = there & real",
         ]
     else:
         lines = [
@@ -139,6 +118,8 @@ def settle_constants(spec: KernelSpec) -> dict[str, tuple[int | float, str]]:
         "BLOCK_C": (channels_of(spec), "channels, padded"),
         "BLOCK_T": (tokens_of(spec), "tokens of a program"),
         **form.constants(),
+        "BITS": (form.form.element.bits, "bits of a code"),
+        "PER": (form.per_byte, "codes in a byte"),
         **policy_constants(policy_of(spec)),
         **scan_constants(),
     }
@@ -150,8 +131,9 @@ def emit_settle(spec: KernelSpec, arch: Architecture) -> Kernel:
     pack = [
         "slot = begin_slot + tl.arange(0, BLOCK_T)",
         *place_lines(),
-        *numbers_lines(form),
-        *encode_lines(form),
+        *grouped_lines(form),
+        *round_groups(form.form),
+        *item_lines(form),
         *store_lines(form),
     ]
     body = [

@@ -6,6 +6,8 @@ a line's settled tokens end. Among programs that share a sequence the last one t
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from qcompile.codegen.triton.attention import emit_decode, emit_prefill, mix_tile, page_lines, refuses_heads
 from qcompile.codegen.triton.cache_tiles import Tiles, plain_tiles
 from qcompile.codegen.triton.contract import FLOATS, HALVES, TRITON_TYPES, Operator, same_storage, stored
@@ -27,9 +29,10 @@ from qcompile.ir.lowered import BUCKETS, Kernel, KernelSpec
 FORMS = (("k_form", "KEY"), ("v_form", "VALUE"))
 
 
-def forms_of(spec: KernelSpec) -> list[Packed]:
+def forms_of(spec: KernelSpec) -> tuple[Packed, Packed]:
     """How keys and how values are packed."""
-    return [packed(spec.option(option), spec.size("D"), name) for option, name in FORMS]
+    keys, values = (packed(spec.option(option), spec.size("D"), name) for option, name in FORMS)
+    return keys, values
 
 
 def settled_walk(spec: KernelSpec, tiles: Tiles, split: bool) -> tuple[Lines, Lines]:
@@ -96,7 +99,8 @@ def kept_step(spec: KernelSpec, tiles: Tiles) -> Lines:
 def emit_attend_settled(spec: KernelSpec, arch: Architecture) -> Kernel:
     """The kernel of the bucket: `m1` is one token of each sequence."""
     step = attention_keys(spec.size("D"), arch)
-    tiles = settled_tiles(*forms_of(spec), TRITON_TYPES[stored(spec, "q")], step)
+    # Where a wide head leaves registers for few keys, numbers made of codes take those of half the lines too.
+    tiles = replace(settled_tiles(*forms_of(spec), TRITON_TYPES[stored(spec, "q")], step), lines=min(64, step))
     emit = emit_decode if spec.bucket == "m1" else emit_prefill
     return emit(spec, arch, tiles, settled_walk)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qcompile.errors import FormatError
+from qcompile.quant.element import FP8
 from qcompile.quant.packing import packed_bytes
 from qcompile.quant.vector_format import VectorFormat, vector_format
 
@@ -63,8 +64,6 @@ class Packed:
         numbers: dict[str, tuple[int | float, str]] = {
             "BYTES": (self.form.width(self.size), "bytes of a packed token"),
             "BODY": (self.body, "bytes of codes before the scales"),
-            "BITS": (self.form.element.bits, "bits of a code"),
-            "PER": (self.per_byte, "codes in a byte"),
             "GROUPS": (self.groups, "scales of the tokens that are packed together"),
         }
         return {self.constant(text): value for text, value in numbers.items()}
@@ -72,7 +71,9 @@ class Packed:
 
 def packed(text: str, size: int, name: str = "") -> Packed:
     """The format written as `text` for heads of `size` numbers, where `refuses_form` has nothing against it."""
-    return Packed(vector_format(text), size, name)
+    form = vector_format(text)
+    assert isinstance(form, VectorFormat)
+    return Packed(form, size, name)
 
 
 def refuses_form(option: str, text: object, size: int) -> str | None:
@@ -82,8 +83,8 @@ def refuses_form(option: str, text: object, size: int) -> str | None:
         width = form.width(size)
     except FormatError as error:
         return f"{option}: {error}"
-    if type(form) is not VectorFormat or not form.element.is_integer or form.element.bits not in BITS:
-        return f"{option} is {text!r}: expected integers of {', '.join(map(str, BITS))} bits with a scale per group"
+    if not isinstance(form, VectorFormat) or (form.element != FP8 and form.element.bits not in BITS):
+        return f"{option} is {text!r}: expected fp8 or integers of {', '.join(map(str, BITS))} bits with a scale per group"
     return refuses_groups(option, Packed(form, size)) or (
         f"{option} is {text!r}: expected an even number of bytes where {form.tokens} tokens lie together, got {width * form.tokens}"
         if width * form.tokens % 2

@@ -8,9 +8,11 @@ that was never packed. A code in the low bits of 2^23 is 2^23 plus the code: no 
 from __future__ import annotations
 
 from qcompile.codegen.triton.cache_tiles import KeyTile, Sum, Tiles, ValueTile, plain_tiles
+from qcompile.codegen.triton.elements import element_float32
 from qcompile.codegen.triton.settled_form import Packed
 from qcompile.codegen.triton.source import Lines, load
 from qcompile.codegen.triton.tiles import power_of_two
+from qcompile.quant.element import FP8
 
 CODE_BASE, CODE_PATTERN = float(1 << 23), "0x4B000000"
 """2^23, and its bits as float32."""
@@ -44,22 +46,27 @@ def number_lines(form: Packed, codes: str, kind: str, spread: str) -> Lines:
     """`NAME_tile` of `codes` whose scales broadcast by `spread`."""
     name = form.name.lower()
     least = "" if form.form.symmetric else f" + {name}_least{spread}"
+    wide = f"{codes}.to(tl.uint32)"
+    integer = f"({wide} | {CODE_PATTERN}).to(tl.float32, bitcast=True) - {CODE_BASE + form.zero}"
     return [
-        f"{name}_numbers = ({codes}.to(tl.uint32) | {CODE_PATTERN}).to(tl.float32, bitcast=True) - {CODE_BASE + form.zero}",
+        f"{name}_numbers = {element_float32('fp8', wide) if form.form.element == FP8 else integer}",
         f"{name}_tile = ({name}_numbers * {name}_scale{spread}{least}).to({kind})",
     ]
 
 
 def code_lines(form: Packed, rows: str, columns: str) -> Lines:
     """`NAME_codes` [rows, columns] of the bytes `NAME_items` [rows, columns / PER]."""
-    name, per = form.name.lower(), form.constant("PER")
+    name = form.name.lower()
     if form.per_byte == 1:
         return [f"{name}_codes = {name}_items"]
-    shift = f"tl.arange(0, {per})[None, None, :] * {form.constant('BITS')}"
-    return [
-        f"{name}_codes = ({name}_items[:, :, None] >> ({shift}).to(tl.uint8)) & {(1 << form.form.element.bits) - 1}",
-        f"{name}_codes = tl.reshape({name}_codes, [{rows}, {columns}])",
-    ]
+    bits, mask = form.form.element.bits, (1 << form.form.element.bits) - 1
+    parts = [f"({name}_items >> {bits * place}) & {mask}" for place in range(form.per_byte)]
+    return [f"{name}_codes = tl.reshape({joined(parts)}, [{rows}, {columns}])"]
+
+
+def joined(parts: list[str]) -> str:
+    """Expressions put side by side along new last axes, so that a reshape of these leaves the first, the second … of each number."""
+    return parts[0] if len(parts) == 1 else f"tl.join({joined(parts[::2])}, {joined(parts[1::2])})"
 
 
 def scale_lines(form: Packed, source: str, cell: str, index: str, mask: str) -> Lines:

@@ -15,19 +15,19 @@ def policy_options(policy: Retention) -> dict[str, int]:
     return {"first": policy.first, "recent": policy.recent, "group": policy.group}
 
 
-def with_recent(key_heads: int, size: int, policy: Retention = KIVI, dtype: str = "bf16", rows: str = "fp16") -> KernelSpec:
+def with_recent(key_heads: int, size: int, policy: Retention = KIVI, dtype: str = "bf16", rows: str = "bf16") -> KernelSpec:
     """Rows of a sequence before its new tokens."""
     formats = {"rows": rows, "x": dtype, "slots": "i32", "out": rows}
     return spec("with_recent", sizes={"L": key_heads, "N": policy.rows, "D": size}, formats=formats)
 
 
-def settle(key_heads: int, size: int, form: str, policy: Retention = KIVI, rows: str = "fp16") -> KernelSpec:
+def settle(key_heads: int, size: int, form: str, policy: Retention = KIVI, rows: str = "bf16") -> KernelSpec:
     """Packing what settles."""
     formats = {"pages": "uint8", "exact": rows, "page_table": "i32", "positions": "i64"}
     return spec("settle_", sizes={"L": key_heads, "D": size}, formats=formats, form=form, **policy_options(policy))
 
 
-def retain(key_heads: int, size: int, policy: Retention = KIVI, rows: str = "fp16") -> KernelSpec:
+def retain(key_heads: int, size: int, policy: Retention = KIVI, rows: str = "bf16") -> KernelSpec:
     """Keeping what goes on waiting."""
     formats = {"rows": rows, "exact": rows, "slots": "i32", "positions": "i64"}
     return spec("retain_", sizes={"L": key_heads, "D": size}, formats=formats, **policy_options(policy))
@@ -42,7 +42,7 @@ def attend_settled(
     policy: Retention = KIVI,
     *,
     dtype: str = "bf16",
-    rows: str = "fp16",
+    rows: str = "bf16",
     window: int = 0,
     softcap: float = 0.0,
     sinks: str | None = None,

@@ -12,11 +12,11 @@ KIVI = Retention(4, 8, 16)
 """The shape of `kv4-kivi`, smaller."""
 PER_TOKEN = [
     ("int2 g32 asym", Retention(0, 0, 16)), ("int4 g16 sym", Retention(4, 8, 1)), ("int8 g64 asym", Retention(1, 0, 4)),
-    ("int4 sym", Retention(2, 3, 1)),
+    ("fp8 g32", Retention(2, 3, 1)),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("keys", ["int2 t16 asym", "int4 t16 sym", "int8 t8 asym", "int2 t4 sym"])
+@pytest.mark.parametrize("keys", ["int2 t16 asym", "int4 t16 sym", "int8 t8 asym"])
 def test_a_prompt_in_chunks_and_tokens_one_by_one(keys: str) -> None:
     torch.manual_seed(0)
     layer = Layer(KIVI, (keys, "int4 g8 asym"), heads=2, size=16, batch=3, page_tokens=32, pages=3, kernels=True)
@@ -29,17 +29,16 @@ def test_a_prompt_in_chunks_and_tokens_one_by_one(keys: str) -> None:
 @pytest.mark.parametrize(("values", "policy"), PER_TOKEN)
 def test_formats_per_token(values: str, policy: Retention) -> None:
     torch.manual_seed(0)
-    layer = Layer(policy, ("int8 g64 sym", values), heads=1, size=64, batch=2, page_tokens=7, pages=10, rows_dtype="bf16", kernels=True)
+    layer = Layer(policy, ("int8 g64 sym", values), heads=1, size=64, batch=2, page_tokens=7, pages=10, rows_dtype="fp16", kernels=True)
     for counts in ((37, 3), (1, 14), (2, 1)):
         layer.step(chunk_positions(layer.lengths, counts))
 
 
-@pytest.mark.parametrize("size", [8, 80, 96, 128])
+@pytest.mark.parametrize("size", [8, 80, 128])
 def test_head_sizes(size: int) -> None:
     torch.manual_seed(0)
-    layer = Layer(
-        KIVI, ("int2 t16 asym", "int2 g16 asym"), heads=1, size=size, batch=1, page_tokens=16, pages=4, dtype="fp16", kernels=True
-    )
+    forms = ("int2 t16 asym", "int2 g16 asym")
+    layer = Layer(KIVI, forms, heads=1, size=size, batch=1, page_tokens=16, pages=4, dtype="fp16", kernels=True)
     layer.step(chunk_positions([0], [33]))
     layer.step(chunk_positions([33], [12]))
 
