@@ -116,8 +116,8 @@ def mix_tile(spec: KernelSpec, tiles: Tiles, visible: str) -> Lines:
     ]
 
 
-def key_range(spec: KernelSpec, split: bool) -> Lines:
-    """`first` and `last` key of this program: what its lines can see, or its share of that."""
+def key_range(spec: KernelSpec, split: bool, aligned: Lines) -> Lines:
+    """`first` and `last` key of this program: what its lines can see, or its share of that; `aligned` changes what is shared."""
     window = int(spec.option("window", 0))
     seen = [
         # Positions are read on the device, so that one recorded graph serves every length.
@@ -125,9 +125,10 @@ def key_range(spec: KernelSpec, split: bool) -> Lines:
         *(["first = tl.maximum(tl.min(tl.where(position >= 0, position, last), axis=0) - WINDOW + 1, 0)"] if window else ["first = 0"]),
     ]
     if not split:
-        return seen
+        return [*seen, *aligned]
     return [
         *seen,
+        *aligned,
         "share = (last - first + SPLITS * BLOCK_T - 1) // (SPLITS * BLOCK_T) * BLOCK_T",
         "first = first + tl.program_id(0) * share",
         "last = tl.minimum(first + share, last)",
@@ -136,7 +137,7 @@ def key_range(spec: KernelSpec, split: bool) -> Lines:
 
 def page_walk(spec: KernelSpec, tiles: Tiles, split: bool) -> tuple[Lines, Lines]:
     """Every key that the lines see, or this program's share of them, from the pages: what to prepare, and the loop."""
-    return key_range(spec, split), loop("for start in range(first, last, BLOCK_T)", key_step(spec, tiles))
+    return key_range(spec, split, []), loop("for start in range(first, last, BLOCK_T)", key_step(spec, tiles))
 
 
 Walk = Callable[[KernelSpec, Tiles, bool], tuple[Lines, Lines]]

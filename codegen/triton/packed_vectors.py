@@ -7,7 +7,8 @@ belong to a token and a group: they multiply scores and weights, never a tile of
 Codes are centred, -2^(b-1) and up, and `middle` = least + 2^(b-1) · scale stands for the least value: x = middle + code · scale. So a
 weight's rounding to 16 bits costs what it costs with symmetric codes.
 
-Variables of a group g and a part p of it are called `NAME_scale_g`, `NAME_middle_g`, `NAME_g_p`.
+The walk over a cache leaves `first_slot`, a number of a place in all pages, and `row` [BLOCK_T], how far from there a token's place is; and
+`present`, which tokens are there. Variables of a group g and a part p of it are called `NAME_scale_g`, `NAME_middle_g`, `NAME_g_p`.
 """
 
 from __future__ import annotations
@@ -148,14 +149,19 @@ def within(vectors: PackedVectors, part: Part, name: str) -> str:
     return "" if part.count == vectors.lanes else f"{name}_lane < {part.count}"
 
 
-def byte_lines(vectors: PackedVectors, group: int, name: str, source: str, *, turned: bool) -> Lines:
+def cell_lines(vectors: PackedVectors, name: str, source: str) -> Lines:
+    """`NAME_page`, a pointer, and `NAME_cell`, the bytes [BLOCK_T] from there to each token."""
+    return [f"{name}_page = {source} + first_slot * {vectors.width}", f"{name}_cell = row * {vectors.width}"]
+
+
+def byte_lines(vectors: PackedVectors, group: int, name: str, *, turned: bool) -> Lines:
     """`NAME_bytes_g`, uint8 [BLOCK_T, lanes], or [lanes, BLOCK_T] if turned, of the tokens at `NAME_cell` where `present`."""
     token, lane = ("[None, :]", "[:, None]") if turned else ("[:, None]", "[None, :]")
     start = f" + {group * vectors.group_bytes}" if group else ""
     mask = f"present{token}"
     if vectors.group_bytes < vectors.lanes:
         mask += f" & ({name}_lane < {vectors.group_bytes}){lane}"
-    return load(f"{name}_bytes_{group}", f"{source} + {name}_cell{token} + ({name}_lane{start}){lane}", mask, "0")
+    return load(f"{name}_bytes_{group}", f"{name}_page + {name}_cell{token} + ({name}_lane{start}){lane}", mask, "0")
 
 
 def number_lines(vectors: PackedVectors, part: Part, name: str, kind: str) -> Lines:
@@ -182,26 +188,45 @@ def numbers(vectors: PackedVectors, code: str, kind: str) -> str:
     return f"(({code}.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True) - {float((1 << 23) + half)}).to({tl_kind})"
 
 
-def half_lines(vectors: PackedVectors, target: str, at: str) -> Lines:
-    """`target`, float32 [BLOCK_T]: the float16 at the byte addresses `at` of tokens that are `present`."""
-    if vectors.even:
-        return load(target, f"({at}).to(tl.pointer_type(tl.float16))", "present", suffix=".to(tl.float32)")
+def half_lines(vectors: PackedVectors, targets: list[str], name: str) -> Lines:
+    """`targets`, float32 [BLOCK_T]: the float16 numbers behind the codes, in order; two in a load where addresses allow it."""
+    start = f"{name}_page + {name}_cell + "
+    if vectors.body % 4 == 0 and vectors.width % 4 == 0 and len(targets) % 2 == 0:
+        return [
+            line
+            for place in range(0, len(targets), 2)
+            for line in pair_lines(targets[place : place + 2], f"{start}{vectors.body + 2 * place}")
+        ]
+    lines: Lines = []
+    for place, target in enumerate(targets):
+        at = vectors.body + 2 * place
+        if vectors.even:
+            lines += load(target, f"({start}{at}).to(tl.pointer_type(tl.float16))", "present", suffix=".to(tl.float32)")
+            continue
+        lines += [
+            *load("low", f"{start}{at}", "present", "0", ".to(tl.uint16)"),
+            *load("high", f"{start}{at + 1}", "present", "0", ".to(tl.uint16)"),
+            f"{target} = (low | (high << 8)).to(tl.float16, bitcast=True).to(tl.float32)",
+        ]
+    return lines
+
+
+def pair_lines(targets: list[str], at: str) -> Lines:
+    """Two float16 numbers in one load, which is wide enough to be on its way while the step before is computed."""
     return [
-        *load("low", at, "present", "0", ".to(tl.uint16)"),
-        *load("high", f"{at} + 1", "present", "0", ".to(tl.uint16)"),
-        f"{target} = (low | (high << 8)).to(tl.float16, bitcast=True).to(tl.float32)",
+        *load("pair", f"({at}).to(tl.pointer_type(tl.uint32))", "present", "0"),
+        f"{targets[0]} = (pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)",
+        f"{targets[1]} = (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)",
     ]
 
 
-def scale_lines(vectors: PackedVectors, name: str, source: str) -> Lines:
+def scale_lines(vectors: PackedVectors, name: str) -> Lines:
     """`NAME_scale_g` and, where there are least values, `NAME_middle_g`, float32 [BLOCK_T], of the tokens at `NAME_cell`."""
-    lines: Lines = []
-    for group in range(vectors.groups):
-        at = vectors.body + 2 * group
-        lines += half_lines(vectors, f"{name}_scale_{group}", f"{source} + {name}_cell + {at}")
-        if vectors.has_middle:
-            lines += half_lines(vectors, f"{name}_middle_{group}", f"{source} + {name}_cell + {at + 2 * vectors.groups}")
-            lines.append(f"{name}_middle_{group} += {float(1 << (vectors.bits - 1))} * {name}_scale_{group}")
+    kinds = ("scale", "middle") if vectors.has_middle else ("scale",)
+    lines = half_lines(vectors, [f"{name}_{kind}_{group}" for kind in kinds for group in range(vectors.groups)], name)
+    if vectors.has_middle:
+        half = float(1 << (vectors.bits - 1))
+        lines += [f"{name}_middle_{group} += {half} * {name}_scale_{group}" for group in range(vectors.groups)]
     return lines
 
 
@@ -216,15 +241,13 @@ def packed_keys(vectors: PackedVectors, kind: str, name: str = "key", source: st
         if vectors.has_middle:
             whole = " + ".join(f"query_{group}_{part.place}.to(tl.float32)" for part in vectors.parts(group))
             query.append(f"query_sum_{group} = tl.sum({whole}, axis=1)")
-    return KeyTile(
-        query, [f"{name}_cell = slot * {vectors.width}", *scale_lines(vectors, name, source), *_scores(vectors, kind, name, source)]
-    )
+    return KeyTile(query, [*cell_lines(vectors, name, source), *scale_lines(vectors, name), *_scores(vectors, kind, name)])
 
 
-def _scores(vectors: PackedVectors, kind: str, name: str, source: str) -> Lines:
+def _scores(vectors: PackedVectors, kind: str, name: str) -> Lines:
     lines: Lines = []
     for group in range(vectors.groups):
-        lines += byte_lines(vectors, group, name, source, turned=True)
+        lines += byte_lines(vectors, group, name, turned=True)
         for part in vectors.parts(group):
             lines += number_lines(vectors, part, name, kind)
             before = ", product" if part.place else ""
@@ -247,16 +270,16 @@ def packed_values(vectors: PackedVectors, kind: str, name: str = "value", source
     if vectors.has_middle:
         zeros += [f"lift_{group} = tl.zeros([BLOCK_M], dtype=tl.float32)" for group in range(vectors.groups)]
         finish = [f"mixed_{part.group}_{part.place} += lift_{part.group}[:, None]" for part in parts]
-    mix = [f"{name}_cell = slot * {vectors.width}", *scale_lines(vectors, name, source)]
+    mix = [*cell_lines(vectors, name, source), *scale_lines(vectors, name)]
     for group in range(vectors.groups):
-        mix += _mix_group(vectors, group, kind, name, source)
+        mix += _mix_group(vectors, group, kind, name)
     sums = tuple(Sum(f"mixed_{part.group}_{part.place}", channel(part, name), within(vectors, part, name)) for part in parts)
     return ValueTile(zeros, mix, sums, finish)
 
 
-def _mix_group(vectors: PackedVectors, group: int, kind: str, name: str, source: str) -> Lines:
+def _mix_group(vectors: PackedVectors, group: int, kind: str, name: str) -> Lines:
     scale, product = f"{name}_scale_{group}", "tl.dot(scaled, {0}, {1} * decay[:, None])"
-    lines = byte_lines(vectors, group, name, source, turned=False)
+    lines = byte_lines(vectors, group, name, turned=False)
     if kind == "fp16":
         lines += [f"top = tl.maximum(tl.max({scale}, axis=0), {2.0**-14})", f"{scale} = {scale} / top"]
         product = "{1} * decay[:, None] + tl.dot(scaled, {0}) * top"

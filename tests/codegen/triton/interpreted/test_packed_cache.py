@@ -44,7 +44,7 @@ def run_attend(
     v_form: str = "",
     *,
     heads: tuple[int, int] = (3, 1),
-    page_tokens: int = 16,
+    page_tokens: int = 128,
     dtype: str = "bf16",
     spread: float = 1.0,
     window: int = 0,
@@ -102,12 +102,12 @@ def test_scales_at_odd_addresses_and_bytes_that_are_not_full(size: int, form: st
     run_attend("m1", RAGGED, size, form)
 
 
+# Steps of 64 or 128 tokens: pages of 128 hold whole ones, 141 is one page of a sequence, and a step of the others has tokens of several.
 OPTIONS = [
-    {},
     {"window": 20},
-    {"softcap": 5.0},
-    {"sinks": True},
-    {"page_tokens": 71},
+    {"softcap": 5.0, "page_tokens": 16},
+    {"sinks": True, "page_tokens": 141},
+    {"page_tokens": 71, "window": 100},
     {"page_tokens": 7, "window": 1, "sinks": True},
     {"v_form": specs.KV8},
     {"heads": (9, 3)},
@@ -130,7 +130,7 @@ def test_small_and_large_values(dtype: str, spread: float) -> None:
 
 
 def test_every_share_of_a_long_context() -> None:
-    run_attend("m1", torch.tensor([[2300]]), 32, "int4 asym", page_tokens=256)
+    run_attend("m1", torch.tensor([[2300]]), 32, "int4 asym", page_tokens=384)
 
 
 def run_append(size: int, k_form: str, v_form: str = "", *, dtype: str = "bf16", rotated: int = 0) -> tuple[list[Tensor], list[Tensor]]:
