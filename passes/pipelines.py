@@ -11,6 +11,7 @@ from qcompile.passes.convert_dtype import ConvertDtype
 from qcompile.passes.fold_batch_norms import FoldBatchNorms
 from qcompile.passes.fold_constants import FoldConstants
 from qcompile.passes.fold_norms import FoldNorms
+from qcompile.passes.fuse_cache_append import FuseCacheAppend
 from qcompile.passes.fuse_dequantize import FuseDequantize
 from qcompile.passes.fuse_quantize_dequantize import FuseQuantizeDequantize
 from qcompile.passes.fuse_residual_norm import FuseResidualNorm
@@ -62,6 +63,8 @@ def default_pipeline(target: Target, recipe: str = "nearest", *, calibrated: boo
         *(_round(target, calibrated=calibrated) if best else (QuantizeWeights(rounding="nearest"),)),
         FuseResidualNorm(),  # late: earlier passes look for plain norms and adds
         *((FuseQuantizeDequantize(),) if target.scheme.activation else ()),  # sums fuse with norm and quantize; takes weights first
+        # After the bases, which look for appends; only GPUs have a kernel for it.
+        *((FuseCacheAppend(),) if target.scheme.cache.is_packed and target.is_cuda else ()),
         FuseDequantize(),  # each other reader takes codes or is noted
         RemoveDeadCode(),  # weights whose codes took their place
         LowerToKernels(),  # chooses a kernel, or the reference, for each operator
@@ -113,7 +116,7 @@ def registry() -> dict[str, type[Pass]]:
         Canonicalize, RaisePatterns, FoldConstants, RemoveDeadCode, FoldBatchNorms, SmoothActivations, ScaleSalientWeights, ScaleKeys,
         FoldNorms, LearnRotation, RotateHadamard, ReorderChannels, RewriteKvCache,
         ConvertDtype, SplitOutliers, InsertLowRankBranch, QuantizeActivations, QuantizeWeights, FuseResidualNorm, FuseQuantizeDequantize,
-        FuseDequantize, LowerToKernels, PlanMemory,
+        FuseCacheAppend, FuseDequantize, LowerToKernels, PlanMemory,
     )  # fmt: skip
     return {item.name: item for item in passes}
 

@@ -31,6 +31,11 @@ _TOKEN_MAJOR = (
     qcompile.cache_attend.default, qcompile.cache_attend_packed.default, qcompile.attend_settled.default, qcompile.attention.default,
     qcompile.attend_rematerialized.default,
 )  # fmt: skip
+_APPENDS = {
+    qcompile.cache_append.default: qcompile.cache_append_.default,
+    qcompile.append_packed.default: qcompile.append_packed_.default,
+}
+"""What writes its first two arguments -> the operator that does so in place."""
 _IN_PLACE = {
     qcompile.settle.default: qcompile.settle_.default,
     qcompile.retain.default: qcompile.retain_.default,
@@ -83,8 +88,8 @@ class StepBuilder:
             self.fakes[node] = self.fakes[held[0]][held[1]]
         elif isinstance(value, int | float | torch.SymInt):
             self.values[node] = {"size": self._size(value, node)}
-        elif node.target is qcompile.cache_append.default:
-            self._step(node, qcompile.cache_append_.default, ())
+        elif node.target in _APPENDS:
+            self._step(node, _APPENDS[node.target], ())
             states: Any = node.args[:2]
             self.values[node] = tuple(self.values[state] for state in states)
             self.fakes[node] = tuple(self.fakes[state] for state in states)

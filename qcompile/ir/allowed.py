@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from qcompile.ir import activation_ops as _activation_ops  # noqa: F401  registers operators of quantized activations
+from qcompile.ir import append_ops as _append_ops  # noqa: F401  registers operators that pack and store at once
 from qcompile.ir import cache_ops as _cache_ops  # noqa: F401  registers operators of packed caches
 from qcompile.ir import fused_activation_ops as _fused_activation_ops  # noqa: F401  registers producers of quantized activations
 from qcompile.ir import fused_asymmetric_ops as _fused_asymmetric_ops  # noqa: F401  registers their asymmetric twins
@@ -52,7 +53,8 @@ view.default view_as.default where.Scalar where.ScalarOther where.ScalarSelf whe
 """
 _QCOMPILE = """
 rms_norm add_rms_norm rotary_table rope gated_activation attention cache_append cache_append_ cache_attend dequantize quantized_linear
-quantized_embedding moe_experts gather_last hadamard pack_vectors cache_attend_packed quantize_activation quantize_activation_asym
+quantized_embedding moe_experts gather_last hadamard pack_vectors cache_attend_packed append_packed append_packed_ quantize_activation
+quantize_activation_asym
 quantize_static dequantize_activation integer_linear integer_conv2d float8_linear norm_quantize add_norm_quantize gated_quantize
 hadamard_quantize norm_quantize_asym add_norm_quantize_asym gated_quantize_asym hadamard_quantize_asym with_recent settle settle_ retain
 retain_ attend_settled attend_ranked attend_ranked_ cache_store cache_store_ attend_rematerialized

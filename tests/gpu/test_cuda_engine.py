@@ -10,15 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qcompile import frontend
-from qcompile.codegen.select import backend_for, build
-from qcompile.passes.base import PassContext
-from qcompile.passes.manager import run_pipeline
-from qcompile.passes.pipelines import default_pipeline
 from qcompile.runtime.artifact import ArtifactContents
 from qcompile.runtime.engines.cuda import CudaEngine
-from qcompile.target import parse_target
-from tests.models import tiny
+from tests.gpu.launching import architecture_at_hand, small_llama
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU with a driver")]
 SCHEMES = {"bf16": 3e-2, "int8": 3e-2, "int4": 3e-2, "int3": 3e-2, "nvfp4": 3e-2, "w8a8": 0.15, "w4a8": 0.15, "fp8": 0.4}
@@ -32,16 +26,9 @@ PROMPTS = [list(range(3, 24)), [40, 41, 42], [7]]
 @pytest.fixture(scope="module", params=SCHEMES)
 def contents(request: pytest.FixtureRequest) -> ArtifactContents:
     """A two-layer llama with heads of 64, compiled for the GPU at hand."""
-    major, minor = torch.cuda.get_device_capability()
-    if request.param == "fp8" and (major, minor) < (8, 9):
+    if request.param == "fp8" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("8-bit floats need sm89")
-    goal = parse_target(f"sm{major}{minor}-{request.param}")
-    model = tiny("llama", hidden_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=64, intermediate_size=192)
-    loaded = frontend.load(model)
-    ctx = PassContext(goal, backend_for(goal), max_batch=4, max_context=64, prefill_chunk=16)
-    run_pipeline(loaded.graph, default_pipeline(goal), ctx)
-    kernels, binaries = build(ctx.products["kernels"], goal)
-    return ArtifactContents(loaded.graph, ctx.products["plan"], kernels, binaries, loaded.assets, str(goal), "")
+    return small_llama(f"{architecture_at_hand()}-{request.param}", max_context=64)
 
 
 def engines(contents: ArtifactContents) -> tuple[CudaEngine, CudaEngine]:

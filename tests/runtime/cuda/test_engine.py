@@ -362,3 +362,16 @@ def test_every_emitted_kernel_gets_what_it_assumes(stub: Stub, target: str, fami
     launched = set(stub.launched())
     linear = "linear" if target == "sm90-bf16" else "quantized_linear"
     assert {"cache_append_", "cache_attend", "merge_shares", "rope", "rotary_table", "gated_activation", "embedding", linear} <= launched
+
+
+def test_kernels_of_a_cache_with_rows_get_what_they_assume(stub: Stub) -> None:
+    parts, _ = compiled("sm90-bf16-kv4-kivi", "llama", triton=True)
+    engine = real_engine(stub, parts)
+    engine.prepare()
+    assert engine.captured_buckets == [1, 2]
+    before = len(stub.launched())
+    engine.prefill([list(range(3, 20)), [7]])
+    prefill = stub.launched()[before:]
+    # Two of each a layer, for keys and for values; prompts are read in chunks of 8.
+    assert [prefill.count(name) for name in ("with_recent", "settle_", "retain_", "attend_settled", "merge_shares")] == [12, 12, 12, 6, 0]
+    assert "merge_shares" in stub.launched()[:before]
