@@ -114,15 +114,20 @@ class PackedVectors:
 
 def packed_vectors(form: str, size: int) -> PackedVectors:
     """How vectors of `size` numbers in the form called `form` are read."""
-    return PackedVectors(vector_format(form), size)
+    read = vector_format(form)
+    assert isinstance(read, VectorFormat)
+    return PackedVectors(read, size)
 
 
 def refuses_packed(form: object, size: int) -> str | None:
     """Why kernels do not read vectors of `size` numbers in this form, or None."""
     try:
-        vectors = packed_vectors(str(form), size)
+        read = vector_format(str(form))
     except FormatError as error:
         return str(error)
+    if not isinstance(read, VectorFormat):
+        return f"{form}: expected a form whose scales stand beside its codes"
+    vectors = PackedVectors(read, size)
     if vectors.form.tokens > 1:
         return f"{form}: expected scales per token, got {vectors.form.tokens} tokens encoded together"
     if vectors.bits not in WHOLE_BITS:
@@ -157,11 +162,11 @@ def cell_lines(vectors: PackedVectors, name: str, source: str) -> Lines:
 def byte_lines(vectors: PackedVectors, group: int, name: str, *, turned: bool) -> Lines:
     """`NAME_bytes_g`, uint8 [BLOCK_T, lanes], or [lanes, BLOCK_T] if turned, of the tokens at `NAME_cell` where `present`."""
     token, lane = ("[None, :]", "[:, None]") if turned else ("[:, None]", "[None, :]")
-    start = f" + {group * vectors.group_bytes}" if group else ""
+    byte = f"({name}_lane + {group * vectors.group_bytes})" if group else f"{name}_lane"
     mask = f"present{token}"
     if vectors.group_bytes < vectors.lanes:
         mask += f" & ({name}_lane < {vectors.group_bytes}){lane}"
-    return load(f"{name}_bytes_{group}", f"{name}_page + {name}_cell{token} + ({name}_lane{start}){lane}", mask, "0")
+    return load(f"{name}_bytes_{group}", f"{name}_page + {name}_cell{token} + {byte}{lane}", mask, "0")
 
 
 def number_lines(vectors: PackedVectors, part: Part, name: str, kind: str) -> Lines:
