@@ -1,4 +1,4 @@
-"""Build a specification for the GPU at hand and launch it as the engine does."""
+"""What runs on a GPU: a small model compiled for the one at hand; a specification that is built for it and launched as the engine does."""
 
 from __future__ import annotations
 
@@ -7,21 +7,45 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from qcompile import frontend
+from qcompile.codegen.select import backend_for, build
 from qcompile.codegen.triton.backend import TritonBackend
 from qcompile.codegen.triton.build import build_kernels, kernel_cache
 from qcompile.ir.layouts import apply_layout
 from qcompile.ir.lowered import KernelSpec
 from qcompile.ir.size import evaluate
+from qcompile.passes.base import PassContext
+from qcompile.passes.manager import run_pipeline
+from qcompile.passes.pipelines import default_pipeline
+from qcompile.runtime.artifact import ArtifactContents
 from qcompile.runtime.cuda.driver import Driver
 from qcompile.runtime.cuda.launch import FrozenLaunch
 from qcompile.runtime.cuda.modules import Modules
 from qcompile.runtime.cuda.operands import Operand
+from qcompile.target import parse_target
+from tests.models import tiny
+
+
+def architecture_at_hand() -> str:
+    """The architecture of the current device: `sm90`."""
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm{major}{minor}"
+
+
+def small_llama(target: str, max_context: int) -> ArtifactContents:
+    """A two-layer llama with heads of 64, its weights always the same, compiled for a target."""
+    goal = parse_target(target)
+    model = tiny("llama", hidden_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=64, intermediate_size=192)
+    loaded = frontend.load(model)
+    ctx = PassContext(goal, backend_for(goal), max_batch=4, max_context=max_context, prefill_chunk=16)
+    run_pipeline(loaded.graph, default_pipeline(goal), ctx)
+    kernels, binaries = build(ctx.products["kernels"], goal)
+    return ArtifactContents(loaded.graph, ctx.products["plan"], kernels, binaries, loaded.assets, str(goal), "")
 
 
 def run_on_gpu(spec: KernelSpec, operands: Mapping[str, Tensor], sizes: Mapping[str, int]) -> None:
     """Build, load and launch over operands on the GPU; results are written into these."""
-    major, minor = torch.cuda.get_device_capability()
-    arch = f"sm{major}{minor}"
+    arch = architecture_at_hand()
     (kernel,), binaries = build_kernels([TritonBackend(arch).emit(spec)], arch, cache=kernel_cache())
     driver = Driver()
     driver.make_current()
