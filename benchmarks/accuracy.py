@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,12 +113,16 @@ def run_entry(python: str, side: str, entry: str, options: argparse.Namespace, m
         *(() if options.windows is None else ("--windows", str(options.windows))),
     )  # fmt: skip
     # An empty cache: what an earlier run has finished would not be measured.
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "QCOMPILE_CACHE": tempfile.mkdtemp(dir=scratch)}
+    return run_json(command, {"QCOMPILE_CACHE": tempfile.mkdtemp(dir=scratch)})
+
+
+def run_json(command: Sequence[str], variables: Mapping[str, str] | None = None) -> dict[str, Any] | str:
+    """The JSON value of the last line that a command prints, run where `benchmarks` imports; the last line of its complaint if it fails."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | dict(variables or {})
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    lines = done.stdout.strip().splitlines()
     if done.returncode:
         return (done.stderr.strip().splitlines() or ["no message"])[-1]
-    measured: dict[str, Any] = json.loads(lines[-1])
+    measured: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return measured
 
 

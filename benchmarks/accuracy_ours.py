@@ -56,7 +56,7 @@ OURS: dict[str, Ours] = {
     "w2": Ours("cpu-int2"),
     "w8a8": Ours("cpu-w8a8"),
     "w4a8": Ours("cpu-w4a8-kv16"),
-    "w4a4-kv4": Ours("cpu-w4a4-kv4"),
+    "w4a4-kv4": Ours("cpu-w4a4-kv4-token"),
 }
 
 

@@ -19,10 +19,12 @@ from rich.console import Console
 from rich.table import Table
 
 import qcompile
+from qcompile.compiled import CompiledModel
 from qcompile.dump.tables import format_bytes
 from qcompile.dump.writer import read_summary
 from qcompile.errors import QCompileError
 from qcompile.frontend.pinned import smollm2_path
+from qcompile.runtime.cache_layers import bits_per_number
 
 PROMPT = "Explain in two sentences what a compiler does."
 WINDOWS, LENGTH = 4, 128
@@ -39,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the demonstration: compile, chat, evaluate, one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="keep artifact and dump here (default: a temporary directory)")
-    parser.add_argument("--target", default="cpu-int4")
+    parser.add_argument("--target", default="cpu-int4", help="such as cpu-int4-kv4; default: cpu-int4")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         _demonstrate(options.out or Path(scratch), options.target)
@@ -50,10 +52,12 @@ def _demonstrate(out: Path, target: str) -> None:
     started = time.perf_counter()
     _qcompile("compile", model, "--target", target, "-o", str(artifact), "--dump", str(dump), "--check", "--overwrite", *CALIBRATION)
     _qcompile("run", str(artifact), "--chat", "-n", "64", "--prompt", PROMPT)
-    tokens = _save_tokens(artifact, out / "tokens.npy")
+    compiled = qcompile.load(artifact)
+    tokens = _save_tokens(compiled, out / "tokens.npy")
     scores = _json("eval", str(artifact), "--tokens", str(tokens), "--reference", model)
     bench = _json("bench", str(artifact))
-    Console(width=100).print(_table(dump, scores, bench, time.perf_counter() - started))
+    results = [*_results(scores, bench), *_cache(compiled)]
+    Console(width=100).print(_table(dump, bench["target"], results, time.perf_counter() - started))
 
 
 def _qcompile(*arguments: str) -> None:
@@ -70,27 +74,27 @@ def _json(*arguments: str) -> dict[str, Any]:
     return values
 
 
-def _save_tokens(artifact: Path, path: Path) -> Path:
+def _save_tokens(compiled: CompiledModel, path: Path) -> Path:
     import numpy as np
 
     from qcompile.evaluation import packaged_tokens, tokenizer_of
 
-    tokens = packaged_tokens(tokenizer_of(qcompile.load(artifact).assets), "evaluation", length=LENGTH, windows=WINDOWS)
+    tokens = packaged_tokens(tokenizer_of(compiled.assets), "evaluation", length=LENGTH, windows=WINDOWS)
     np.save(path, tokens.numpy())
     return path
 
 
-def _table(dump: Path, scores: dict[str, Any], bench: dict[str, Any], seconds: float) -> Table:
+def _table(dump: Path, target: str, results: list[tuple[str, str]], seconds: float) -> Table:
     """Passes first, then what came of them."""
     threads = f"OMP_NUM_THREADS={ENVIRONMENT['OMP_NUM_THREADS']}"
-    table = Table(title=f"SmolLM2-135M-Instruct, {bench['target']}, {threads}, {seconds:.0f} s", title_justify="left")
+    table = Table(title=f"SmolLM2-135M-Instruct, {target}, {threads}, {seconds:.0f} s", title_justify="left")
     for header in ("pass", "changed", "time", "nodes", "error"):
         table.add_column(header, justify="left" if header in ("pass", "changed") else "right")
     for record in read_summary(dump)[1]:
         error = "" if record.max_error is None else f"{record.max_error:.1e}"
         table.add_row(record.name, "yes" if record.changed else "no", f"{record.seconds:.2f} s", str(record.nodes_after), error)
     table.add_section()
-    for name, value in _results(scores, bench):
+    for name, value in results:
         table.add_row(name, "", "", value, "")
     return table
 
@@ -105,6 +109,17 @@ def _results(scores: dict[str, Any], bench: dict[str, Any]) -> list[tuple[str, s
         ("prefill tokens/s", f"{bench['prefill_tokens_per_second']:.0f}"),
         ("decode tokens/s", f"{bench['decode_tokens_per_second']:.1f}"),
         ("peak memory", format_bytes(bench["peak_memory_bytes"])),
+    ]
+
+
+def _cache(compiled: CompiledModel) -> list[tuple[str, str]]:
+    """What a sequence takes: `qcompile inspect` shows it layer by layer."""
+    layers = compiled.cache_layers
+    rows = compiled.kv_bytes_per_sequence
+    return [
+        ("cache of a token", format_bytes(compiled.kv_bytes_per_token)),
+        *([("cache of a sequence besides", format_bytes(rows))] if rows else []),
+        ("bits per cached number", f"{bits_per_number(layers):.3f}"),
     ]
 
 

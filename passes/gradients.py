@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qcompile.ir import cache_ops, hadamard_ops, ops
+from qcompile.ir import cache_ops, hadamard_ops, ops, rematerialize_ops
 from qcompile.passes import substitutes
 
 _DENSE = 1024
@@ -59,9 +60,15 @@ def cache_attend(
 def cache_attend_packed(
     q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, positions: Tensor,
     k_form: str, v_form: str, scale: float, window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None,
+    k_tables: Sequence[Tensor] | None = None, v_tables: Sequence[Tensor] | None = None,
+    inv_freq: Tensor | None = None, scaling: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """`qcompile::cache_attend_packed` over vectors that were rounded when they were stored, and are numbers here."""
-    del k_form, v_form
+    del k_form, v_form, k_tables, v_tables
+    if inv_freq is not None and _fills_pages(keys, page_table, positions):
+        keys = cache_ops.turned(keys, inv_freq, scaling)
+    elif inv_freq is not None:
+        keys, values, page_table = cache_ops.turned_pages(keys, values, page_table, inv_freq, scaling)
     return cache_attend(q, keys, values, page_table, positions, scale, window, softcap, sinks)
 
 
@@ -75,16 +82,45 @@ def attend_settled(
     q: Tensor, keys: Tensor, values: Tensor, exact_keys: Tensor, exact_values: Tensor, page_table: Tensor, positions: Tensor,
     k_form: str, v_form: str, first: int, recent: int, group: int,
     scale: float, window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None,
+    k_tables: Sequence[Tensor] | None = None, v_tables: Sequence[Tensor] | None = None,
+    inv_freq: Tensor | None = None, scaling: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """`qcompile::attend_settled` as if nothing had settled: what is learned does not make up for the rounding of old tokens."""
-    del keys, values, page_table, k_form, v_form, first, recent, group
+    del keys, values, page_table, k_form, v_form, first, recent, group, k_tables, v_tables
+    if inv_freq is not None:
+        exact_keys = ops.rope(exact_keys, *ops.rotary_table(positions, inv_freq, scaling, exact_keys.dtype))
     return attention(q, exact_keys, exact_values, positions >= 0, None, scale, causal=True, window=window, softcap=softcap, sinks=sinks)
 
 
-def straight_vectors(x: Tensor, form: str) -> Tensor:
-    """What is read back of `qcompile::pack_vectors(x, form)`, with the gradient of x."""
+def attend_ranked(
+    q: Tensor, keys: Tensor, values: Tensor, marks: Tensor, saliency: Tensor, exact_keys: Tensor, exact_values: Tensor, slots: Tensor,
+    page_table: Tensor, positions: Tensor, k_form: str, v_form: str, first: int, recent: int, group: int, scale: float, window: int = 0,
+    softcap: float = 0.0, sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`qcompile::attend_ranked` as if nothing had settled."""
+    del slots
+    settled = (page_table, positions, k_form, v_form, first, recent, group, scale, window, softcap, sinks)
+    return attend_settled(q, keys, values, exact_keys, exact_values, *settled), keys, values, marks, saliency
+
+
+def cache_store(pages: Tensor, x: Tensor, page_table: Tensor, positions: Tensor) -> Tensor:
+    """`qcompile::cache_store` to an empty cache, of vectors that come as numbers."""
+    return cache_append(pages, pages, x, x, page_table, positions)[0]
+
+
+def attend_rematerialized(
+    q: Tensor, sources: Tensor, page_table: Tensor, positions: Tensor, form: str, *options: Any, **on_read: Any
+) -> Tensor:  # fmt: skip
+    """`qcompile::attend_rematerialized` over vectors that were rounded when they were stored, and are numbers here."""
+    del form
+    numbers = sources[page_table.long()].transpose(1, 2).flatten(2, 3)
+    return rematerialize_ops.attend_over(q, numbers, positions, *options, **on_read)
+
+
+def straight_vectors(x: Tensor, form: str, tables: Sequence[Tensor] | None = None) -> Tensor:
+    """What is read back of `qcompile::pack_vectors(x, form, tables)`, with the gradient of x."""
     with torch.no_grad():
-        change = cache_ops.unpack_vectors(cache_ops.pack_vectors(x, form), form, x.shape[-1], x.dtype) - x
+        change = cache_ops.unpack_vectors(cache_ops.pack_vectors(x, form, tables), form, x.shape[-1], x.dtype, tables) - x
     return x + change
 
 
@@ -123,6 +159,9 @@ DIFFERENTIABLE: dict[Any, Any] = {
     torch.ops.qcompile.settle.default: lambda pages, *_: pages,
     torch.ops.qcompile.retain.default: lambda rows, *_: rows,
     torch.ops.qcompile.attend_settled.default: attend_settled,
+    torch.ops.qcompile.attend_ranked.default: attend_ranked,
+    torch.ops.qcompile.cache_store.default: cache_store,
+    torch.ops.qcompile.attend_rematerialized.default: attend_rematerialized,
     torch.ops.aten.linear.default: linear,
 }
 """Operator -> a function of the same arguments that passes gradients."""

@@ -77,6 +77,8 @@ def _change_basis(target: Target, *, calibrated: bool) -> list[Pass]:
     scheme = target.scheme
     packed_keys = ("keys",) if scheme.cache.is_rotated else ()
     if scheme.weight is None and scheme.activation is None:
+        if scheme.cache.rematerialized:  # what is rounded is a norm's output: its gain and its outliers are the stream's
+            return [FoldNorms(), RotateHadamard()]
         return [RotateHadamard(stream=False, heads=False, online=packed_keys)] if packed_keys else []
     if calibrated and (scheme.activation is not None or _is_coarse(target)):
         # Each norm's gain suits its own linears, and channels are mixed behind it: a third of the error of one rotated stream.

@@ -10,6 +10,7 @@ import typer
 import qcompile
 from qcompile.cli.compiling import details, sizes
 from qcompile.cli.output import JsonOption, emit
+from qcompile.dump.cache_table import cache_tables
 from qcompile.dump.tables import coverage_table, pass_table, readable, value_table
 from qcompile.dump.writer import read_summary, record_row
 
@@ -18,7 +19,7 @@ def inspect(
     path: Annotated[Path, typer.Argument(help="An artifact, or a directory written by --dump.")],
     as_json: JsonOption = False,
 ) -> None:
-    """What was done to a model: passes, sizes, and the format and kernel of every operator, or why it was left alone."""
+    """What was done to a model: passes, sizes, the format and kernel of every operator, or why it was left alone, and its cache."""
     if (path / "passes.json").is_file() and not (path / "manifest.json").is_file():
         _inspect_dump(path, as_json=as_json)
     else:
@@ -35,5 +36,7 @@ def _inspect_artifact(path: Path, *, as_json: bool) -> None:
     model = qcompile.load(path)
     summary = sizes(model)
     name = model.assets.name or model.assets.model_type
-    tables = [pass_table(model.records), coverage_table(model.coverage), value_table(readable({"model": name, **summary}))]
-    emit({**summary, **details(model)}, tables, as_json=as_json)
+    layers = model.cache_layers
+    values = value_table(readable({"model": name, **summary}))
+    tables = [pass_table(model.records), coverage_table(model.coverage), *cache_tables(layers), values]
+    emit({**summary, **details(model), "cache": [layer.to_dict() for layer in layers]}, tables, as_json=as_json)

@@ -19,6 +19,8 @@ from qcompile.ir import fused_activation_ops as _fused_activation_ops  # noqa: F
 from qcompile.ir import fused_asymmetric_ops as _fused_asymmetric_ops  # noqa: F401  registers their asymmetric twins
 from qcompile.ir import hadamard_ops as _hadamard_ops  # noqa: F401  registers qcompile::hadamard
 from qcompile.ir import ops as _operators  # noqa: F401  registers the qcompile:: operators
+from qcompile.ir import ranked_ops as _ranked_ops  # noqa: F401  registers operators of caches that attention ranks
+from qcompile.ir import rematerialize_ops as _rematerialize_ops  # noqa: F401  registers operators of caches of sources
 from qcompile.ir import retention_ops as _retention_ops  # noqa: F401  registers operators of caches that keep tokens as they came
 
 _ATEN = """
@@ -55,7 +57,7 @@ quantized_embedding moe_experts gather_last hadamard pack_vectors cache_attend_p
 quantize_activation_asym
 quantize_static dequantize_activation integer_linear integer_conv2d float8_linear norm_quantize add_norm_quantize gated_quantize
 hadamard_quantize norm_quantize_asym add_norm_quantize_asym gated_quantize_asym hadamard_quantize_asym with_recent settle settle_ retain
-retain_ attend_settled
+retain_ attend_settled attend_ranked attend_ranked_ cache_store cache_store_ attend_rematerialized
 """
 _PYTHON = (
     operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg, operator.getitem, operator.pow,

@@ -45,6 +45,14 @@ def turned(keys: Tensor, inv_freq: Tensor | None, scaling: float) -> Tensor:
     return rope(keys, *rotary_table(places, inv_freq, scaling, keys.dtype))
 
 
+def turned_pages(
+    keys: Tensor, values: Tensor, page_table: Tensor, inv_freq: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Each row's keys, turned by their positions, and values as one page, and the table of these: a page of one row is no other's then."""
+    k, v = (part[page_table.long()].transpose(1, 2).flatten(2, 3) for part in (keys, values))
+    return turned(k, inv_freq, scaling), v, torch.arange(len(page_table), device=keys.device).unsqueeze(1)
+
+
 def _fake_attend_packed(q: Tensor, *_: object, **__: object) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], q.shape[3])).transpose(1, 2)
 
@@ -70,7 +78,6 @@ def cache_attend_packed(
     work = working_dtype(q.dtype)
     parts = ((keys, k_form, k_tables), (values, v_form, v_tables))
     k, v = (unpack_vectors(state[used], form, q.shape[3], work, tables) for state, form, tables in parts)
-    if inv_freq is not None:  # a row after the other, as one page each: a page shared by two rows would still stand at one position
-        k, v = (part[place].transpose(1, 2).flatten(2, 3) for part in (k, v))
-        k, place = turned(k, inv_freq, scaling), torch.arange(len(place), device=q.device).unsqueeze(1)
+    if inv_freq is not None:
+        k, v, place = turned_pages(k, v, place, inv_freq, scaling)
     return cache_attend(q, k, v, place, positions, scale, window, softcap, sinks)

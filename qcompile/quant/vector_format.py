@@ -82,18 +82,12 @@ class VectorFormat:
         return 1 if self.group == -1 or size % self.group else size // self.group
 
     def width(self, size: int) -> int:
-        """W: bytes of a vector of `size` numbers.
+        """W: bytes of a vector of `size` numbers; where t of them do not share bytes evenly, a group ends in some that mean nothing."""
+        return -(-self._together_bytes(size) // self.tokens)
 
-        Raises:
-            FormatError: if t tokens do not take the same number of bytes each.
-        """
-        together = packed_bytes(self.tokens * size, self.element.bits) + self.groups(size) * (_HALF if self.symmetric else 2 * _HALF)
-        if together % self.tokens:
-            raise FormatError(
-                f"cache format {self}: expected a head size whose {self.tokens} tokens share bytes evenly, got {size} ({together} bytes); "
-                "choose fewer tokens, or a format per token"
-            )
-        return together // self.tokens
+    def _together_bytes(self, size: int) -> int:
+        """Of t vectors: codes, then scales and least values."""
+        return packed_bytes(self.tokens * size, self.element.bits) + self.groups(size) * (_HALF if self.symmetric else 2 * _HALF)
 
     def bits(self, size: int) -> float:
         """Of storage for each number of a vector of `size`."""
@@ -117,6 +111,7 @@ class VectorFormat:
         flat = codes.view(-1, self.tokens * size)
         body = flat if self.element == FP8 else pack(flat, self.element.bits)
         together = torch.cat((body, *(part.view(len(flat), -1).view(torch.uint8) for part in parts)), dim=-1)
+        together = torch.nn.functional.pad(together, (0, self.tokens * self.width(size) - together.shape[1]))
         return together.view(*x.shape[:-1], self.width(size))
 
     def decode(self, packed: Tensor, size: int, dtype: torch.dtype = torch.float32, tables: Sequence[Tensor] = ()) -> Tensor:
@@ -127,7 +122,9 @@ class VectorFormat:
         body = packed_bytes(count, self.element.bits)
         codes = self._numbers(rows[:, :body].contiguous(), count).view(len(rows), groups, -1)
         # A copy: halves must lie at even addresses.
-        halves = rows[:, body:].clone(memory_format=torch.contiguous_format).view(torch.float16).to(torch.float32)
+        halves = (
+            rows[:, body : self._together_bytes(size)].clone(memory_format=torch.contiguous_format).view(torch.float16).to(torch.float32)
+        )
         scale, *least = halves.view(len(rows), -1, groups, 1).unbind(1)
         values = codes * scale + least[0] if least else codes * scale
         if self.tokens > 1:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qcompile.ir.records import Assets, CoverageRow, PassRecord
+from qcompile.runtime.cache_layers import CacheLayer
 from qcompile.target import Target, parse_target
 
 RECORDS = [
@@ -18,6 +19,7 @@ RECORDS = [
     PassRecord(1, "idle", "idle", False, 12, 12, 0.1, 4_000_000),
 ]
 COVERAGE = [CoverageRow("linear_1", "linear", "q.weight", "int4 g64 sym fp16", "torch_cpu.linear", "", "m.py:1")]
+CACHE = [CacheLayer(index, "int4 t32 asym", "int4 g32 asym", 4, 32, 384, 240, 51456, 0, "torch_cpu.attend_settled") for index in range(3)]
 
 
 @dataclass
@@ -47,6 +49,7 @@ class FakeModel:
     assets: Assets = field(default_factory=lambda: Assets(vocab_size=5, name="fake"))
     records: list[PassRecord] = field(default_factory=lambda: RECORDS)
     coverage: list[CoverageRow] = field(default_factory=lambda: COVERAGE)
+    cache_layers: list[CacheLayer] = field(default_factory=lambda: CACHE)
     weight_bytes: int = 1_000_000
     bits_per_weight: float = 4.25
     scale: float = 1.0

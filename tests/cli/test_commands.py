@@ -6,6 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import qcompile
 from qcompile.dump import writer
 from qcompile.quant.scheme_options import SchemeOptions
-from tests.cli.fakes import RECORDS, FakeModel
+from tests.cli.fakes import CACHE, RECORDS, FakeModel
 
 Invoke = Callable[..., Any]
 
@@ -137,6 +138,22 @@ def test_inspect_artifact(model: FakeModel, invoke: Invoke) -> None:
     assert printed["target"] == "cpu-int4"
     assert printed["passes"][0]["nodes_after"] == 12
     assert "fake" in invoke("inspect", "out").stdout
+
+
+def test_inspect_shows_the_cache_of_every_layer(model: FakeModel, invoke: Invoke) -> None:
+    printed = json.loads(invoke("inspect", "out", "--json").stdout)["cache"]
+    assert [(row["layer"], row["keys"], row["bytes_per_sequence"]) for row in printed] == [(n, "int4 t32 asym", 51456) for n in range(3)]
+    assert printed[0]["bits_per_number"] == pytest.approx(8 * (240 + 51456 / 4096) / 384)
+    model.cache_layers = [CACHE[0], replace(CACHE[1], keys="int2 t32 asym", bytes_per_token=190)]
+    lines = [line for line in invoke("inspect", "out").stdout.splitlines() if "asym" in line or "all 2" in line]
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]
+    assert [row[:6] for row in cells] == [
+        ["0", "int4 t32 asym", "int4 g32 asym", "4", "32", "240 B"],
+        ["1", "int2 t32 asym", "int4 g32 asym", "4", "32", "190 B"],
+        ["all 2", "", "", "", "", "430 B"],
+    ]
+    model.cache_layers = []
+    assert "bits per number" not in invoke("inspect", "out").stdout
 
 
 def test_inspect_dump(invoke: Invoke, tmp_path: Path) -> None:

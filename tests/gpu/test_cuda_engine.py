@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from qcompile.runtime.artifact import ArtifactContents
 from qcompile.runtime.engines.cuda import CudaEngine
@@ -56,6 +58,28 @@ def test_a_sequence_does_not_depend_on_the_rows_beside_it(contents: ArtifactCont
     alone = [fast.prefill(PROMPTS[:1]), fast.decode([1]), fast.decode([4])]
     for both, one in zip(together, alone, strict=True):
         assert float((both[0] - one[0]).float().abs().max() / one.float().abs().max()) <= SCHEMES[contents.target.split("-", 1)[1]]
+
+
+def test_sequences_come_and_go_in_shared_pages(contents: ArtifactContents, tmp_path: Path) -> None:
+    """Pages of sixteen tokens; a fork, a row that leaves, one that takes its place, and one that comes back from a file."""
+    engine = CudaEngine(contents, max_batch=4, max_context=64, page_tokens=16)
+    told: dict[int, list[Tensor]] = {}
+    told |= {row: [logits] for row, logits in zip(*engine.join_all(PROMPTS[:2]), strict=True)}
+    told[engine.fork(0)] = list(told[0])
+    for tokens in ({0: 1, 1: 2, 2: 1}, {2: 3, 0: 4}):
+        for row, logits in zip(tokens, engine.step(tokens), strict=True):
+            told[row].append(logits)
+    engine.leave(1)
+    assert engine.join(PROMPTS[2])[0] == 1
+    engine.save(2, tmp_path / "sequence")
+    engine.leave(2)
+    engine.step({1: 5, 0: 6})
+    row = engine.restore(tmp_path / "sequence")
+    told[2].append(engine.step({row: 7})[0])
+    for row, tokens in ((0, [1, 4]), (2, [1, 3, 7])):
+        alone = torch.cat([engine.prefill(PROMPTS[:1]), *(engine.decode([token]) for token in tokens)])
+        error = (torch.stack(told[row]) - alone).float().abs().max() / alone.float().abs().max()
+        assert float(error) <= SCHEMES[contents.target.split("-", 1)[1]]
 
 
 def test_replays_are_deterministic(contents: ArtifactContents) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 import qcompile
 from qcompile.compiled import CompiledModel
+from qcompile.evaluation import evaluate, logits_of
 from qcompile.quant.cache_format import CACHES
+from qcompile.target import parse_target
 from tests.models import tiny
 
 TEXT = torch.randint(0, 100, (1, 110), generator=torch.Generator().manual_seed(0))
@@ -36,6 +40,33 @@ def test_decoding_gives_what_reading_the_text_at_once_gives(compiled: CompiledMo
     torch.testing.assert_close(by_decoding(compiled, engine), at_once, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", sorted(CACHES))
+def test_evaluation_scores_what_decoding_would_have_seen(name: str) -> None:
+    """Log-probabilities of the tokens that follow, from the first token of windows side by side.
+
+    In float64, unsettled tokens too: no number lies so close to the border of two codes that the order of a sum decides, and a group
+    that has seen the future shows.
+    """
+    scheme = parse_target(f"cpu-fp32-{name}" if name != "kv" else "cpu-fp32").scheme
+    cache = replace(scheme.cache, dtype=torch.float64)
+    scheme = replace(scheme, cache=cache, compute=torch.float64)
+    compiled = qcompile.compile(tiny("llama"), "cpu-fp32", scheme=scheme, calibration=CALIBRATION, max_context=128)
+    model = CompiledModel(compiled.contents, max_batch=2, max_context=128, engine="reference")
+    windows = torch.cat((TEXT, TEXT.flip(1)))
+    first = model.engine.prefill(windows[:, :1].tolist())
+    steps = torch.stack([first, *(model.engine.decode(tokens.tolist()) for tokens in windows[:, 1:-1].T)], dim=1)
+    at_once, decoded = _of_next(logits_of(model)(windows)[:, :-1], windows), _of_next(steps, windows)
+    torch.testing.assert_close(at_once, decoded, rtol=0, atol=1e-9)
+    result = evaluate(logits_of(model), windows)
+    assert result.tokens == decoded.numel() == 218
+    assert result.perplexity == pytest.approx(float((-decoded.mean()).exp()), rel=1e-9)
+
+
+def _of_next(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability [B, S - 1] of each token but the first, from the logits [B, S - 1, V] before it."""
+    return logits.log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2)
+
+
 def test_rows_of_a_ragged_batch_are_what_they_are_alone(compiled: CompiledModel) -> None:
     model = CompiledModel(compiled.contents, max_batch=2, max_context=128, engine="reference")
     prompts, steps = [TEXT[0, :70].tolist(), TEXT[0, 30:50].tolist()], TEXT[0, 70:75].tolist()
@@ -50,6 +81,16 @@ def test_the_bytes_are_those_that_are_allocated(compiled: CompiledModel) -> None
     cache = CompiledModel(compiled.contents, max_batch=2, max_context=128).engine.cache  # type: ignore[attr-defined]
     allocated = sum(tensor.nbytes for tensor in cache.tensors.values())
     assert cache.nbytes == allocated == 2 * (128 * compiled.kv_bytes_per_token + compiled.kv_bytes_per_sequence)
+
+
+def test_layers_take_together_what_the_cache_takes(compiled: CompiledModel) -> None:
+    layers = compiled.cache_layers
+    assert [layer.layer for layer in layers] == [0, 1]
+    assert sum(layer.bytes_per_token for layer in layers) == compiled.kv_bytes_per_token
+    assert sum(layer.bytes_per_sequence for layer in layers) == compiled.kv_bytes_per_sequence
+    cache = compiled.target.scheme.cache
+    assert {(layer.sinks, layer.window) for layer in layers} == {(cache.sinks, cache.window)}
+    assert {(layer.keys, layer.values) for layer in layers} == {cache.forms() or ("fp16", "fp16")}
 
 
 def test_padding_may_stand_anywhere(compiled: CompiledModel) -> None:
