@@ -1,34 +1,52 @@
-"""Settled vectors as attention reads them: a tile of codes becomes a tile of numbers in the type of the queries.
+"""Settled vectors as attention reads them: a tile of codes becomes a tile of numbers in float16.
 
 Numbers of one channel that share a scale are tokens, those of one token are channels, and groups are small: so scales meet the codes, not
 the scores. A tile has its codes in order, [BLOCK_T, BLOCK_D] per token or [BLOCK_D, BLOCK_T] per channel, so that it is multiplied as one
-that was never packed. A code in the low bits of 2^23 is 2^23 plus the code: no conversion instruction.
+that was never packed.
+
+Scales and least values are float16, and a code in the low bits of 1024 (0x6400) is that number plus the code: so a number is one masked
+code, one difference, which is exact, and one fused multiplication, two numbers at a time. Queries in bfloat16 are float16 too once a power
+of two, the same for a line, is taken out of them.
 """
 
 from __future__ import annotations
 
 from qcompile.codegen.triton.cache_tiles import KeyTile, Sum, Tiles, ValueTile, plain_tiles
-from qcompile.codegen.triton.elements import element_float32
 from qcompile.codegen.triton.settled_form import Packed
 from qcompile.codegen.triton.source import Lines, load
 from qcompile.codegen.triton.tiles import power_of_two
 from qcompile.quant.element import FP8
 
-CODE_BASE, CODE_PATTERN = float(1 << 23), "0x4B000000"
-"""2^23, and its bits as float32."""
+CODE_BASE, CODE_PATTERN = 1024.0, "0x6400"
+"""A float16 with room for ten bits, and its own bits."""
+LEAST_REACH = 2.0**-100
+"""Of a line's queries: less is taken for nothing."""
 
 
 def settled_tiles(keys: Packed, values: Packed, kind: str, step: int) -> Tiles:
-    """Keys and values that are packed, `step` tokens at a time; queries, sums and numbers are those of tiles that came in 16 bits."""
+    """Keys and values that are packed, `step` tokens at a time; `query` and the sums are those of tiles that came in the type `kind`."""
     plain = plain_tiles(kind, step)
-    score = [*tile_lines(keys, "keys", kind, step), f"score = tl.dot(query, {turned(keys, keys.per_channel)})"]
+    query, times = ("query", "") if kind == "tl.float16" else ("half_query", " * reach[:, None]")
+    score = [*tile_lines(keys, "keys", step), f"score = tl.dot({query}, {turned(keys, keys.per_channel)}){times}"]
     mix = [
-        *tile_lines(values, "values", kind, step),
-        f"mixed = tl.dot(weight.to({kind}), {turned(values, not values.per_channel)}, mixed * decay[:, None])",
+        *tile_lines(values, "values", step),
+        f"mixed = tl.dot(weight.to(tl.float16), {turned(values, not values.per_channel)}, mixed * decay[:, None])",
     ]
     sums = (Sum("mixed", "dim", "dim < D"),)
     together = max(keys.form.tokens, values.form.tokens)  # both are powers of two
-    return Tiles(KeyTile(plain.keys.query, score), ValueTile(plain.values.zeros, mix, sums, []), step, plain.channels, together)
+    return Tiles(KeyTile([*plain.keys.query, *half_query_lines(kind)], score), ValueTile(plain.values.zeros, mix, sums, []), step, plain.channels, together)
+
+
+def half_query_lines(kind: str) -> Lines:
+    """`half_query`, the queries over `reach`, the power of two at most as large as the largest of a line: exact but for what is 2^-14 of it."""
+    if kind == "tl.float16":
+        return []
+    return [
+        "wide_query = query.to(tl.float32)",
+        f"largest = tl.maximum(tl.max(tl.abs(wide_query), axis=1), {LEAST_REACH!r})",
+        "reach = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)",
+        "half_query = (wide_query / reach[:, None]).to(tl.float16)",
+    ]
 
 
 def turned(form: Packed, fits: bool) -> str:
@@ -37,21 +55,20 @@ def turned(form: Packed, fits: bool) -> str:
     return tile if fits else f"tl.trans({tile})"
 
 
-def tile_lines(form: Packed, source: str, kind: str, step: int) -> Lines:
-    """`NAME_tile` in the type `kind` of the tokens in the slots `place`, those that are `present`."""
-    return channel_lines(form, source, kind, step) if form.per_channel else token_lines(form, source, kind)
+def tile_lines(form: Packed, source: str, step: int) -> Lines:
+    """`NAME_tile` float16 of the tokens in the slots `place`, those that are `present`."""
+    return channel_lines(form, source, step) if form.per_channel else token_lines(form, source)
 
 
-def number_lines(form: Packed, codes: str, kind: str, spread: str) -> Lines:
+def number_lines(form: Packed, codes: str, spread: str) -> Lines:
     """`NAME_tile` of `codes` whose scales broadcast by `spread`."""
     name = form.name.lower()
     least = "" if form.form.symmetric else f" + {name}_least{spread}"
-    wide = f"{codes}.to(tl.uint32)"
-    integer = f"({wide} | {CODE_PATTERN}).to(tl.float32, bitcast=True) - {CODE_BASE + form.zero}"
-    return [
-        f"{name}_numbers = {element_float32('fp8', wide) if form.form.element == FP8 else integer}",
-        f"{name}_tile = ({name}_numbers * {name}_scale{spread}{least}).to({kind})",
-    ]
+    wide = f"{codes}.to(tl.uint16)"
+    number = f"({wide} | {CODE_PATTERN}).to(tl.float16, bitcast=True) - {CODE_BASE + form.zero}"
+    if form.form.element == FP8:
+        number = f"((({wide} & 127) << 7) | (({wide} & 128) << 8)).to(tl.float16, bitcast=True) * 256.0"
+    return [f"{name}_numbers = {number}", f"{name}_tile = {name}_numbers * {name}_scale{spread}{least}"]
 
 
 def code_lines(form: Packed, rows: str, columns: str) -> Lines:
@@ -70,16 +87,16 @@ def joined(parts: list[str]) -> str:
 
 
 def scale_lines(form: Packed, source: str, cell: str, index: str, mask: str) -> Lines:
-    """`NAME_scale` and, where there are least values, `NAME_least`, float32, at `index` of the bytes at `cell`."""
+    """`NAME_scale` and, where there are least values, `NAME_least`, float16, at `index` of the bytes at `cell`."""
     name = form.name.lower()
     lines = [f"{name}_half = ({source} + {cell} + {form.constant('BODY')}).to(tl.pointer_type(tl.float16)) + {index}"]
     parts = (("scale", ""),) if form.form.symmetric else (("scale", ""), ("least", f" + {form.constant('GROUPS')}"))
     for part, offset in parts:
-        lines += load(f"{name}_{part}", f"{name}_half{offset}", mask, suffix=".to(tl.float32)")
+        lines += load(f"{name}_{part}", f"{name}_half{offset}", mask)
     return lines
 
 
-def token_lines(form: Packed, source: str, kind: str) -> Lines:
+def token_lines(form: Packed, source: str) -> Lines:
     """Tokens with groups of channels: a token's groups stand side by side, each with its scale."""
     name, size = form.name.lower(), form.size
     block = max(16, power_of_two(size))
@@ -96,12 +113,12 @@ def token_lines(form: Packed, source: str, kind: str) -> Lines:
         ),
     ]
     if groups == 1:
-        return [*lines, *number_lines(form, f"{name}_codes", kind, "")]
+        return [*lines, *number_lines(form, f"{name}_codes", "")]
     cut = f"tl.reshape({name}_codes, [BLOCK_T, {groups}, {form.group}])"
-    return [*lines, *number_lines(form, cut, kind, "[:, :, None]"), f"{name}_tile = tl.reshape({name}_tile, [BLOCK_T, BLOCK_D])"]
+    return [*lines, *number_lines(form, cut, "[:, :, None]"), f"{name}_tile = tl.reshape({name}_tile, [BLOCK_T, BLOCK_D])"]
 
 
-def channel_lines(form: Packed, source: str, kind: str, step: int) -> Lines:
+def channel_lines(form: Packed, source: str, step: int) -> Lines:
     """Channels with groups of tokens: the step's groups of a channel stand side by side; a longer group is read in part."""
     name, tokens, per = form.name.lower(), form.form.tokens, form.per_byte
     held = min(tokens, step)
@@ -119,4 +136,4 @@ def channel_lines(form: Packed, source: str, kind: str, step: int) -> Lines:
         *scale_lines(form, source, f"{name}_cell[None, :]", "dim[:, None]", f"{name}_there[None, :] & (dim < D)[:, None]"),
     ]
     cut = f"tl.reshape({name}_codes, [BLOCK_D, {step // held}, {held}])"
-    return [*lines, *number_lines(form, cut, kind, "[:, :, None]"), f"{name}_tile = tl.reshape({name}_tile, [BLOCK_D, BLOCK_T])"]
+    return [*lines, *number_lines(form, cut, "[:, :, None]"), f"{name}_tile = tl.reshape({name}_tile, [BLOCK_D, BLOCK_T])"]
