@@ -24,21 +24,32 @@ LEAST_REACH = 2.0**-100
 
 
 def settled_tiles(keys: Packed, values: Packed, kind: str, step: int) -> Tiles:
-    """Keys and values that are packed, `step` tokens at a time; `query` and the sums are those of tiles that came in the type `kind`."""
+    """Keys and values that are packed, `step` tokens at a time; `query` and the sums are those of tiles that came in the type `kind`.
+
+    Where tokens lie together a step is no longer than these: all of it is settled, and lies in one page. Else `present` says which tokens
+    are there. `first_slot` is the number of a place in all pages, `row` [BLOCK_T] how far from there each token is.
+    """
+    together = max(keys.form.tokens, values.form.tokens)  # both are powers of two
+    present = "present" if together == 1 else ""
     plain = plain_tiles(kind, step)
     query, times = ("query", "") if kind == "tl.float16" else ("half_query", " * reach[:, None]")
-    score = [*tile_lines(keys, "keys", step), f"score = tl.dot({query}, {turned(keys, keys.per_channel)}){times}"]
+    score = [*tile_lines(keys, "keys", step, present), f"score = tl.dot({query}, {turned(keys, keys.per_channel)}){times}"]
     mix = [
-        *tile_lines(values, "values", step),
+        *tile_lines(values, "values", step, present),
         f"mixed = tl.dot(weight.to(tl.float16), {turned(values, not values.per_channel)}, mixed * decay[:, None])",
     ]
     sums = (Sum("mixed", "dim", "dim < D"),)
-    together = max(keys.form.tokens, values.form.tokens)  # both are powers of two
-    return Tiles(KeyTile([*plain.keys.query, *half_query_lines(kind)], score), ValueTile(plain.values.zeros, mix, sums, []), step, plain.channels, together)
+    return Tiles(
+        KeyTile([*plain.keys.query, *half_query_lines(kind)], score),
+        ValueTile(plain.values.zeros, mix, sums, []),
+        step,
+        plain.channels,
+        together,
+    )
 
 
 def half_query_lines(kind: str) -> Lines:
-    """`half_query`, the queries over `reach`, the power of two at most as large as the largest of a line: exact but for what is 2^-14 of it."""
+    """`half_query`, the queries over `reach`, a power of two as large as the largest of a line: exact but for what is 2^-14 of that."""
     if kind == "tl.float16":
         return []
     return [
@@ -55,9 +66,9 @@ def turned(form: Packed, fits: bool) -> str:
     return tile if fits else f"tl.trans({tile})"
 
 
-def tile_lines(form: Packed, source: str, step: int) -> Lines:
-    """`NAME_tile` float16 of the tokens in the slots `place`, those that are `present`."""
-    return channel_lines(form, source, step) if form.per_channel else token_lines(form, source)
+def tile_lines(form: Packed, source: str, step: int, present: str) -> Lines:
+    """`NAME_tile` float16 of the tokens of a step."""
+    return channel_lines(form, source, step) if form.per_channel else token_lines(form, source, present)
 
 
 def number_lines(form: Packed, codes: str, spread: str) -> Lines:
@@ -86,31 +97,34 @@ def joined(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else f"tl.join({joined(parts[::2])}, {joined(parts[1::2])})"
 
 
-def scale_lines(form: Packed, source: str, cell: str, index: str, mask: str) -> Lines:
-    """`NAME_scale` and, where there are least values, `NAME_least`, float16, at `index` of the bytes at `cell`."""
+def read(target: str, at: str, *conditions: str) -> Lines:
+    """`target` from the pointers `at` where all conditions hold that are not empty; 0 elsewhere."""
+    mask = " & ".join(condition for condition in conditions if condition)
+    return load(target, at, mask, "0") if mask else [f"{target} = tl.load({at})"]
+
+
+def scale_lines(form: Packed, cell: str, index: str, *conditions: str) -> Lines:
+    """`NAME_scale` and, where there are least values, `NAME_least`, float16, at `index` of the bytes at the pointers `cell`."""
     name = form.name.lower()
-    lines = [f"{name}_half = ({source} + {cell} + {form.constant('BODY')}).to(tl.pointer_type(tl.float16)) + {index}"]
+    lines = [f"{name}_half = ({cell} + {form.constant('BODY')}).to(tl.pointer_type(tl.float16)) + {index}"]
     parts = (("scale", ""),) if form.form.symmetric else (("scale", ""), ("least", f" + {form.constant('GROUPS')}"))
-    for part, offset in parts:
-        lines += load(f"{name}_{part}", f"{name}_half{offset}", mask)
-    return lines
+    return [*lines, *(line for part, offset in parts for line in read(f"{name}_{part}", f"{name}_half{offset}", *conditions))]
 
 
-def token_lines(form: Packed, source: str) -> Lines:
+def token_lines(form: Packed, source: str, present: str) -> Lines:
     """Tokens with groups of channels: a token's groups stand side by side, each with its scale."""
-    name, size = form.name.lower(), form.size
-    block = max(16, power_of_two(size))
+    name, block = form.name.lower(), max(16, power_of_two(form.size))
     groups = 1 if form.groups == 1 else block // form.group
-    mask = f"present[:, None] & ({name}_byte < {size // form.per_byte})[None, :]"
+    there = f"{present}[:, None]" if present else ""
+    few = f"({name}_byte < {form.size // form.per_byte})[None, :]" if form.size < block else ""
+    some = f"({name}_group < {form.constant('GROUPS')})" if groups > form.groups else ""
     lines = [
-        f"{name}_cell = slot * {form.constant('BYTES')}",
+        f"{name}_cell = {source} + first_slot * {form.constant('BYTES')} + row[:, None] * {form.constant('BYTES')}",
         f"{name}_byte = tl.arange(0, {block // form.per_byte})",
-        *load(f"{name}_items", f"{source} + {name}_cell[:, None] + {name}_byte[None, :]", mask, "0"),
+        *read(f"{name}_items", f"{name}_cell + {name}_byte[None, :]", there, few),
         *code_lines(form, "BLOCK_T", "BLOCK_D"),
         f"{name}_group = tl.arange(0, {groups})[None, :]",
-        *scale_lines(
-            form, source, f"{name}_cell[:, None]", f"{name}_group", f"present[:, None] & ({name}_group < {form.constant('GROUPS')})"
-        ),
+        *scale_lines(form, f"{name}_cell", f"{name}_group", there, some),
     ]
     if groups == 1:
         return [*lines, *number_lines(form, f"{name}_codes", "")]
@@ -122,18 +136,20 @@ def channel_lines(form: Packed, source: str, step: int) -> Lines:
     """Channels with groups of tokens: the step's groups of a channel stand side by side; a longer group is read in part."""
     name, tokens, per = form.name.lower(), form.form.tokens, form.per_byte
     held = min(tokens, step)
-    offset = f"start % {tokens} // {per} + " if tokens > step else ""
-    at = f"{source} + {name}_cell[None, :, None] + dim[:, None, None] * {tokens // per} + {name}_byte[None, None, :]"
+    before, offset = (f" - start % {tokens}", f"start % {tokens} // {per} + ") if tokens > step else ("", "")
+    group = f"tl.arange(0, {step // held}) * {tokens * form.form.width(form.size)}"
+    there = "(dim < D)" if form.size < max(16, power_of_two(form.size)) else ""
     lines = [
-        f"{name}_first = (start // {tokens} + tl.arange(0, {step // held})) * {tokens}",
-        f"{name}_there = {name}_first < last",
-        *load(f"{name}_page", f"page_table + batch * pages + {name}_first // page_tokens", f"{name}_there", "0", ".to(tl.int64)"),
-        f"{name}_cell = (({name}_page * L + head) * page_tokens + {name}_first % page_tokens) * {form.constant('BYTES')}",
+        f"{name}_cell = {source} + (first_slot{before}) * {form.constant('BYTES')} + ({group})[None, :]",
         f"{name}_byte = {offset}tl.arange(0, {held // per})",
-        *load(f"{name}_items", at, f"{name}_there[None, :, None] & (dim < D)[:, None, None]", "0"),
+        *read(
+            f"{name}_items",
+            f"{name}_cell[:, :, None] + dim[:, None, None] * {tokens // per} + {name}_byte[None, None, :]",
+            f"{there}[:, None, None]" if there else "",
+        ),
         f"{name}_items = tl.reshape({name}_items, [BLOCK_D, {step // per}])",
         *code_lines(form, "BLOCK_D", "BLOCK_T"),
-        *scale_lines(form, source, f"{name}_cell[None, :]", "dim[:, None]", f"{name}_there[None, :] & (dim < D)[:, None]"),
+        *scale_lines(form, f"{name}_cell", "dim[:, None]", f"{there}[:, None]" if there else ""),
     ]
     cut = f"tl.reshape({name}_codes, [BLOCK_D, {step // held}, {held}])"
     return [*lines, *number_lines(form, cut, "[:, :, None]"), f"{name}_tile = tl.reshape({name}_tile, [BLOCK_D, BLOCK_T])"]
