@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qcompile.ir import cache_ops, hadamard_ops, ops
+from qcompile.ir import cache_ops, hadamard_ops, ops, rematerialize_ops
 from qcompile.passes import substitutes
 
 _DENSE = 1024
@@ -92,6 +92,31 @@ def attend_settled(
     return attention(q, exact_keys, exact_values, positions >= 0, None, scale, causal=True, window=window, softcap=softcap, sinks=sinks)
 
 
+def attend_ranked(
+    q: Tensor, keys: Tensor, values: Tensor, marks: Tensor, saliency: Tensor, exact_keys: Tensor, exact_values: Tensor, slots: Tensor,
+    page_table: Tensor, positions: Tensor, k_form: str, v_form: str, first: int, recent: int, group: int, scale: float, window: int = 0,
+    softcap: float = 0.0, sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`qcompile::attend_ranked` as if nothing had settled."""
+    del slots
+    settled = (page_table, positions, k_form, v_form, first, recent, group, scale, window, softcap, sinks)
+    return attend_settled(q, keys, values, exact_keys, exact_values, *settled), keys, values, marks, saliency
+
+
+def cache_store(pages: Tensor, x: Tensor, page_table: Tensor, positions: Tensor) -> Tensor:
+    """`qcompile::cache_store` to an empty cache, of vectors that come as numbers."""
+    return cache_append(pages, pages, x, x, page_table, positions)[0]
+
+
+def attend_rematerialized(
+    q: Tensor, sources: Tensor, page_table: Tensor, positions: Tensor, form: str, *options: Any, **on_read: Any
+) -> Tensor:  # fmt: skip
+    """`qcompile::attend_rematerialized` over vectors that were rounded when they were stored, and are numbers here."""
+    del form
+    numbers = sources[page_table.long()].transpose(1, 2).flatten(2, 3)
+    return rematerialize_ops.attend_over(q, numbers, positions, *options, **on_read)
+
+
 def straight_vectors(x: Tensor, form: str, tables: Sequence[Tensor] | None = None) -> Tensor:
     """What is read back of `qcompile::pack_vectors(x, form, tables)`, with the gradient of x."""
     with torch.no_grad():
@@ -134,6 +159,9 @@ DIFFERENTIABLE: dict[Any, Any] = {
     torch.ops.qcompile.settle.default: lambda pages, *_: pages,
     torch.ops.qcompile.retain.default: lambda rows, *_: rows,
     torch.ops.qcompile.attend_settled.default: attend_settled,
+    torch.ops.qcompile.attend_ranked.default: attend_ranked,
+    torch.ops.qcompile.cache_store.default: cache_store,
+    torch.ops.qcompile.attend_rematerialized.default: attend_rematerialized,
     torch.ops.aten.linear.default: linear,
 }
 """Operator -> a function of the same arguments that passes gradients."""

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.ir import activation_ops as _activation_ops  # noqa: F401  registers operators of quantized activations
+from qcompile.ir import append_ops as _append_ops  # noqa: F401  registers operators that pack and store at once
 from qcompile.ir import fused_activation_ops as _fused_activation_ops  # noqa: F401  registers producers of quantized activations
 from qcompile.ir import fused_asymmetric_ops as _fused_asymmetric_ops  # noqa: F401  registers their asymmetric twins
+from qcompile.ir import retention_ops as _retention_ops  # noqa: F401  registers operators of caches that keep some tokens as they came
 from qcompile.ir.graph import Graph
 from qcompile.ir.lowered import BUCKETS, KernelSpec
 from qcompile.passes.raise_patterns import activation_name
@@ -47,8 +49,20 @@ def _cache(operands: dict[str, Any]) -> Sizes:
     return {"L": operands["keys"].shape[1], "D": operands["keys"].shape[3]}
 
 
+def _packed(operands: dict[str, Any]) -> Sizes:
+    return {"L": operands["k"].shape[1], "D": operands["k"].shape[3]}
+
+
 def _attend(operands: dict[str, Any]) -> Sizes:
     return {"H": operands["q"].shape[1], "L": operands["keys"].shape[1], "D": operands["q"].shape[3]}
+
+
+def _recent(operands: dict[str, Any]) -> Sizes:
+    return {"L": operands["rows"].shape[1], "N": operands["rows"].shape[2], "D": operands["rows"].shape[3]}
+
+
+def _exact(operands: dict[str, Any]) -> Sizes:
+    return {"L": operands["exact"].shape[1], "D": operands["exact"].shape[3]}
 
 
 OPERATORS: dict[Any, tuple[str, tuple[str, ...], Callable[[dict[str, Any]], Sizes], bool]] = {
@@ -66,6 +80,19 @@ OPERATORS: dict[Any, tuple[str, tuple[str, ...], Callable[[dict[str, Any]], Size
         "cache_append_", ("keys", "values", "k", "v", "page_table", "positions"), _cache, False,
     ),
     qcompile.cache_attend.default: ("cache_attend", ("q", "keys", "values", "page_table", "positions", "", "", "", "sinks"), _attend, True),
+    qcompile.append_packed.default: (
+        "append_packed_", ("keys", "values", "k", "v", "page_table", "positions", "", "", "matrix"), _packed, False,
+    ),
+    qcompile.cache_attend_packed.default: (
+        "cache_attend_packed", ("q", "keys", "values", "page_table", "positions", "", "", "", "", "", "sinks"), _attend, True,
+    ),
+    qcompile.with_recent.default: ("with_recent", ("rows", "x", "slots"), _recent, False),
+    qcompile.settle.default: ("settle_", ("pages", "exact", "page_table", "positions"), _exact, False),
+    qcompile.retain.default: ("retain_", ("rows", "exact", "slots", "positions"), _exact, False),
+    qcompile.attend_settled.default: (
+        "attend_settled",
+        ("q", "keys", "values", "exact_keys", "exact_values", "page_table", "positions", *[""] * 8, "sinks"), _attend, True,
+    ),
     aten.embedding.default: ("embedding", ("weight", "indices"), _table, False),
     qcompile.quantized_embedding.default: ("quantized_embedding", ("indices", "codes", "scale", "zero"), _table, False),
     qcompile.integer_linear.default: (
@@ -94,7 +121,10 @@ OPERATORS: dict[Any, tuple[str, tuple[str, ...], Callable[[dict[str, Any]], Size
 }  # fmt: skip
 """Operator -> the specification's name, its operands by position ("" is not a tensor), its sizes, and whether it has buckets."""
 
-_NO_RESULT = ("cache_append_",)
+_NO_RESULT = ("cache_append_", "append_packed_", "settle_", "retain_")
+_PER_SEQUENCE = ("slots",)
+"""Operands whose only axis is the batch."""
+_POLICY = ("first", "recent", "group")
 
 
 def kernel_specs(graph: Graph, node: fx.Node) -> dict[str, KernelSpec]:
@@ -103,6 +133,7 @@ def kernel_specs(graph: Graph, node: fx.Node) -> dict[str, KernelSpec]:
         return {}
     name, names, sizes, bucketed = OPERATORS[node.target]
     arguments = {operand: value for operand, value in zip(names, node.args, strict=False) if operand and isinstance(value, fx.Node)}
+    arguments |= _unnamed(node, names)
     values: dict[str, Any] = {operand: value.meta["val"] for operand, value in arguments.items()}
     results = node.meta["val"] if isinstance(node.meta["val"], tuple | list) else (node.meta["val"],)
     if name not in _NO_RESULT:
@@ -114,12 +145,27 @@ def kernel_specs(graph: Graph, node: fx.Node) -> dict[str, KernelSpec]:
     return {bucket: KernelSpec(name, *parts, bucket) for bucket in (BUCKETS if bucketed else ("",))}
 
 
+def _unnamed(node: fx.Node, names: tuple[str, ...]) -> dict[str, fx.Node]:
+    """Tensors that the table has no name for, by the schema's: a kernel refuses what it does not know."""
+    named = {place for place, operand in enumerate(names) if operand}
+    found = {key: value for place, (key, value) in enumerate(_given(node).items()) if place not in named}
+    return {key: value for key, value in found.items() if isinstance(value, fx.Node) and isinstance(value.meta["val"], Tensor)}
+
+
+def _given(node: fx.Node) -> dict[str, Any]:
+    """The arguments of the call by the names of the operator's schema, in its order."""
+    schema = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = dict(zip(schema, node.args, strict=False)) | node.kwargs
+    return {name: given.get(name) for name in schema}
+
+
 def _regular(node: fx.Node, values: dict[str, Any], name: str) -> bool:
     """Whether the call has the form the kernel is defined for: tensors only, nothing broadcast in an add."""
-    if not all(
-        isinstance(value, Tensor) and isinstance(value.shape[-1], int) for value in values.values() if value.dim() and value.dim() != 2
-    ):
+    if not all(isinstance(value, Tensor) for value in values.values()):
         return False
+    for operand, value in values.items():
+        if value.dim() not in (0, 2) and operand not in _PER_SEQUENCE and not isinstance(value.shape[-1], int):
+            return False
     if name == "add":
         shapes = [list(map(str, value.shape)) for value in values.values()]
         return len(values) == 3 and not node.kwargs and shapes[0] == shapes[1]
@@ -144,6 +190,11 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "rotary_table": ("scaling",),
     "gated_activation": ("activation",),
     "cache_attend": ("scale", "window", "softcap"),
+    "cache_attend_packed": ("k_form", "v_form", "scale", "window", "softcap"),
+    "append_packed_": ("k_form", "v_form", "size"),
+    "settle_": ("form", *_POLICY),
+    "retain_": _POLICY,
+    "attend_settled": ("k_form", "v_form", *_POLICY, "scale", "window", "softcap"),
     "integer_linear": ("group_size",),
     "float8_linear": ("group_size",),
     "quantize_activation": _RANGE,
@@ -161,7 +212,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
 }
 """Specification -> the arguments that are static attributes of it, by the names of the operator's schema."""
 
-_RENAMED = {("hadamard", "size"): "hadamard_size"}
+_RENAMED = {(name, "size"): "hadamard_size" for name in ("hadamard", "append_packed_")}
 
 
 def _options(node: fx.Node, name: str) -> dict[str, Any]:
@@ -170,9 +221,12 @@ def _options(node: fx.Node, name: str) -> dict[str, Any]:
         return {"activation": activation_name(node)}
     if name == "layer_norm":
         return {"eps": node.args[4] if len(node.args) > 4 else 1e-5}
-    schema = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    given = dict(zip(schema, node.args, strict=False)) | node.kwargs
+    given = {key: value for key, value in _given(node).items() if value is not None}
     options = {_RENAMED.get((name, key), key): given[key] for key in _OPTIONS.get(name, ()) if key in given}
+    # Lists of tensors, such as a form's tables, are counted: a kernel that has no option of that name refuses them.
+    options |= {
+        key: len(value) for key, value in given.items() if isinstance(value, list | tuple) and isinstance(next(iter(value), 0), fx.Node)
+    }
     if name in ("integer_linear", "float8_linear"):
         # One scale for every row is a constant [1]; scales of their own have the axes of the rows.
         options["static"] = given["scale"].meta["val"].dim() == 1

@@ -24,12 +24,15 @@ COVERED = (
     qcompile.quantized_linear.default, qcompile.quantized_embedding.default,
     qcompile.integer_linear.default, qcompile.float8_linear.default, qcompile.integer_conv2d.default,
     qcompile.hadamard.default, qcompile.dequantize_activation.default, *PRODUCERS,
+    qcompile.append_packed.default, qcompile.with_recent.default, qcompile.settle.default, qcompile.retain.default,
     qcompile.attention.default, qcompile.cache_attend.default, qcompile.cache_attend_packed.default, qcompile.attend_settled.default,
-    qcompile.moe_experts.default,
+    qcompile.attend_ranked.default, qcompile.attend_rematerialized.default, qcompile.moe_experts.default,
     aten.scaled_dot_product_attention.default,
 )  # fmt: skip
 _WITHOUT_WEIGHT = (*PRODUCERS, qcompile.hadamard.default, qcompile.dequantize_activation.default)
 _UNPACKING = (qcompile.dequantize.default, aten.reshape.default, aten.to.dtype)
+_CACHED = {qcompile.append_packed.default: slice(6, 8), qcompile.settle.default: slice(4, 5), qcompile.attend_settled.default: slice(7, 9)}
+"""Operators over a packed cache -> where they take the formats of what they read or write."""
 REFERENCE = "reference"
 
 
@@ -78,6 +81,8 @@ def _coverage_row(graph: Graph, node: fx.Node, note: tuple[str, bool], refused: 
     activation = str(format_of(producer(node.args[0]) if node.target in ACTIVATION_READERS else node) or "")
     if node.target in _WITHOUT_WEIGHT:
         weight, form, activation = "", activation or form, ""
+    if node.target in _CACHED:
+        form = " / ".join(dict.fromkeys(map(str, node.args[_CACHED[node.target]])))
     names = node.meta.get("kernels")
     kernel = ", ".join(dict.fromkeys(names.values())) if names else REFERENCE
     reason, chosen = note

@@ -11,6 +11,7 @@ from qcompile.passes.convert_dtype import ConvertDtype
 from qcompile.passes.fold_batch_norms import FoldBatchNorms
 from qcompile.passes.fold_constants import FoldConstants
 from qcompile.passes.fold_norms import FoldNorms
+from qcompile.passes.fuse_cache_append import FuseCacheAppend
 from qcompile.passes.fuse_dequantize import FuseDequantize
 from qcompile.passes.fuse_quantize_dequantize import FuseQuantizeDequantize
 from qcompile.passes.fuse_residual_norm import FuseResidualNorm
@@ -62,6 +63,8 @@ def default_pipeline(target: Target, recipe: str = "nearest", *, calibrated: boo
         *(_round(target, calibrated=calibrated) if best else (QuantizeWeights(rounding="nearest"),)),
         FuseResidualNorm(),  # late: earlier passes look for plain norms and adds
         *((FuseQuantizeDequantize(),) if target.scheme.activation else ()),  # sums fuse with norm and quantize; takes weights first
+        # After the bases, which look for appends; only GPUs have a kernel for it.
+        *((FuseCacheAppend(),) if target.scheme.cache.is_packed and target.is_cuda else ()),
         FuseDequantize(),  # each other reader takes codes or is noted
         RemoveDeadCode(),  # weights whose codes took their place
         LowerToKernels(),  # chooses a kernel, or the reference, for each operator
@@ -74,6 +77,8 @@ def _change_basis(target: Target, *, calibrated: bool) -> list[Pass]:
     scheme = target.scheme
     packed_keys = ("keys",) if scheme.cache.is_rotated else ()
     if scheme.weight is None and scheme.activation is None:
+        if scheme.cache.rematerialized:  # what is rounded is a norm's output: its gain and its outliers are the stream's
+            return [FoldNorms(), RotateHadamard()]
         return [RotateHadamard(stream=False, heads=False, online=packed_keys)] if packed_keys else []
     if calibrated and (scheme.activation is not None or _is_coarse(target)):
         # Each norm's gain suits its own linears, and channels are mixed behind it: a third of the error of one rotated stream.
@@ -111,7 +116,7 @@ def registry() -> dict[str, type[Pass]]:
         Canonicalize, RaisePatterns, FoldConstants, RemoveDeadCode, FoldBatchNorms, SmoothActivations, ScaleSalientWeights, ScaleKeys,
         FoldNorms, LearnRotation, RotateHadamard, ReorderChannels, RewriteKvCache,
         ConvertDtype, SplitOutliers, InsertLowRankBranch, QuantizeActivations, QuantizeWeights, FuseResidualNorm, FuseQuantizeDequantize,
-        FuseDequantize, LowerToKernels, PlanMemory,
+        FuseCacheAppend, FuseDequantize, LowerToKernels, PlanMemory,
     )  # fmt: skip
     return {item.name: item for item in passes}
 

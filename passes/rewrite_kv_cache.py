@@ -12,10 +12,12 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicC
 
 from qcompile.errors import UnsupportedModelError
 from qcompile.ir.graph import CACHE_STATES, Graph, Interface
+from qcompile.ir.ranked_ops import marks_width
 from qcompile.ir.structure import template_of
 from qcompile.ir.verify import where
 from qcompile.passes.base import Pass, PassContext
 from qcompile.passes.cache_tables import CachedPair, make_tables
+from qcompile.passes.rematerialize_kv import Rematerialized, plan_rematerialized
 from qcompile.quant.cache_format import CacheFormat
 from qcompile.quant.vector_format import vector_format
 from qcompile.target import Target
@@ -33,7 +35,9 @@ class RewriteKvCache(Pass):
     The graph then takes `input_ids`, `positions` [B, S] (-1 = padding, not stored, attends to nothing), `page_table`
     int32 [B, pages], and per layer `keys_i`, `values_i` [P, L, R, D] (uint8 [P, L, R, W] where the format packs them), and returns
     logits and the new keys and values. Where the format keeps tokens in 16 bits, with_recent, settle, retain and attend_settled take the
-    place of both, with `slots` int32 [B] and per layer `recent_keys_i`, `recent_values_i` [C, L, N, D] (`qcompile/ir/retention_ops.py`).
+    place of both, with `slots` int32 [B] and per layer `recent_keys_i`, `recent_values_i` [C, L, N, D] (`qcompile/ir/retention_ops.py`);
+    where it ranks tokens, attend_ranked packs them too (`qcompile/ir/ranked_ops.py`). `sources_i` [P, 1, R, W] stands for keys and values
+    that are rematerialized (`passes/rematerialize_kv.py`).
     """
 
     name: ClassVar[str] = "rewrite-kv-cache"
@@ -49,10 +53,12 @@ class RewriteKvCache(Pass):
             return False
         for node in layers:
             _require_cacheable(node)
-        pairs = [_stored_pair(node, index, ctx.target.scheme.cache) for index, node in enumerate(layers)]
+        cache = ctx.target.scheme.cache
+        pairs = [_stored_pair(node, index, cache) for index, node in enumerate(layers)]
+        made = plan_rematerialized(graph, layers, ctx) if cache.rematerialized else [""] * len(layers)
         tables = make_tables(graph, pairs, ctx)  # before inputs change: the data is that of a model without a cache
         shared = _new_inputs(graph, ctx.target)
-        states = [_Layer(graph, *layer, index, shared).rewrite() for index, layer in enumerate(zip(pairs, tables, strict=True))]
+        states = [_Layer(graph, *layer, index, shared).rewrite(ctx) for index, layer in enumerate(zip(pairs, tables, made, strict=True))]
         _return_states(graph, states)
         _replace_positions(graph, shared.positions)
         _require_no_mask(graph)
@@ -156,6 +162,8 @@ class _Layer:
     graph: Graph
     pair: CachedPair
     tables: tuple[list[fx.Node], list[fx.Node]]
+    made: Rematerialized | str
+    """What is cached in place of keys and values, or why these are."""
     index: int
     shared: _Shared
 
@@ -164,14 +172,51 @@ class _Layer:
         """The attention."""
         return self.pair.attention
 
-    def rewrite(self) -> States:
+    def rewrite(self, ctx: PassContext) -> States:
         """Let the attention read the cache; what it is stored in, by name, as it is afterwards."""
         options = tuple(_option(self.node, place, name, default) for place, name, default in _ATTEND_OPTIONS)
-        attend, args, states = self.kept() if self.shared.cache.retention.rows else self.stored()
-        on_read = self._on_read()
+        if isinstance(self.made, Rematerialized):
+            (attend, args, states), on_read = self.sources(self.made), self.made.on_read()
+        elif self.shared.cache.is_ranked:
+            (attend, args, states), on_read = self.ranked(), self._on_read()
+        else:
+            (attend, args, states), on_read = self.kept() if self.shared.cache.retention.rows else self.stored(), self._on_read()
         attended = self._call(attend, *args, *options, **on_read)
+        if isinstance(self.made, str) and self.made:
+            ctx.note(RewriteKvCache.name, attended.name, self.made, chosen=True)
+        if isinstance(self.made, Rematerialized) and ctx.target.scheme.weight is not None:
+            ctx.note(RewriteKvCache.name, attended.name, "the weights of its keys and values are read as numbers, not codes")
+        if attend is qcompile.attend_ranked.default:
+            results = [self._call(operator.getitem, attended, place) for place in range(5)]
+            states |= dict(zip(("keys", "values", "marks", "recent_saliency"), results[1:], strict=True))
+            attended = results[0]
         self.graph.replace(self.node, attended)
         return states
+
+    def sources(self, made: Rematerialized) -> tuple[Any, tuple[Any, ...], States]:
+        """What keys and values are made from goes into the pages, as one head."""
+        places, form = (self.shared.page_table, self.shared.positions), self.pair.forms[0]
+        packed = self._call(qcompile.pack_vectors.default, self._call(torch.ops.aten.unsqueeze.default, made.stored, 1), form)
+        pages = self._pages("sources", packed, packed.meta["val"].shape[3], torch.uint8)
+        stored = self._call(qcompile.cache_store.default, pages, packed, *places)
+        return qcompile.attend_rematerialized.default, (self.pair.queries, stored, *places, form, *made.weights), {"sources": stored}
+
+    def ranked(self) -> tuple[Any, tuple[Any, ...], States]:
+        """As `kept`, but the operator that attends is the one that packs, by what it sees; its new states are its results."""
+        shared, policy = self.shared, self.shared.cache.retention
+        options, heads = (policy.first, policy.recent, policy.group), int(self.pair.keys.meta["val"].shape[1])
+        exact, states, pages = [], {}, []
+        for name, part, text in zip(("keys", "values"), (self.pair.keys, self.pair.values), self.pair.forms, strict=True):
+            rows = self._rows(f"recent_{name}", part, policy.rows)
+            exact.append(self._call(qcompile.with_recent.default, rows, part, shared.slots))
+            pages.append(self._pages(name, part, vector_format(text).width(int(part.meta["val"].shape[3])), torch.uint8))
+            retained = (rows, exact[-1], shared.slots, shared.positions, *options)
+            states[f"recent_{name}"] = self._call(qcompile.retain.default, *retained)
+        symbols = shared.symbols
+        pages.append(self._state("marks", (symbols["pages"], 1, symbols["page_tokens"], marks_width(heads)), torch.uint8))
+        pages.append(self._state("recent_saliency", (symbols["sequences"], heads, policy.rows, 1), torch.float32))
+        places = (shared.slots, shared.page_table, shared.positions)
+        return qcompile.attend_ranked.default, (self.pair.queries, *pages, *exact, *places, *self.pair.forms, *options), states
 
     def stored(self) -> tuple[Any, tuple[Any, ...], States]:
         """Every token goes into the pages as it comes, packed or not: the operator that attends, its first arguments, the new states."""
@@ -274,7 +319,12 @@ def _require_no_mask(graph: Graph) -> None:
 def _return_states(graph: Graph, states: list[States]) -> None:
     """Logits, then part after part the cache of all layers; before anything looks for what nobody reads."""
     logits = graph.output.args[0][0]  # type: ignore[index]
-    graph.output.args = ((logits, *(layer[part] for part in states[0] for layer in states)),)
+    graph.output.args = ((logits, *(layer[part] for part in _parts(states) for layer in states if part in layer)),)
+
+
+def _parts(states: list[States]) -> list[str]:
+    """What the cache of any layer consists of."""
+    return list(dict.fromkeys(part for layer in states for part in layer))
 
 
 def _new_interface(graph: Graph, states: list[States]) -> None:
@@ -282,11 +332,11 @@ def _new_interface(graph: Graph, states: list[States]) -> None:
         if node.name in ("attention_mask", "position_ids") and not node.users:
             graph.fx.erase_node(node)
     logits = graph.output.args[0][0]  # type: ignore[index]
-    parts = list(states[0])
+    parts = {part: [index for index, layer in enumerate(states) if part in layer] for part in _parts(states)}
     leaf = {node.name: {"leaf": index} for index, node in enumerate(graph.placeholders)}
     inputs: dict[str, Any] = {name: leaf[name] for name in ("input_ids", "positions", "page_table", "slots") if name in leaf}
-    inputs |= {part: {"list": [leaf[f"{part}_{index}"] for index in range(len(states))]} for part in parts}
-    outputs, _ = template_of({"logits": logits, **{part: [layer[part] for layer in states] for part in parts}})
+    inputs |= {part: {"list": [leaf[f"{part}_{index}"] for index in having]} for part, having in parts.items()}
+    outputs, _ = template_of({"logits": logits, **{part: [states[index][part] for index in having] for part, having in parts.items()}})
     examples = _examples(graph)
     template = {"tuple": [{"tuple": []}, {"dict": inputs}]}
     graph.interface = Interface(template, outputs, examples, graph.interface.symbols, "cached_lm")

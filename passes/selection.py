@@ -26,6 +26,8 @@ _FORWARD_ONLY = (
     qcompile.cache_attend.default,
     qcompile.cache_attend_packed.default,
     qcompile.attend_settled.default,
+    qcompile.attend_ranked.default,
+    qcompile.attend_rematerialized.default,
     qcompile.moe_experts.default,
 )
 

@@ -29,8 +29,18 @@ _VIEWS = (
 )  # fmt: skip
 _TOKEN_MAJOR = (
     qcompile.cache_attend.default, qcompile.cache_attend_packed.default, qcompile.attend_settled.default, qcompile.attention.default,
+    qcompile.attend_rematerialized.default,
 )  # fmt: skip
-_IN_PLACE = {qcompile.settle.default: qcompile.settle_.default, qcompile.retain.default: qcompile.retain_.default}
+_APPENDS = {
+    qcompile.cache_append.default: qcompile.cache_append_.default,
+    qcompile.append_packed.default: qcompile.append_packed_.default,
+}
+"""What writes its first two arguments -> the operator that does so in place."""
+_IN_PLACE = {
+    qcompile.settle.default: qcompile.settle_.default,
+    qcompile.retain.default: qcompile.retain_.default,
+    qcompile.cache_store.default: qcompile.cache_store_.default,
+}
 """What writes its first argument -> the operator that does so in place."""
 
 
@@ -78,8 +88,8 @@ class StepBuilder:
             self.fakes[node] = self.fakes[held[0]][held[1]]
         elif isinstance(value, int | float | torch.SymInt):
             self.values[node] = {"size": self._size(value, node)}
-        elif node.target is qcompile.cache_append.default:
-            self._step(node, qcompile.cache_append_.default, ())
+        elif node.target in _APPENDS:
+            self._step(node, _APPENDS[node.target], ())
             states: Any = node.args[:2]
             self.values[node] = tuple(self.values[state] for state in states)
             self.fakes[node] = tuple(self.fakes[state] for state in states)
@@ -87,10 +97,20 @@ class StepBuilder:
             self._step(node, _IN_PLACE[node.target], ())
             state: Any = node.args[0]
             self.values[node], self.fakes[node] = self.values[state], self.fakes[state]
+        elif node.target is qcompile.attend_ranked.default:
+            self._attend_ranked(node, value)
         elif isinstance(value, tuple | list):
             self._results(node, value)
         else:
             self._result(node, value)
+
+    def _attend_ranked(self, node: fx.Node, value: Any) -> None:
+        """What is attended to has a buffer of its own, the four states keep theirs."""
+        name, order, states = f"{node.name}.0", (0, 2, 1, 3), node.args[1:5]
+        self._buffer(name, value[0], "intermediate", "", order, node)
+        self._step(node, qcompile.attend_ranked_.default, (name,))
+        self.values[node] = (name, *(self.values[state] for state in states))  # type: ignore[index]
+        self.fakes[node] = (self._fresh(value[0], order), *(self.fakes[state] for state in states))  # type: ignore[index]
 
     def _result(self, node: fx.Node, value: Tensor) -> None:
         alias, fake = self._view_of(node)

@@ -10,17 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile.errors import CapacityError, QCompileError
+from qcompile.errors import QCompileError
 from qcompile.ir.branches import is_branch
 from qcompile.ir.graph import Graph
 from qcompile.ir.lowered import Engine
-from qcompile.ir.records import Assets, CoverageRow, PassRecord
+from qcompile.ir.records import Assets, CoverageRow, MemoryPlan, PassRecord
 from qcompile.ir.structure import flatten, unflatten
 from qcompile.runtime.artifact import ArtifactContents, load_artifact, save_artifact
 from qcompile.runtime.cache_layers import CacheLayer, cache_layers
 from qcompile.target import Target, parse_target
 
 DEFAULT_CONTEXT = 2048
+_UNLIMITED = 1 << 40
+"""A context that only the bytes of a cache limit."""
 
 
 class CompiledModel:
@@ -28,37 +30,41 @@ class CompiledModel:
 
     def __init__(
         self, contents: ArtifactContents, *, max_batch: int = 1, max_context: int | None = None, kv_bytes: int | None = None,
-        device: str | None = None, engine: str | None = None,
+        page_tokens: int | None = None, share_prefixes: bool = False, device: str | None = None, engine: str | None = None,
     ) -> None:  # fmt: skip
         """Hold an artifact's contents; the engine is made when it is first needed.
 
         Args:
             contents: graph, plan, kernels and weights.
             max_batch: sequences that are served at once.
-            max_context: tokens per sequence in the cache; by default what the model was made for, at most 2048.
-            kv_bytes: size of the cache in bytes in place of `max_context`.
+            max_context: the most tokens of a sequence; by default what the model was made for, and at most 2048 without `kv_bytes`.
+            kv_bytes: size of the cache in bytes, page tables included; its pages are shared by all sequences, whatever their lengths.
+                By default every sequence has room for `max_context` tokens.
+            page_tokens: tokens of a page of the cache, rounded up to whole groups of its format; by default a sequence is one page
+                without `kv_bytes`, and pages have 64 tokens or fewer with it.
+            share_prefixes: let prompts that begin alike share what they have in common; logits may differ in their last bits.
             device: such as `cuda:0` or `cpu`; by default what the target asks for, if it is here.
             engine: `reference`, `torch_cpu` or `cuda` in place of the target's own.
+
+        Raises:
+            CapacityError: if the cache has no room for a page for each sequence.
         """
         self.contents = contents
-        self.max_batch = max_batch
-        self.max_context = self._context(max_context, kv_bytes)
+        self.max_batch, self.kv_bytes, self.page_tokens, self.share_prefixes = max_batch, kv_bytes, page_tokens, share_prefixes
+        self.max_context = self._context(max_context)
         self._device, self._engine_name = device, engine
         self._engine: Engine | None = None
 
-    def _context(self, max_context: int | None, kv_bytes: int | None) -> int:
-        if max_context is not None and kv_bytes is not None:
-            raise CapacityError("load: expected max_context or kv_bytes, got both; give one")
-        if kv_bytes is None:
-            return max_context or min(self.assets.max_positions or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
-        per_token, beside = self.kv_bytes_per_token, self.kv_bytes_per_sequence * self.max_batch
-        tokens = (kv_bytes - beside) // (per_token * self.max_batch) if per_token else 0
-        if tokens < 1:
-            raise CapacityError(
-                f"load: expected kv_bytes of at least {beside + per_token * self.max_batch} (one token for each of {self.max_batch} "
-                f"sequences), got {kv_bytes}"
-            )
-        return tokens
+    def _context(self, max_context: int | None) -> int:
+        """The most tokens of a sequence, once the cache is laid out."""
+        from qcompile.runtime.cache_layout import layout_of
+
+        most = self.assets.max_positions or (DEFAULT_CONTEXT if self.kv_bytes is None else _UNLIMITED)
+        wanted = min(most, DEFAULT_CONTEXT) if self.kv_bytes is None else most
+        return layout_of(
+            self.contents.plan.entries.get("decode"), max_batch=self.max_batch, kv_bytes=self.kv_bytes, page_tokens=self.page_tokens,
+            max_context=wanted if max_context is None else max_context,
+        ).capacity  # fmt: skip
 
     @property
     def graph(self) -> Graph:
@@ -124,6 +130,11 @@ class CompiledModel:
         return cache_bytes_per_sequence(self.contents.plan)
 
     @property
+    def memory_plan(self) -> MemoryPlan:
+        """Bytes that the engine holds, by purpose: weights, cache, page tables, intermediates; prepares the engine."""
+        return self.engine.memory
+
+    @property
     def cache_layers(self) -> list[CacheLayer]:
         """Forms, bytes and kernel of each attention's cache; empty for a model without one."""
         return cache_layers(self.contents.plan)
@@ -137,8 +148,9 @@ class CompiledModel:
             # Engines lay a plan out anew where its arena is too small for them; the contents stay what was compiled.
             contents = self.contents
             self._engine = make_engine(
-                contents, name=self._engine_name, device=self._device, max_batch=self.max_batch, max_context=self.max_context
-            )
+                contents, name=self._engine_name, device=self._device, max_batch=self.max_batch, max_context=self.max_context,
+                page_tokens=self.page_tokens, kv_bytes=self.kv_bytes, share_prefixes=self.share_prefixes,
+            )  # fmt: skip
         return self._engine
 
     @property
@@ -236,7 +248,8 @@ def lm_inputs(input_ids: Tensor, attention_mask: Tensor | None = None, position_
 
 def load(
     path: str | os.PathLike[str], *, device: str | None = None, max_batch: int = 1, max_context: int | None = None,
-    kv_bytes: int | None = None, allow_native: bool = False, engine: str | None = None,
+    kv_bytes: int | None = None, page_tokens: int | None = None, share_prefixes: bool = False, allow_native: bool = False,
+    engine: str | None = None,
 ) -> CompiledModel:  # fmt: skip
     """Load an artifact; nothing is unpickled, and weights are mapped and verified as they are read.
 
@@ -244,8 +257,10 @@ def load(
         path: the directory that `save` wrote.
         device: such as `cuda:0`; by default what the target asks for, if it is here.
         max_batch: sequences served at once.
-        max_context: tokens per sequence in the cache.
-        kv_bytes: size of the cache in bytes in place of `max_context`.
+        max_context: the most tokens of a sequence.
+        kv_bytes: size of the cache in bytes, shared by sequences of any lengths.
+        page_tokens: tokens of a page of the cache.
+        share_prefixes: let prompts that begin alike share what they have in common.
         allow_native: run native code that was not built on this machine.
         engine: `reference`, `torch_cpu` or `cuda` in place of the target's own.
 
@@ -255,7 +270,10 @@ def load(
     contents = load_artifact(path, allow_native=allow_native)
     if engine in (None, "cuda") and parse_target(contents.target).is_cuda:
         contents, engine = _native_or_reference(contents, engine)
-    return CompiledModel(contents, max_batch=max_batch, max_context=max_context, kv_bytes=kv_bytes, device=device, engine=engine)
+    return CompiledModel(
+        contents, max_batch=max_batch, max_context=max_context, kv_bytes=kv_bytes, page_tokens=page_tokens, share_prefixes=share_prefixes,
+        device=device, engine=engine,
+    )  # fmt: skip
 
 
 def _native_or_reference(contents: ArtifactContents, engine: str | None) -> tuple[ArtifactContents, str | None]:

@@ -47,6 +47,8 @@ def compile(  # noqa: A001  the name is the product's
     max_seq_length: int | None = None,
     max_batch: int = 1,
     max_context: int | None = None,
+    kv_bytes: int | None = None,
+    page_tokens: int | None = None,
     fuel: int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -74,6 +76,8 @@ def compile(  # noqa: A001  the name is the product's
         max_seq_length: tokens of a window at most; by default those of an array, 512 of text.
         max_batch: sequences that plans and caches are made for.
         max_context: tokens per sequence that the cache holds; by default what the model was made for, at most 2048.
+        kv_bytes: size of the cache in bytes, page tables included, whose pages sequences of any lengths share.
+        page_tokens: tokens of a page of the cache, rounded up to whole groups of its format.
         fuel: stop after this many rewrites, to find a wrong one by bisection.
         revision: of a hub id.
         trust_remote_code: run code that comes with a checkpoint; never implicit.
@@ -129,7 +133,8 @@ def compile(  # noqa: A001  the name is the product's
         graph=loaded.graph, plan=ctx.products["plan"], kernels=kernels, binaries=binaries, assets=loaded.assets, target=str(goal),
         pipeline=pipeline_text(pipeline), records=records, coverage=ctx.coverage,
     )  # fmt: skip
-    return CompiledModel(contents, max_batch=max_batch, max_context=context)
+    most = max_context if kv_bytes is not None else context
+    return CompiledModel(contents, max_batch=max_batch, max_context=most, kv_bytes=kv_bytes, page_tokens=page_tokens)
 
 
 def _goal(target: str | Target, scheme: QuantScheme | None, options: SchemeOptions) -> Target:

@@ -1,18 +1,25 @@
-"""What a plan takes: cache bytes per token, elements of quantized matrices."""
+"""What a plan takes: bytes by purpose, cache bytes per token, elements of quantized matrices."""
 
 from __future__ import annotations
 
 import math
 
 from qcompile.ir.lowered import Entry, Plan, Step
+from qcompile.ir.records import MemoryPlan
 from qcompile.ir.size import Size
-from qcompile.runtime.kv_cache import bytes_of, state_buffers
+from qcompile.runtime.cache_layout import CacheLayout, bytes_of, state_buffers
 
 _CODES_ARGUMENT = {
     "qcompile.quantized_linear.default": 1, "qcompile.integer_linear.default": 3, "qcompile.float8_linear.default": 2,
     "qcompile.integer_conv2d.default": 3, "qcompile.quantized_embedding.default": 1, "qcompile.dequantize.default": 0,
 }  # fmt: skip
 """Operator -> place of its weight's codes among the arguments."""
+
+
+def memory_plan(weights: int, layout: CacheLayout | None, arena: int) -> MemoryPlan:
+    """The bytes of an engine with this cache, if any."""
+    cache = (0, 0, 0) if layout is None else (layout.page_bytes, layout.row_bytes, layout.table_bytes)
+    return MemoryPlan(weights, *cache, arena)
 
 
 def cache_bytes_per_token(plan: Plan) -> int:

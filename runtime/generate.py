@@ -3,120 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qcompile.errors import CapacityError, QCompileError, TokenizerError
+from qcompile.errors import QCompileError, TokenizerError
 from qcompile.ir.lowered import Engine
+from qcompile.runtime.rows import Row, StopRules
 from qcompile.runtime.sampling import Sampler, SamplingParameters
+from qcompile.runtime.schedule import run_rows
 from qcompile.runtime.tokenizer import TextStream, Tokenizer
-
-FINISHED = -1
-"""In place of a token: the row takes no part in this step, nothing is stored for it."""
-
-
-@dataclass(frozen=True)
-class StopRules:
-    """When a row ends: any of the tokens, any of the strings, or this many new tokens."""
-
-    max_new_tokens: int
-    tokens: frozenset[int] = frozenset()
-    strings: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise QCompileError(f"max_new_tokens={self.max_new_tokens}: expected at least 1")
-
-
-@dataclass
-class Row:
-    """One sequence of a batch: its prompt, what came since, and what of the text was given out."""
-
-    prompt: list[int]
-    text: TextStream | None = None
-    tokens: list[int] = field(default_factory=list)
-    held: str = ""
-    done: bool = False
-
-    def accept(self, token: int, rules: StopRules, capacity: int) -> str:
-        """Add a token; the text that may be given out now. Sets `done` at a stop."""
-        if token in rules.tokens:
-            self.done = True
-            return self._flush(rules)
-        self.tokens.append(token)
-        if self.text is not None:
-            self.held += self.text.push(token)
-        piece = self._settle(rules)
-        if not self.done and (len(self.tokens) >= rules.max_new_tokens or len(self.prompt) + len(self.tokens) > capacity):
-            self.done = True
-            piece += self._flush(rules)
-        return piece
-
-    def _flush(self, rules: StopRules) -> str:
-        """The rest of the text at the end of a row; a stop string in it still cuts."""
-        if self.text is not None:
-            self.held += self.text.finish()
-        cut = first_stop(self.held, rules.strings)
-        piece = self.held if cut is None else self.held[:cut]
-        self.held = ""
-        return piece
-
-    def _settle(self, rules: StopRules) -> str:
-        """What cannot become part of a stop string any more."""
-        cut = first_stop(self.held, rules.strings)
-        if cut is not None:
-            piece, self.held, self.done = self.held[:cut], "", True
-            return piece
-        keep = longest_border(self.held, rules.strings)
-        piece, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-        return piece
-
-
-def first_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the earliest stop string begins in `text`, or None."""
-    places = [place for stop in stops if (place := text.find(stop)) >= 0]
-    return min(places, default=None)
-
-
-def longest_border(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of `text` that begins a stop string."""
-    return max((size for stop in stops for size in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:size])), default=0)
-
-
-def run_rows(engine: Engine, rows: Sequence[Row], rules: StopRules, sampler: Sampler) -> Iterator[tuple[int, str]]:
-    """Generate for all rows at once, giving (row, text piece) after each token; rows end at different times.
-
-    Raises:
-        CapacityError: if a prompt is longer than the cache: at once, before a piece is asked for.
-    """
-    capacity = engine.max_context
-    for row in rows:
-        if not row.prompt:
-            raise QCompileError("generate: expected at least one token in each prompt, got an empty prompt")
-        if len(row.prompt) > capacity:
-            raise CapacityError(
-                f"generate: expected a prompt of at most {capacity} tokens, got {len(row.prompt)}; shorten it, or load with "
-                f"max_context={len(row.prompt) + rules.max_new_tokens}"
-            )
-    return _run_rows(engine, rows, rules, sampler)
-
-
-def _run_rows(engine: Engine, rows: Sequence[Row], rules: StopRules, sampler: Sampler) -> Iterator[tuple[int, str]]:
-    capacity = engine.max_context
-    logits = engine.prefill([row.prompt for row in rows])
-    while True:
-        chosen = sampler(logits, [row.prompt + row.tokens for row in rows])
-        fed = [FINISHED] * len(rows)
-        for index, (row, token) in enumerate(zip(rows, chosen, strict=True)):
-            if not row.done:
-                yield index, row.accept(token, rules, capacity)
-                fed[index] = FINISHED if row.done else token
-        if all(row.done for row in rows):
-            return
-        logits = engine.decode(fed)
 
 
 def _all(items: Sequence[Any], kind: type) -> bool:
@@ -147,7 +45,7 @@ def _require_known(options: Mapping[str, Any]) -> None:
 
 
 class Generator:
-    """What `CompiledModel.generate` is: the forms of prompts, in batches as large as the cache was made for."""
+    """What `CompiledModel.generate` is: the forms of prompts, as many at a time as the cache was made for."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer | None, eos_token_ids: Sequence[int]) -> None:
         """`tokenizer` may be None: then only token ids are served."""
@@ -170,11 +68,7 @@ class Generator:
             if kind != "one text":
                 raise QCompileError(f"generate: expected one text or one conversation with stream=True, got {kind}")
             return self._stream(prompts[0], rules, sampler)
-        results = [
-            result
-            for start in range(0, len(prompts), self.engine.max_batch)
-            for result in self._batch(prompts[start : start + self.engine.max_batch], kind, rules, sampler)
-        ]
+        results = self._all(prompts, kind, rules, sampler)
         return results[0] if kind == "one text" else results
 
     def _stream(self, prompt: list[int], rules: StopRules, sampler: Sampler) -> Iterator[str]:
@@ -182,7 +76,7 @@ class Generator:
         pieces = run_rows(self.engine, [row], rules, sampler)
         return (piece for _, piece in pieces if piece)
 
-    def _batch(self, prompts: Sequence[list[int]], kind: str, rules: StopRules, sampler: Sampler) -> list[Any]:
+    def _all(self, prompts: Sequence[list[int]], kind: str, rules: StopRules, sampler: Sampler) -> list[Any]:
         wants_text = kind != "token ids" or bool(rules.strings)
         rows = [Row(prompt, TextStream(self._text_tokenizer()) if wants_text else None) for prompt in prompts]
         pieces: list[list[str]] = [[] for _ in rows]

@@ -1,104 +1,71 @@
-"""The key/value cache: pages of tokens in one pool per layer, handed out to sequences as these grow."""
+"""The key/value cache: pages of tokens in one pool per layer, shared by sequences as far as these are the same, and rows of their own."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from qcompile.errors import CapacityError
-from qcompile.ir.lowered import Buffer, Entry
+from qcompile.ir.lowered import Buffer
 from qcompile.ir.memory import dtype_of
 from qcompile.ir.size import evaluate
-
-
-def state_buffers(entry: Entry) -> list[Buffer]:
-    """The cache buffers of an entry, in the order of its inputs: pages [P, L, R, D], and rows of sequences [C, L, N, D]."""
-    return [entry.buffers[name] for name in entry.inputs if entry.buffers[name].kind == "state"]
-
-
-def is_paged(state: Buffer) -> bool:
-    """Whether it holds pages; else it holds rows of each sequence."""
-    return state.shape[0] == "pages"
-
-
-def bytes_of(states: Iterable[Buffer], sizes: Mapping[str, int]) -> int:
-    """Bytes of cache buffers where the names in their shapes stand for `sizes`."""
-    return sum(math.prod(evaluate(size, sizes) for size in state.shape) * dtype_of(state.dtype).itemsize for state in states)
+from qcompile.runtime.cache_layout import CacheLayout, is_paged
+from qcompile.runtime.page_pool import PagePool
 
 
 class KVCache:
-    """Rows of keys and values. Nothing is written beyond what `reserve` has granted, and it grants all or nothing.
+    """Keys and values of rows. Nothing is written beyond what `reserve` has granted, and it grants all or nothing.
 
     Attributes:
+        layout: sizes.
         tensors: buffer name -> [P, L, R, D] or [C, L, N, D]; zeros at first, because masked positions are multiplied by a weight of 0.
-        max_batch: rows.
-        capacity: the most tokens of a row.
-        page_tokens: R; equal to `capacity` where a sequence is one page.
+        page_table: int32 [max_batch, pages per sequence], what programs read: `bind` writes it, row after row of a batch.
+        slots: int32 [max_batch], which row of the cache each row of a batch is; None where no token is kept in rows.
+        pool: pages.
         lengths: tokens that each row holds.
     """
 
-    def __init__(
-        self, states: Sequence[Buffer], *, max_batch: int, max_context: int, page_tokens: int = 0, kv_bytes: int | None = None,
-        device: torch.device | str = "cpu",
-    ) -> None:  # fmt: skip
-        """Allocate for `max_batch` rows of `max_context` tokens, or for what fits into `kv_bytes`.
-
-        Raises:
-            CapacityError: if there is no room for a single token per row.
-        """
-        self._states = tuple(states)
-        self.max_batch = max_batch
-        self.page_tokens, pages = self._layout(max_context, page_tokens, kv_bytes) if max_batch > 0 else (0, 0)
-        if self.page_tokens < 1 or pages < max(max_batch, 1):
-            raise CapacityError(
-                f"cache: expected room for at least a page of {max(self.page_tokens, 1)} tokens in each of {max_batch} rows, "
-                f"got {kv_bytes if kv_bytes is not None else max_context} {'bytes' if kv_bytes is not None else 'tokens'} at "
-                f"{self.bytes_per_token} bytes per token; raise kv_bytes or max_context, or lower max_batch or page_tokens"
-            )
-        self.capacity = min(max_context, pages * page_tokens if page_tokens else self.page_tokens)
-        self.pages_per_sequence = -(-self.capacity // self.page_tokens)
-        self.pages = pages
-        self.lengths = [0] * max_batch
-        self._free = list(range(pages - 1, -1, -1))
-        self._owned: list[list[int]] = [[] for _ in range(max_batch)]
-        self.tensors = {state.name: self._allocate(state, device) for state in self._states}
-
-    def _layout(self, max_context: int, page_tokens: int, kv_bytes: int | None) -> tuple[int, int]:
-        """Tokens of a page and the number of pages: one page per row where `page_tokens` is 0."""
-        for_pages = 0 if kv_bytes is None else max(0, kv_bytes - self.max_batch * self.bytes_per_sequence)
-        affordable = max_context * self.max_batch if kv_bytes is None else for_pages // max(self.bytes_per_token, 1)
-        if not page_tokens:
-            return min(max_context, affordable // self.max_batch), self.max_batch
-        wanted = self.max_batch * -(-max_context // page_tokens)
-        return page_tokens, wanted if kv_bytes is None else min(wanted, affordable // page_tokens)
+    def __init__(self, layout: CacheLayout, device: torch.device | str = "cpu") -> None:
+        """Allocate; all rows are empty."""
+        self.layout, self.pool = layout, PagePool(layout.pages)
+        self.lengths = [0] * layout.max_batch
+        self._owned: list[list[int]] = [[] for _ in range(layout.max_batch)]
+        self.tensors = {state.name: self._allocate(state, device) for state in layout.states}
+        self.page_table = torch.zeros(layout.max_batch, layout.pages_per_sequence, dtype=torch.int32, device=device)
+        self.slots = torch.zeros(layout.max_batch, dtype=torch.int32, device=device) if layout.has_rows else None
+        self._bound: list[list[int]] = [[] for _ in range(layout.max_batch)]
+        self._numbers = [0] * layout.max_batch
 
     def _allocate(self, state: Buffer, device: torch.device | str) -> Tensor:
         shape = [evaluate(size, self.sizes) for size in state.shape]
         return torch.zeros(shape, dtype=dtype_of(state.dtype), device=device)
 
     @property
-    def bytes_per_token(self) -> int:
-        """Bytes of one token's keys and values in the pages of all layers."""
-        return bytes_of(self._states, {"pages": 1, "page_tokens": 1, "sequences": 0})
+    def max_batch(self) -> int:
+        """Rows."""
+        return self.layout.max_batch
 
     @property
-    def bytes_per_sequence(self) -> int:
-        """Bytes of one sequence beside its pages: the tokens that are kept as they came."""
-        return bytes_of(self._states, {"pages": 0, "page_tokens": 0, "sequences": 1})
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return bytes_of(self._states, self.sizes)
+    def capacity(self) -> int:
+        """The most tokens of a row."""
+        return self.layout.capacity
 
     @property
     def sizes(self) -> dict[str, int]:
         """The names that shapes of the plan use for the cache."""
-        paged = {"pages": self.pages, "pages_per_sequence": self.pages_per_sequence, "page_tokens": self.page_tokens}
-        return paged if all(map(is_paged, self._states)) else {**paged, "sequences": self.max_batch}
+        return self.layout.sizes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages and rows, without the page tables."""
+        return self.layout.page_bytes + self.layout.row_bytes
+
+    def pages_of(self, row: int) -> list[int]:
+        """The pages of a row in the order of its tokens."""
+        return list(self._owned[row])
 
     def require(self, tokens: Sequence[int], rows: Sequence[int]) -> None:
         """Check that `tokens[i]` more tokens fit into row `rows[i]`, for all i at once; changes nothing.
@@ -106,48 +73,165 @@ class KVCache:
         Raises:
             CapacityError: naming what is asked for and what there is, and the remedy.
         """
-        wanted = 0
-        for row, count in zip(rows, tokens, strict=True):
-            if not 0 <= row < self.max_batch:
-                raise CapacityError(f"row {row}: expected at most {self.max_batch} sequences at once; load with max_batch={row + 1}")
-            length = self.lengths[row] + count
-            if length > self.capacity:
-                held = f" after {self.lengths[row]} held" if self.lengths[row] else ""
-                raise CapacityError(
-                    f"sequence {row}: expected at most {self.capacity} tokens, the capacity of the cache, got {count}{held}; load "
-                    f"with max_context={length} or more, or shorten the prompt"
-                )
-            wanted += max(0, -(-length // self.page_tokens) - len(self._owned[row]))
-        if wanted > len(self._free):
-            raise CapacityError(
-                f"cache: expected at most {len(self._free)} more pages of {self.page_tokens} tokens, got a demand for "
-                f"{wanted}; raise kv_bytes, or run fewer sequences at once"
-            )
+        self._demand(tokens, rows)
 
     def reserve(self, tokens: Sequence[int], rows: Sequence[int]) -> None:
-        """Give each row the pages for `tokens[i]` more tokens; `advance` after they are written.
+        """Give each row pages of its own for `tokens[i]` more tokens; `advance` after they are written.
+
+        A page that is about to be written and that others hold too is copied first: that is the one that is partly filled.
 
         Raises:
             CapacityError: as `require`; then nothing has changed.
         """
-        self.require(tokens, rows)
+        for row, copied, fresh in self._demand(tokens, rows):
+            for place in copied:
+                self._separate(row, place)
+            self._owned[row].extend(self.pool.take() for _ in range(fresh))
+
+    def _demand(self, tokens: Sequence[int], rows: Sequence[int]) -> list[tuple[int, list[int], int]]:
+        """For each row the places of pages to be copied, and how many new ones it needs."""
+        demand, leaving = [], Counter[int]()
         for row, count in zip(rows, tokens, strict=True):
-            while len(self._owned[row]) * self.page_tokens < self.lengths[row] + count:
-                self._owned[row].append(self._free.pop())
+            self._require_length(row, count)
+            owned = self._owned[row]
+            copied = [place for place in self._written(row, count) if self.pool.holders(owned[place]) - leaving[owned[place]] > 1]
+            leaving.update(owned[place] for place in copied)
+            demand.append((row, copied, max(0, self.layout.pages_for(self.lengths[row] + count) - len(owned))))
+        self._require_pages(sum(len(copied) + fresh for _, copied, fresh in demand), self.pool.free)
+        return demand
+
+    def _written(self, row: int, count: int) -> range:
+        """Places of the pages it has that `count` more tokens write to."""
+        first, stop = self.layout.next_slot(self.lengths[row]), self.layout.slots(self.lengths[row] + count)
+        size = self.layout.page_tokens
+        return range(first // size, min(len(self._owned[row]), -(-stop // size))) if count and stop > first else range(0)
+
+    def require_new(self, lengths: Sequence[int], shared: Sequence[int] = (), *, keeping: bool = True) -> None:
+        """Check that new sequences of so many tokens fit, of which the first `shared[i]` are others' too; changes nothing.
+
+        `keeping` says that the sequences there are stay; else they are taken to have left.
+
+        Raises:
+            CapacityError: naming what is asked for and what there is, and the remedy.
+        """
+        for index, length in enumerate(lengths):
+            self._require_length(index, length, new=True)
+        wanted = sum(map(self.layout.pages_for, lengths)) - sum(map(self.layout.whole_pages, shared))
+        self._require_pages(wanted, self.pool.free if keeping else self.layout.pages)
+
+    def _require_length(self, row: int, count: int, *, new: bool = False) -> None:
+        held = 0 if new else self.lengths[row]
+        if held + count > self.capacity:
+            raise CapacityError(
+                f"sequence {row}: expected at most {self.capacity} tokens, the capacity of the cache, got {count}"
+                f"{f' after {held} held' if held else ''}; load with max_context={held + count} or more (and kv_bytes to match), or "
+                "shorten the prompt"
+            )
+
+    def _require_pages(self, wanted: int, free: int) -> None:
+        if wanted > free:
+            raise CapacityError(
+                f"cache: expected at most {free} more pages of {self.layout.page_tokens} tokens, got a demand for {wanted}; raise "
+                "kv_bytes, or run fewer sequences at once"
+            )
+
+    def _separate(self, row: int, place: int) -> None:
+        old, new = self._owned[row][place], self.pool.take()
+        for state in filter(is_paged, self.layout.states):
+            self.tensors[state.name][new].copy_(self.tensors[state.name][old])
+        self.pool.release(old)
+        self._owned[row][place] = new
 
     def advance(self, tokens: Sequence[int], rows: Sequence[int]) -> None:
         """Count `tokens[i]` tokens as written to row `rows[i]`."""
         for row, count in zip(rows, tokens, strict=True):
             self.lengths[row] += count
 
-    def table(self, rows: Sequence[int]) -> list[list[int]]:
-        """The pages of each row, padded with page 0, which is never read there: `pages_per_sequence` of them."""
-        return [self._owned[row] + [0] * (self.pages_per_sequence - len(self._owned[row])) for row in rows]
+    def shareable(self, row: int, length: int) -> int:
+        """The most of the first `length` tokens of a row that a fork can begin with: all that is needed after them is still held."""
+        held = self.lengths[row]
+        return next(count for count in range(min(length, held), -1, -1) if count == 0 or self.layout.keeps(held, count))
+
+    def fork(self, source: int, target: int, length: int | None = None) -> None:
+        """Let the empty row `target` begin with the first `length` tokens of `source`, all by default: pages are shared, rows copied."""
+        length = self.lengths[source] if length is None else length
+        self._owned[target] = self._owned[source][: self.layout.pages_for(length)]
+        for page in self._owned[target]:
+            self.pool.share(page)
+        for state in self.layout.states:
+            if not is_paged(state):
+                self.tensors[state.name][target].copy_(self.tensors[state.name][source])
+        self.lengths[target] = length
 
     def reset(self, rows: Sequence[int] | None = None) -> None:
-        """Forget the sequences in `rows`, all by default; their pages are free again."""
+        """Forget the sequences in `rows`, all by default; pages that nobody else holds are free again."""
         for row in range(self.max_batch) if rows is None else rows:
-            self._free.extend(reversed(self._owned[row]))
+            for page in self._owned[row]:
+                self.pool.release(page)
             self._owned[row] = []
             self.lengths[row] = 0
-        self._free.sort(reverse=True)
+
+    def inputs(self, batch: int) -> dict[str, Tensor]:
+        """The tensors, and the inputs `page_table` and `slots` of a program for so many rows: all programs read the same memory."""
+        slots = {} if self.slots is None else {"slots": self.slots[:batch]}
+        return {**self.tensors, "page_table": self.page_table[:batch], **slots}
+
+    def bind(self, rows: Sequence[int], batch: int | None = None) -> None:
+        """Say that row i of the batch is row `rows[i]` of the cache; rows up to `batch` are padding, whose pages are never read."""
+        padding = (batch or len(rows)) - len(rows)
+        for place, pages in enumerate([*(self._owned[row] for row in rows), *[[]] * padding]):
+            if self._bound[place] != pages:
+                filled = [*pages, *[0] * (self.layout.pages_per_sequence - len(pages))]
+                self.page_table[place].copy_(torch.tensor(filled, dtype=torch.int32, device="cpu"))
+                self._bound[place] = list(pages)
+        numbers = [*rows, *[0] * padding]
+        if self.slots is not None and self._numbers[: len(numbers)] != numbers:
+            self.slots[: len(numbers)].copy_(torch.tensor(numbers, dtype=torch.int32, device="cpu"))
+            self._numbers[: len(numbers)] = numbers
+
+    def read(self, row: int) -> dict[str, Tensor]:
+        """What a row holds, on the CPU, whatever its pages: [L, T, D] of the T tokens in its pages, [L, H, D] of H in its rows."""
+        return {state.name: self._read(state, row).to("cpu", copy=True).contiguous() for state in self.layout.states}
+
+    def _read(self, state: Buffer, row: int) -> Tensor:
+        tensor = self.tensors[state.name]
+        if not is_paged(state):
+            return tensor[row][:, self._held(state, self.lengths[row])]
+        filled = self._filled(state, self.lengths[row])
+        pages = self._owned[row][: -(-filled // self.layout.page_tokens)]
+        return tensor[pages].transpose(0, 1).flatten(1, 2)[:, :filled]
+
+    def _filled(self, state: Buffer, length: int) -> int:
+        policy = self.layout.policy(state)
+        return policy.page_slot(policy.settled(length))
+
+    def _held(self, state: Buffer, length: int) -> list[int]:
+        policy = self.layout.policy(state)
+        return [policy.row(position) for position in policy.held(length)]
+
+    def shapes(self, length: int) -> dict[str, tuple[torch.dtype, list[int]]]:
+        """Dtype and shape of what `read` gives for a row of `length` tokens, by name."""
+        found = {}
+        for state in self.layout.states:
+            _, heads, _, size = self.tensors[state.name].shape
+            count = self._filled(state, length) if is_paged(state) else len(self._held(state, length))
+            found[state.name] = dtype_of(state.dtype), [heads, count, size]
+        return found
+
+    def write(self, row: int, length: int, stored: Mapping[str, Tensor]) -> None:
+        """Let the empty row hold what `read` gave for a sequence of `length` tokens, here or in a cache with other pages.
+
+        Raises:
+            CapacityError: if it does not fit; then nothing has changed.
+        """
+        self.reserve([length], [row])
+        for state in self.layout.states:
+            tensor, given = self.tensors[state.name], stored[state.name].to(self.tensors[state.name].device)
+            if is_paged(state):
+                size = self.layout.page_tokens
+                for place, page in enumerate(self._owned[row]):
+                    part = given[:, place * size : (place + 1) * size]
+                    tensor[page, :, : part.shape[1]] = part
+            else:
+                tensor[row][:, self._held(state, length)] = given
+        self.advance([length], [row])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,27 +46,34 @@ class SamplingParameters:
 
 
 class Sampler:
-    """Chooses one token per row, with one random generator for the whole generation."""
+    """Chooses one token per sequence, each with a random generator of its own: who is beside it does not matter."""
 
     def __init__(self, parameters: SamplingParameters) -> None:
-        """Start the generator from the seed."""
+        """Every generator starts from the seed and the sequence's number."""
         self.parameters = parameters
-        self.generator = torch.Generator()
-        if parameters.seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(parameters.seed)
+        self._seed = torch.Generator().seed() if parameters.seed is None else parameters.seed
+        self._generators: dict[int, torch.Generator] = {}
 
-    def __call__(self, logits: Tensor, seen: Sequence[Sequence[int]]) -> list[int]:
-        """One token for each row of logits [B, V]; `seen` holds each row's tokens so far, prompt included."""
+    def __call__(self, logits: Tensor, seen: Sequence[Sequence[int]], sequences: Sequence[int] | None = None) -> list[int]:
+        """One token for each row of logits [B, V].
+
+        `seen` holds each row's tokens so far, prompt included; `sequences` says which of all sequences the rows are, 0 … B - 1 by default.
+        """
         scores = logits.to(device="cpu", dtype=torch.float32)
         if self.parameters.repetition_penalty != 1:
             scores = penalized(scores, seen, self.parameters.repetition_penalty)
         if self.parameters.temperature == 0:
             chosen: list[int] = scores.argmax(dim=-1).tolist()
             return chosen
-        drawn: list[int] = torch.multinomial(probabilities(scores, self.parameters), 1, generator=self.generator).squeeze(1).tolist()
-        return drawn
+        likely = probabilities(scores, self.parameters)
+        numbers = range(len(scores)) if sequences is None else sequences
+        return [int(torch.multinomial(row, 1, generator=self._generator(number))) for row, number in zip(likely, numbers, strict=True)]
+
+    def _generator(self, sequence: int) -> torch.Generator:
+        if sequence not in self._generators:
+            digest = hashlib.sha256(f"{self._seed} {sequence}".encode()).digest()
+            self._generators[sequence] = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+        return self._generators[sequence]
 
 
 def penalized(scores: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> Tensor:

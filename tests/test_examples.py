@@ -52,6 +52,11 @@ def test_custom_pass_shows_its_diff_and_changes_no_number(capsys: pytest.Capture
     assert float(difference) < 1e-6
 
 
+def test_requests_that_join_and_leave_are_answered_as_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    load_example("continuous_batch").main()
+    assert "the same tokens as alone: True" in capsys.readouterr().out
+
+
 def _pipeline(target: str, **options: int) -> list[Pass]:
     step: Pass = load_example("custom_pass").MergeSiblings(**options)
     return insert(default_pipeline(parse_target(target)), step, before="convert-dtype")

@@ -7,7 +7,9 @@ heads reads its keys once, and the 16 lines that a matrix instruction wants are 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+from qcompile.codegen.triton.cache_tiles import Sum, Tiles, plain_tiles
 from qcompile.codegen.triton.contract import (
     FLOATS,
     HALVES,
@@ -25,12 +27,14 @@ from qcompile.codegen.triton.tiles import Architecture, attention_keys, attentio
 from qcompile.ir.lowered import BUCKETS, Kernel, KernelSpec, Launch, Parameter, Workspace
 
 WIDEST_HEAD = 256
+WARP_GROUP_LINES = 64
+"""What a matrix instruction of a warp group takes; fewer lines are multiplied by each warp for itself."""
 LOG2_E = math.log2(math.e)
 """Scores are kept in units of log 2: the hardware's exponential is 2^x."""
 
 
-def refuses_attend(spec: KernelSpec) -> str | None:
-    """Heads that do not share evenly or are too wide, and a cache of another type than the queries."""
+def refuses_heads(spec: KernelSpec) -> str | None:
+    """Heads that do not share evenly or are too wide, and a window of less than a token."""
     if spec.size("H") % spec.size("L"):
         return f"H={spec.size('H')}: expected a multiple of the L={spec.size('L')} key/value heads"
     if spec.size("D") > WIDEST_HEAD:
@@ -38,7 +42,12 @@ def refuses_attend(spec: KernelSpec) -> str | None:
     window = spec.option("window", 0)
     if not isinstance(window, int) or window < 0:
         return f"window={window!r}: expected 0 (none) or a positive number of tokens"
-    return same_storage(spec, "q", "keys", "values", "out")
+    return None
+
+
+def refuses_attend(spec: KernelSpec) -> str | None:
+    """Also a cache of another type than the queries."""
+    return refuses_heads(spec) or same_storage(spec, "q", "keys", "values", "out")
 
 
 def shape_constants(spec: KernelSpec) -> dict[str, tuple[int | float, str]]:
@@ -66,19 +75,34 @@ def scored(spec: KernelSpec) -> Lines:
     ]
 
 
-def key_step(spec: KernelSpec) -> Lines:
-    """One step over BLOCK_T keys: scores, the running maximum (online softmax, arXiv:2205.14135), and the mix of values."""
-    kind = TRITON_TYPES[stored(spec, "q")]
-    window = int(spec.option("window", 0))
+def page_lines(place: str) -> Lines:
+    """`slot`, the number of the place in all pages of the token at `place` of its sequence's pages, where `present`."""
+    return [
+        f"page = tl.load(page_table + batch * pages + {place} // page_tokens, mask=present, other=0).to(tl.int64)",
+        f"slot = (page * L + head) * page_tokens + {place} % page_tokens",
+    ]
+
+
+def key_step(spec: KernelSpec, tiles: Tiles) -> Lines:
+    """One step over BLOCK_T keys of the pages."""
     return [
         "key = start + tl.arange(0, BLOCK_T)",
         "present = key < last",
-        "page = tl.load(page_table + batch * pages + key // page_tokens, mask=present, other=0).to(tl.int64)",
-        "cell = ((page * L + head) * page_tokens + key % page_tokens) * D",
-        "key_tile = tl.load(keys + cell[None, :] + dim[:, None], mask=present[None, :] & (dim < D)[:, None], other=0.0)",
-        "score = tl.dot(query, key_tile)",
+        *page_lines("key"),
+        *mix_tile(spec, tiles, "present[None, :] & (key[None, :] <= position[:, None])"),
+    ]
+
+
+def mix_tile(spec: KernelSpec, tiles: Tiles, visible: str) -> Lines:
+    """Scores of a tile, the running maximum (online softmax, arXiv:2205.14135), and the mix of values.
+
+    `slot` and `present` say where the tokens are, `key` which positions they have, `visible` what each line sees of them but for a window.
+    """
+    window = int(spec.option("window", 0))
+    return [
+        *tiles.keys.score,
         *scored(spec),
-        "visible = present[None, :] & (key[None, :] <= position[:, None])",
+        f"visible = {visible}",
         *(["visible = visible & (key[None, :] > position[:, None] - WINDOW)"] if window else []),
         'score = tl.where(visible, score, float("-inf"))',
         "higher = tl.maximum(peak, tl.max(score, axis=1))",
@@ -87,14 +111,13 @@ def key_step(spec: KernelSpec) -> Lines:
         "weight = tl.exp2(score - base[:, None])",
         "decay = tl.exp2(peak - base)",
         "total = total * decay + tl.sum(weight, axis=1)",
-        "value_tile = tl.load(values + cell[:, None] + dim[None, :], mask=present[:, None] & (dim < D)[None, :], other=0.0)",
-        f"mixed = tl.dot(weight.to({kind}), value_tile, mixed * decay[:, None])",
+        *tiles.values.mix,
         "peak = higher",
     ]
 
 
-def key_range(spec: KernelSpec, split: bool) -> Lines:
-    """`first` and `last` key of this program: what its lines can see, or its share of that."""
+def key_range(spec: KernelSpec, split: bool, aligned: Lines) -> Lines:
+    """`first` and `last` key of this program: what its lines can see, or its share of that; `aligned` changes what is shared."""
     window = int(spec.option("window", 0))
     seen = [
         # Positions are read on the device, so that one recorded graph serves every length.
@@ -102,18 +125,29 @@ def key_range(spec: KernelSpec, split: bool) -> Lines:
         *(["first = tl.maximum(tl.min(tl.where(position >= 0, position, last), axis=0) - WINDOW + 1, 0)"] if window else ["first = 0"]),
     ]
     if not split:
-        return seen
+        return [*seen, *aligned]
     return [
         *seen,
+        *aligned,
         "share = (last - first + SPLITS * BLOCK_T - 1) // (SPLITS * BLOCK_T) * BLOCK_T",
         "first = first + tl.program_id(0) * share",
         "last = tl.minimum(first + share, last)",
     ]
 
 
-def attend_body(spec: KernelSpec, numbers: dict[str, tuple[int | float, str]], split: bool) -> Lines:
-    """Lines that leave `mixed` (not yet divided), `peak` and `total` of each line of the tile."""
+def page_walk(spec: KernelSpec, tiles: Tiles, split: bool) -> tuple[Lines, Lines]:
+    """Every key that the lines see, or this program's share of them, from the pages: what to prepare, and the loop."""
+    return key_range(spec, split, []), loop("for start in range(first, last, BLOCK_T)", key_step(spec, tiles))
+
+
+Walk = Callable[[KernelSpec, Tiles, bool], tuple[Lines, Lines]]
+"""Specification, tiles, whether programs share the length -> what to prepare, and the loops over all keys."""
+
+
+def attend_body(spec: KernelSpec, tiles: Tiles, numbers: dict[str, tuple[int | float, str]], split: bool, walk: Walk) -> Lines:
+    """Lines that leave the sums of values (not yet divided), `peak` and `total` of each line of the tile."""
     first_line = "" if split else "tl.program_id(0) * BLOCK_M + "
+    prepare, loops = walk(spec, tiles, split)
     return [
         *constants(numbers),
         "head = tl.program_id(1)",
@@ -122,16 +156,17 @@ def attend_body(spec: KernelSpec, numbers: dict[str, tuple[int | float, str]], s
         "token = line // SHARED",
         "query_head = head * SHARED + line % SHARED",
         "inside = token < sequence",
-        "dim = tl.arange(0, BLOCK_D)",
+        *tiles.channels,
         "position = tl.load(positions + batch * sequence + token, mask=inside, other=-1).to(tl.int32)",
         "query_at = q + batch * q_stride_0 + query_head[:, None].to(tl.int64) * q_stride_1",
         "query_at += token[:, None].to(tl.int64) * q_stride_2",
-        "query = tl.load(query_at + dim[None, :], mask=inside[:, None] & (dim < D)[None, :], other=0.0)",
-        *key_range(spec, split),
+        *tiles.keys.query,
+        *prepare,
         'peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)',
         "total = tl.zeros([BLOCK_M], dtype=tl.float32)",
-        "mixed = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)",
-        *loop("for start in range(first, last, BLOCK_T)", key_step(spec)),
+        *tiles.values.zeros,
+        *loops,
+        *tiles.values.finish,
     ]
 
 
@@ -142,53 +177,60 @@ def add_sinks(spec: KernelSpec, peak: str, index: str) -> Lines:
     return [f"sink = tl.load(sinks + {index}).to(tl.float32) * {LOG2_E}  # log2(e)", f"{peak} = tl.maximum({peak}, sink)"]
 
 
-def store_lines(spec: KernelSpec) -> Lines:
+def store_lines(spec: KernelSpec, sums: tuple[Sum, ...]) -> Lines:
     """Divide what was mixed by the total weight and store it; a line that saw nothing has no weight and gives 0."""
     lines = []
     if spec.format("sinks") is not None:
         lines = [
             "before = peak",
             *add_sinks(spec, "peak", "query_head"),
-            "mixed = mixed * tl.exp2(before - peak)[:, None]",
+            *(f"{mixed.name} = {mixed.name} * tl.exp2(before - peak)[:, None]" for mixed in sums),
             "total = total * tl.exp2(before - peak) + tl.exp2(sink - peak)",
         ]
     return [
         *lines,
-        "mixed = mixed / tl.where(total > 0.0, total, 1.0)[:, None]",
+        *(f"{mixed.name} = {mixed.name} / tl.where(total > 0.0, total, 1.0)[:, None]" for mixed in sums),
         "out_at = out + batch * out_stride_0 + query_head[:, None].to(tl.int64) * out_stride_1",
         "out_at += token[:, None].to(tl.int64) * out_stride_2",
-        f"tl.store(out_at + dim[None, :], mixed.to({TRITON_TYPES[stored(spec, 'out')]}), mask=inside[:, None] & (dim < D)[None, :])",
+        *store_sums("out_at", sums, f".to({TRITON_TYPES[stored(spec, 'out')]})"),
     ]
 
 
-def emit_prefill(spec: KernelSpec, arch: Architecture) -> Kernel:
+def store_sums(rows: str, sums: tuple[Sum, ...], suffix: str = "") -> Lines:
+    """Store each sum in the rows [BLOCK_M, 1] that begin at the pointers `rows`."""
+    return [f"tl.store({rows} + {mixed.columns}, {mixed.name}{suffix}, mask={mixed.mask('inside')})" for mixed in sums]
+
+
+def emit_prefill(spec: KernelSpec, arch: Architecture, tiles: Tiles, walk: Walk = page_walk) -> Kernel:
     """One launch: each program takes a tile of lines of one key/value head and everything they can see."""
-    numbers = {**shape_constants(spec), **step_constants(spec, arch, lines=64)}
-    parameters = [*inputs(spec), *sink_pointer(spec), *output(spec), *run_time(spec), *strides("out", (0, 1, 2), "out", alignment(spec))]
+    numbers = {**shape_constants(spec), **step_constants(spec, tiles, tiles.lines)}
+    pointers = [*inputs(spec), *sink_pointer(spec), *output(spec)]
+    parameters = [*pointers, *run_time(spec, tiles), *strides("out", (0, 1, 2), "out", alignment(spec))]
     doc = "One program: BLOCK_M lines (query heads of consecutive tokens) of one key/value head over every key they can see."
-    lines = ("mul", "sequence", spec.size("H") // spec.size("L"))
+    lines = ("ceildiv", ("mul", "sequence", spec.size("H") // spec.size("L")), tiles.lines)
     warps = attention_warps(spec.size("D"), arch)
-    launch = Launch(spec.operator, (("ceildiv", lines, 64), spec.size("L"), "batch"), tuple(parameters), (), warps, stages(spec, arch))
-    body = [*attend_body(spec, numbers, split=False), *store_lines(spec)]
-    return kernel(spec, arch, [function(spec.operator, [p.name for p in parameters], doc, body)], [launch], expects=(arch.matrix,))
+    launch = Launch(spec.operator, (lines, spec.size("L"), "batch"), tuple(parameters), (), warps, stages(spec, arch))
+    body = [*attend_body(spec, tiles, numbers, False, walk), *store_lines(spec, tiles.values.sums)]
+    main = function(spec.operator, [p.name for p in parameters], doc, body)
+    return kernel(spec, arch, [main], [launch], expects=(arch.matrix if tiles.lines >= WARP_GROUP_LINES else "mma",))
 
 
-def emit_decode(spec: KernelSpec, arch: Architecture) -> Kernel:
+def emit_decode(spec: KernelSpec, arch: Architecture, tiles: Tiles, walk: Walk = page_walk) -> Kernel:
     """Two launches over a fixed grid: every program mixes its share of the length, then the shares are put together in order."""
     splits = decode_splits(spec.size("L"), arch)
     heads, size = spec.size("H"), spec.size("D")
     lines = max(16, power_of_two(heads // spec.size("L")))
-    numbers = {**shape_constants(spec), **step_constants(spec, arch, lines), "SPLITS": (splits, "shares of the length")}
+    numbers = {**shape_constants(spec), **step_constants(spec, tiles, lines), "SPLITS": (splits, "shares of the length")}
     store = [
         "share_at = (batch * H + query_head) * SPLITS + tl.program_id(0)",
         "tl.store(peaks + share_at, peak, mask=inside)",
         "tl.store(totals + share_at, total, mask=inside)",
-        "tl.store(partial + share_at[:, None] * D + dim[None, :], mixed, mask=inside[:, None] & (dim < D)[None, :])",
+        *store_sums("partial + share_at[:, None] * D", tiles.values.sums),
     ]
     work = [pointer(name, "fp32") for name in ("partial", "peaks", "totals")]
-    parameters = [*inputs(spec), *work, *run_time(spec)]
+    parameters = [*inputs(spec), *work, *run_time(spec, tiles)]
     doc = "One program: the heads of one key/value head of one sequence over its share of the length, read from positions."
-    main = function(spec.operator, [p.name for p in parameters], doc, [*attend_body(spec, numbers, split=True), *store])
+    main = function(spec.operator, [p.name for p in parameters], doc, [*attend_body(spec, tiles, numbers, True, walk), *store])
     merge = [*work, *sink_pointer(spec), *output(spec), *strides("out", (0, 1), "out", alignment(spec))]
     shares = ("mul", "batch", heads * splits * 4)
     return kernel(
@@ -200,7 +242,7 @@ def emit_decode(spec: KernelSpec, arch: Architecture) -> Kernel:
             Launch("merge_shares", (heads, "batch", 1), tuple(merge)),
         ],
         [Workspace("partial", ("mul", shares, size)), Workspace("peaks", shares), Workspace("totals", shares)],
-        expects=(arch.matrix if lines >= 64 else "mma",),
+        expects=(arch.matrix if lines >= WARP_GROUP_LINES else "mma",),
     )
 
 
@@ -226,12 +268,12 @@ def merge_function(spec: KernelSpec, splits: int, names: list[str]) -> Lines:
     return function("merge_shares", names, "One program puts the shares of one query head together.", body)
 
 
-def step_constants(spec: KernelSpec, arch: Architecture, lines: int) -> dict[str, tuple[int | float, str]]:
+def step_constants(spec: KernelSpec, tiles: Tiles, lines: int) -> dict[str, tuple[int | float, str]]:
     """The tile of the loop over keys."""
     window = int(spec.option("window", 0))
     return {
         "BLOCK_M": (lines, "lines of a program"),
-        "BLOCK_T": (attention_keys(spec.size("D"), arch), "keys of a step"),
+        "BLOCK_T": (tiles.step, "keys of a step"),
         **({"WINDOW": (window, "latest keys that a query sees")} if window else {}),
     }
 
@@ -250,8 +292,7 @@ def inputs(spec: KernelSpec) -> list[Parameter]:
     """Queries, cache, page table and positions."""
     return [
         pointer("q", stored(spec, "q"), alignment(spec)),
-        pointer("keys", stored(spec, "keys")),
-        pointer("values", stored(spec, "values")),
+        *(pointer(name, stored(spec, name)) for name in ("keys", "values", "exact_keys", "exact_values") if spec.format(name)),
         pointer("page_table", "i32"),
         pointer("positions", "i64"),
     ]
@@ -268,14 +309,16 @@ def output(spec: KernelSpec) -> list[Parameter]:
     return [pointer("out", stored(spec, "out"), alignment(spec))]
 
 
-def run_time(spec: KernelSpec) -> list[Parameter]:
+def run_time(spec: KernelSpec, tiles: Tiles) -> list[Parameter]:
     """Sizes and strides known at the launch."""
-    return [integer("sequence"), integer("pages"), integer("page_tokens"), *strides("q", (0, 1, 2), "q", alignment(spec))]
+    page_tokens = integer("page_tokens", divisible_by=tiles.together)
+    return [integer("sequence"), integer("pages"), page_tokens, *strides("q", (0, 1, 2), "q", alignment(spec))]
 
 
 def emit_attend(spec: KernelSpec, arch: Architecture) -> Kernel:
     """The kernel of the bucket: `m1` is one token of each sequence."""
-    return emit_decode(spec, arch) if spec.bucket == "m1" else emit_prefill(spec, arch)
+    tiles = plain_tiles(TRITON_TYPES[stored(spec, "q")], attention_keys(spec.size("D"), arch))
+    return emit_decode(spec, arch, tiles) if spec.bucket == "m1" else emit_prefill(spec, arch, tiles)
 
 
 ATTEND = Operator(

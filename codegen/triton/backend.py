@@ -5,7 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from qcompile.codegen.triton import attention, cache, code_linear, elementwise, embedding, gather, linear, norm, quantize, rotary, sampling
+from qcompile.codegen.triton import (
+    attention,
+    cache,
+    code_linear,
+    elementwise,
+    embedding,
+    gather,
+    linear,
+    norm,
+    packed_append,
+    packed_attention,
+    quantize,
+    retained,
+    rotary,
+    sampling,
+    settle,
+    settled_attention,
+)
 from qcompile.codegen.triton.contract import Operator, lacks_float8
 from qcompile.codegen.triton.tiles import architecture
 from qcompile.errors import CoverageError
@@ -24,7 +41,13 @@ OPERATORS: Mapping[str, Operator] = MappingProxyType(
         "activation": elementwise.ACTIVATION,
         "add": elementwise.ADD,
         "cache_append_": cache.APPEND,
+        "append_packed_": packed_append.APPEND_PACKED,
         "cache_attend": attention.ATTEND,
+        "cache_attend_packed": packed_attention.ATTEND_PACKED,
+        "with_recent": retained.WITH_RECENT,
+        "settle_": settle.SETTLE,
+        "retain_": retained.RETAIN,
+        "attend_settled": settled_attention.ATTEND_SETTLED,
         "embedding": embedding.EMBEDDING,
         "quantized_embedding": embedding.QUANTIZED_EMBEDDING,
         "gather_last": gather.GATHER_LAST,

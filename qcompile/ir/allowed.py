@@ -13,11 +13,14 @@ from typing import Any
 import torch
 
 from qcompile.ir import activation_ops as _activation_ops  # noqa: F401  registers operators of quantized activations
+from qcompile.ir import append_ops as _append_ops  # noqa: F401  registers operators that pack and store at once
 from qcompile.ir import cache_ops as _cache_ops  # noqa: F401  registers operators of packed caches
 from qcompile.ir import fused_activation_ops as _fused_activation_ops  # noqa: F401  registers producers of quantized activations
 from qcompile.ir import fused_asymmetric_ops as _fused_asymmetric_ops  # noqa: F401  registers their asymmetric twins
 from qcompile.ir import hadamard_ops as _hadamard_ops  # noqa: F401  registers qcompile::hadamard
 from qcompile.ir import ops as _operators  # noqa: F401  registers the qcompile:: operators
+from qcompile.ir import ranked_ops as _ranked_ops  # noqa: F401  registers operators of caches that attention ranks
+from qcompile.ir import rematerialize_ops as _rematerialize_ops  # noqa: F401  registers operators of caches of sources
 from qcompile.ir import retention_ops as _retention_ops  # noqa: F401  registers operators of caches that keep tokens as they came
 
 _ATEN = """
@@ -50,10 +53,11 @@ view.default view_as.default where.Scalar where.ScalarOther where.ScalarSelf whe
 """
 _QCOMPILE = """
 rms_norm add_rms_norm rotary_table rope gated_activation attention cache_append cache_append_ cache_attend dequantize quantized_linear
-quantized_embedding moe_experts gather_last hadamard pack_vectors cache_attend_packed quantize_activation quantize_activation_asym
+quantized_embedding moe_experts gather_last hadamard pack_vectors cache_attend_packed append_packed append_packed_ quantize_activation
+quantize_activation_asym
 quantize_static dequantize_activation integer_linear integer_conv2d float8_linear norm_quantize add_norm_quantize gated_quantize
 hadamard_quantize norm_quantize_asym add_norm_quantize_asym gated_quantize_asym hadamard_quantize_asym with_recent settle settle_ retain
-retain_ attend_settled
+retain_ attend_settled attend_ranked attend_ranked_ cache_store cache_store_ attend_rematerialized
 """
 _PYTHON = (
     operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg, operator.getitem, operator.pow,

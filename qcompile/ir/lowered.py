@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,7 +13,7 @@ from qcompile.ir.size import Size
 
 if TYPE_CHECKING:
     from qcompile.ir.graph import Graph
-    from qcompile.ir.records import PassRecord
+    from qcompile.ir.records import MemoryPlan, PassRecord
 
 BUCKETS: dict[str, tuple[int, int]] = {"m1": (1, 1), "m2-63": (2, 63), "m64": (64, 1 << 30)}
 """Rows of the activation (batch · sequence) that a kernel is made for: name -> (least, most), both inclusive."""
@@ -206,16 +207,36 @@ class Instrument(Protocol):
         """Called after it, with what the manager recorded."""
 
 
+class Stored(Protocol):
+    """A sequence out of its engine's cache."""
+
+    @property
+    def length(self) -> int:
+        """Tokens that were stored."""
+
+
 class Engine(Protocol):
     """Executes a plan. Sampling and `generate` know nothing else of what runs a model.
 
-    `max_batch` sequences of `max_context` tokens fit in its cache; `state` holds the tokens stored for each sequence of the batch.
+    At most `max_batch` sequences, each of at most `max_context` tokens, share its cache. `rows` are those that are taken, `state` the
+    tokens stored for each of them. An operation for which there is no room is an error before anything is changed.
     """
 
     name: str
     max_batch: int
     max_context: int
-    state: list[int]
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The rows that are taken, in order."""
+
+    @property
+    def state(self) -> list[int]:
+        """The tokens stored for each of `rows`."""
+
+    @property
+    def memory(self) -> MemoryPlan:
+        """Bytes that are allocated, by purpose."""
 
     def prepare(self) -> None:
         """Load kernels, constants and cache; the first call of the others does it where this was not called."""
@@ -224,7 +245,37 @@ class Engine(Protocol):
         """Start a batch of sequences over; the logits [B, V] after each one's last token."""
 
     def decode(self, tokens: Sequence[int]) -> Tensor:
-        """One more token for each sequence; the logits [B, V] after it. A token of -1 stores nothing, its logits mean nothing."""
+        """One more token for each of `rows`; the logits [B, V] after it. A token of -1 stores nothing, its logits mean nothing."""
+
+    def join(self, prompt: Sequence[int]) -> tuple[int, Tensor]:
+        """Read a prompt into a free row: the row, and the logits [V] after its last token."""
+
+    def join_all(self, prompts: Sequence[Sequence[int]]) -> tuple[list[int], Tensor]:
+        """Read prompts into free rows at once: the rows, and the logits [n, V]."""
+
+    def leave(self, row: int) -> None:
+        """Free a row and its pages."""
+
+    def step(self, tokens: Mapping[int, int]) -> Tensor:
+        """One more token for some rows: the logits [n, V] after it, in the order of `tokens`."""
+
+    def fork(self, row: int) -> int:
+        """A new row that goes on from where `row` is, and shares its pages."""
+
+    def has_room(self, lengths: Sequence[int]) -> bool:
+        """Whether sequences of so many tokens could join now and all rows still take a step."""
+
+    def suspend(self, row: int) -> Stored:
+        """Take a sequence out of the cache into memory of the host."""
+
+    def resume(self, saved: Any) -> int:
+        """Put what `suspend` took out back: its row."""
+
+    def save(self, row: int, path: str | os.PathLike[str]) -> None:
+        """Write a row's sequence to a file."""
+
+    def restore(self, path: str | os.PathLike[str]) -> int:
+        """Go on with a sequence that `save` wrote: its row."""
 
     def forward(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """The `forward` entry on inputs by name; a model with a cache is given an empty one (`positions` and `page_table` by default)."""

@@ -101,9 +101,19 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 def masked_attention(
     q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, bias: Tensor | None, scale: float, softcap: float, sinks: Tensor | None
 ) -> Tensor:
-    """Grouped attention; a query that may see nothing gives 0.
+    """Grouped attention; a query that may see nothing gives 0. Values v [B, L, T, D], all else as for `attention_weights`."""
+    weights = attention_weights(q, k, keep, bias, scale, softcap, sinks)
+    batch, heads, queries, keys = weights.shape
+    mixed = torch.matmul(weights.view(batch, k.shape[1], -1, queries, keys), v.to(weights.dtype).unsqueeze(2))
+    return mixed.view(batch, heads, queries, v.shape[3]).to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
 
-    q [B, H, S, D], k and v [B, L, T, D] with L dividing H, keep bool broadcastable to [B, 1, S, T], bias float broadcastable
+
+def attention_weights(
+    q: Tensor, k: Tensor, keep: Tensor | None, bias: Tensor | None, scale: float, softcap: float, sinks: Tensor | None
+) -> Tensor:
+    """What each query gives each key of its attention, [B, H, S, T] in at least float32; 0 everywhere where it may see nothing.
+
+    q [B, H, S, D], k [B, L, T, D] with L dividing H, keep bool broadcastable to [B, 1, S, T], bias float broadcastable
     to [B, H, S, T], softcap 0 for none (else `softcap·tanh(score/softcap)`), sinks [H] extra logits that take weight and give 0.
     """
     work = working_dtype(q.dtype)
@@ -123,10 +133,7 @@ def masked_attention(
     weights = torch.exp(scores - torch.where(torch.isfinite(peak), peak, torch.zeros_like(peak)))
     total = weights.sum(-1, keepdim=True)
     weights = weights / torch.where(total > 0, total, torch.ones_like(total))
-    if sinks is not None:
-        weights = weights[..., :-1]
-    mixed = torch.matmul(weights.view(batch, k.shape[1], groups, queries, k.shape[2]), v.to(work).unsqueeze(2))
-    return mixed.view(batch, heads, queries, v.shape[3]).to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    return weights if sinks is None else weights[..., :-1]
 
 
 def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 
 @dataclass
@@ -59,3 +59,36 @@ class CoverageRow:
     source: str
     chosen: bool = False
     activation: str = ""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that an engine holds, by purpose.
+
+    Attributes:
+        weights: constants as this engine multiplies with them (CPU engines unpack some).
+        cache_pages: tokens of all sequences, in pages.
+        cache_rows: tokens kept as they came, in rows of their sequence.
+        page_tables: which pages, and which rows, the sequences of a batch have.
+        arena: intermediates of the largest step, and workspaces of kernels.
+    """
+
+    weights: int = 0
+    cache_pages: int = 0
+    cache_rows: int = 0
+    page_tables: int = 0
+    arena: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return sum(self.to_dict().values())
+
+    def to_dict(self) -> dict[str, int]:
+        """Purpose -> bytes."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
+    def __str__(self) -> str:
+        """A line for each purpose, and one for all."""
+        rows = {**self.to_dict(), "total": self.total}
+        return "\n".join(f"{name:<12} {size:>15,}" for name, size in rows.items())

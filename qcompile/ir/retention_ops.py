@@ -25,7 +25,7 @@ _POLICY = "int first, int recent, int group"
 
 
 @dataclass(frozen=True)
-class _Sequence:
+class Arrivals:
     """A row of the batch: tokens `start` to `end` come in this call, at `places` among the row's S."""
 
     row: int
@@ -40,11 +40,12 @@ class _Sequence:
         ]
 
 
-def _sequences(positions: Tensor) -> Iterator[_Sequence]:
+def sequences(positions: Tensor) -> Iterator[Arrivals]:
+    """What comes for each row of `positions` [B, S], but for rows of padding alone."""
     for row, places in enumerate(positions.tolist()):
         real = [index for index, position in enumerate(places) if position >= 0]
         if real:
-            yield _Sequence(row, places[real[0]], places[real[-1]] + 1, real)
+            yield Arrivals(row, places[real[0]], places[real[-1]] + 1, real)
 
 
 def _fake_with_recent(rows: Tensor, x: Tensor, slots: Tensor) -> Tensor:
@@ -65,15 +66,15 @@ def _like_first(first: Tensor, *_: object) -> Tensor:
 def _settle(
     pages: Tensor, exact: Tensor, page_table: Tensor, positions: Tensor, form: str, policy: Retention, tables: Sequence[Tensor] | None
 ) -> None:  # fmt: skip
-    for sequence in _sequences(positions):
+    for sequence in sequences(positions):
         settling = range(policy.settled(sequence.start), policy.settled(sequence.end))
         if settling:
             packed = vector_format(form).encode(exact[sequence.row][:, sequence.rows(policy, settling)], tables or ())
-            page, row = _slots(page_table[sequence.row], policy, settling, pages.shape[2])
+            page, row = page_rows(page_table[sequence.row], policy, settling, pages.shape[2])
             pages[page, :, row] = packed.transpose(0, 1)
 
 
-def _slots(table: Tensor, policy: Retention, positions: range, page_tokens: int) -> tuple[Tensor, Tensor]:
+def page_rows(table: Tensor, policy: Retention, positions: range, page_tokens: int) -> tuple[Tensor, Tensor]:
     """Physical page and row of settled tokens through their sequence's `table` [pages]."""
     slots = torch.arange(policy.page_slot(positions.start), policy.page_slot(positions.stop), device=table.device)
     return table.long()[slots // page_tokens], slots % page_tokens
@@ -106,7 +107,7 @@ def settle_(
 
 
 def _retain(rows: Tensor, exact: Tensor, slots: Tensor, positions: Tensor, policy: Retention) -> None:
-    for sequence in _sequences(positions):
+    for sequence in sequences(positions):
         kept = [position for position in policy.held(sequence.end) if position >= sequence.start]
         mine = rows[int(slots[sequence.row])]
         mine[:, [policy.row(position) for position in kept]] = exact[sequence.row][:, sequence.rows(policy, kept)]
@@ -149,39 +150,45 @@ def attend_settled(
     """
     policy = Retention(first, recent, group)
     result = torch.zeros_like(q.transpose(1, 2).contiguous()).transpose(1, 2)
-    for sequence in _sequences(positions):
+    for sequence in sequences(positions):
         stored = ((keys, exact_keys, k_form, k_tables), (values, exact_values, v_form, v_tables))
         k, v = (
-            _both(pages, exact[sequence.row], page_table[sequence.row], form, tables, sequence, policy, q.dtype)
+            _as_stored(pages, exact[sequence.row], page_table[sequence.row], form, tables, sequence, policy, q.dtype)
             for pages, exact, form, tables in stored
         )
         k = torch.cat([turned(part, inv_freq, scaling) for part in k.chunk(2, dim=2)], dim=2) if inv_freq is not None else k
-        keep = _visible(policy, sequence, window, q.device)
+        keep = visible(policy, sequence, window, q.device)
         queries = q[sequence.row : sequence.row + 1, :, sequence.places]
         result[sequence.row][:, sequence.places] = masked_attention(queries, k, v, keep, None, scale, softcap, sinks)[0]
     return result
 
 
-def _both(
-    pages: Tensor, exact: Tensor, table: Tensor, form: str, tables: Sequence[Tensor] | None, sequence: _Sequence, policy: Retention,
+def _as_stored(
+    pages: Tensor, exact: Tensor, table: Tensor, form: str, tables: Sequence[Tensor] | None, sequence: Arrivals, policy: Retention,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """A sequence's vectors as they came, then as they were packed: [1, L, 2 T, D]; 0 where there is none of the kind."""
-    work = working_dtype(dtype)
-    heads, size = exact.shape[0], exact.shape[2]
-    result = torch.zeros(heads, 2 * sequence.end, size, dtype=work, device=exact.device)
-    unsettled = [*policy.held(sequence.start), *range(sequence.start, sequence.end)]
-    result[:, unsettled] = exact[:, sequence.rows(policy, unsettled)].to(work)
+    result = as_they_came(exact, sequence, policy, dtype)
     settled = range(policy.first, policy.settled(sequence.end))
     if settled:
-        page, row = _slots(table, policy, settled, pages.shape[2])
+        page, row = page_rows(table, policy, settled, pages.shape[2])
         packed = pages[page, :, row].transpose(0, 1)
-        result[:, sequence.end + settled.start : sequence.end + settled.stop] = vector_format(form).decode(packed, size, work, tables or ())
+        result[:, sequence.end + settled.start : sequence.end + settled.stop] = vector_format(form).decode(
+            packed, exact.shape[2], result.dtype, tables or ()
+        )
     return result.unsqueeze(0)
 
 
-def _visible(policy: Retention, sequence: _Sequence, window: int, device: torch.device) -> Tensor:
-    """Which of the vectors of `_both` each new query sees: [1, 1, S', 2 T]."""
+def as_they_came(exact: Tensor, sequence: Arrivals, policy: Retention, dtype: torch.dtype) -> Tensor:
+    """A sequence's vectors that had not settled before this call, from `exact` [L, N + S, D], and room for packed ones: [L, 2 T, D]."""
+    result = torch.zeros(exact.shape[0], 2 * sequence.end, exact.shape[2], dtype=working_dtype(dtype), device=exact.device)
+    unsettled = [*policy.held(sequence.start), *range(sequence.start, sequence.end)]
+    result[:, unsettled] = exact[:, sequence.rows(policy, unsettled)].to(result.dtype)
+    return result
+
+
+def visible(policy: Retention, sequence: Arrivals, window: int, device: torch.device) -> Tensor:
+    """Which of a sequence's vectors, as they came and then packed, each new query sees: [1, 1, S', 2 T]."""
     row = torch.arange(sequence.start, sequence.end, device=device).unsqueeze(1)
     column = torch.arange(sequence.end, device=device)
     border = torch.tensor([policy.settled(position + 1) for position in range(sequence.start, sequence.end)], device=device).unsqueeze(1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from qcompile.errors import FormatError
 from qcompile.quant.retention import Retention
 from qcompile.quant.vector_format import VectorForm, VectorFormat, vector_format
+from qcompile.quant.vectors.ranked import RankedFormat
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class CacheFormat:
     With `keys` and `values`, which come together, vectors are packed in these formats. The first `sinks` tokens of a sequence and at least
     the last `window` stay in `dtype`, as do those whose group is not full yet. With `before_positions` keys are kept as they are before
     rotary positions, which are applied on reading (KVQuant, arXiv:2401.18079): their channels are then alike at every position. `layers`
-    are the forms of keys and values of the first layers, as text, where not all have the same.
+    are the forms of keys and values of the first layers, as text, where not all have the same. With `rematerialized` what keys and values
+    are made from is stored in their place, in the form of the keys, where that takes fewer bytes (XQuant, arXiv:2508.10395).
     """
 
     name: str = "kv"
@@ -32,16 +35,33 @@ class CacheFormat:
     window: int = 0
     before_positions: bool = False
     layers: tuple[tuple[str, str], ...] = ()
+    rematerialized: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what no cache holds.
 
         Raises:
-            FormatError: for a negative number of tokens.
+            FormatError: for a negative number of tokens, keys but not values that are ranked, or nothing to rank them by; for tokens
+                in 16 bits, or a form that is not per token or has tables, in a cache of what keys and values are made from.
         """
         for name in ("sinks", "window"):
             if getattr(self, name) < 0:
                 raise FormatError(f"cache_{name}={getattr(self, name)}: expected a number of tokens, 0 for none")
+        forms = [form for form in (self.keys, self.values, *map(vector_format, itertools.chain(*self.layers))) if form is not None]
+        self._require_ranks(forms)
+        if self.rematerialized and (self.retention.rows or any(form.tokens > 1 or form.tables for form in forms)):
+            raise FormatError(
+                f"cache {self.name}: expected forms per token without tables, and cache_sinks=0 and cache_window=0, for what keys and "
+                f"values are made from, got {self.keys}, {self.values}, {self.sinks} and {self.window}; choose int4 g64 asym"
+            )
+
+    def _require_ranks(self, forms: Sequence[VectorForm]) -> None:
+        ranked = [isinstance(form, RankedFormat) for form in forms]
+        if any(ranked) and not (all(ranked) and self.window > 0 and len({form.tokens for form in forms}) == 1):
+            raise FormatError(
+                f"cache {self.name}: expected keys and values that are both ranked among as many tokens, and a cache_window in which "
+                f"attention ranks them, got {', '.join(map(str, forms))} and cache_window={self.window}; start from kv4-zip"
+            )
 
     @property
     def retention(self) -> Retention:
@@ -58,7 +78,14 @@ class CacheFormat:
     @property
     def is_rotated(self) -> bool:
         """Whether queries and keys are rotated against outliers: where integers hold keys as they are after positions."""
-        return isinstance(self.keys, VectorFormat) and self.keys.element.is_integer and not self.before_positions
+        form = self.keys.fine if isinstance(self.keys, RankedFormat) else self.keys
+        stored = not self.before_positions and not self.rematerialized
+        return isinstance(form, VectorFormat) and form.element.is_integer and stored
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether tokens are packed by the attention they have received."""
+        return isinstance(self.keys, RankedFormat)
 
     def forms(self, layer: int = -1) -> tuple[str, ...]:
         """The forms of a layer's keys and values as text; empty where they are stored as numbers."""
@@ -95,7 +122,15 @@ CACHES = {
     "kv4": _packed("kv4", "int4 t64 asym", "int4 g64 sym", sinks=4, window=28),
     "kv4-token": _packed("kv4-token", "int4 g64 sym", sinks=4, window=56),
     "kv4-kivi": _packed("kv4-kivi", "int4 t32 asym", "int4 g32 asym", sinks=4, window=32),
+    "kv4-xquant": replace(_packed("kv4-xquant", "int4 g64 asym"), rematerialized=True),
+    "kv4-zip": _packed("kv4-zip", "int4 g64 asym over int2 g64 asym top 16 of 32", sinks=4, window=32),
     "kv2": _packed("kv2", "klt2", sinks=4, window=116, before_positions=True),
     "kv2-kivi": _packed("kv2-kivi", "int2 t32 asym", "int2 g32 asym", sinks=4, window=32),
+    "kv4-block": _packed("kv4-block", "bfp4 g16 sorted"),
+    "kv4-kvquant": _packed("kv4-kvquant", "nuq4 static s1", "nuq4 token s1", sinks=4, before_positions=True),
+    "kv3-kvquant": _packed("kv3-kvquant", "nuq3 static s1", "nuq3 token s1", sinks=4, before_positions=True),
+    "kv3-pca": _packed("kv3-pca", "pca3/4 int4 g16 sym", sinks=4, window=32, before_positions=True),
+    "kv2-gear": _packed("kv2-gear", "gear64 r2 s1 int2 t32 asym", "gear64 r2 s1 int2 g32 asym", sinks=4, window=32),
+    "kv-qjl": _packed("kv-qjl", "qjl256", "int4 g64 asym", sinks=4, window=32),
 }
-"""Presets by name: KIVI is arXiv:2402.02750."""
+"""Presets by name: KIVI is arXiv:2402.02750, XQuant arXiv:2508.10395, ZipCache arXiv:2405.14256; others are named by their forms' files."""

@@ -20,8 +20,18 @@ _BATCHED = {
     "qcompile.cache_append_.default": "k",
     "qcompile.cache_append.default": "k",
     "qcompile.cache_attend.default": "q",
+    "qcompile.append_packed_.default": "k",
+    "qcompile.append_packed.default": "k",
+    "qcompile.cache_attend_packed.default": "q",
+    "qcompile.with_recent.default": "x",
+    "qcompile.attend_settled.default": "q",
 }
 """Operators over [B, heads, S, D] -> the operand that has these axes."""
+
+_PLACED = ("qcompile.settle_.default", "qcompile.retain_.default")
+"""Operators whose `positions` [B, S] say how many tokens come."""
+
+_ATTENDING = ("qcompile.cache_attend.default", "qcompile.cache_attend_packed.default", "qcompile.attend_settled.default")
 
 _INDEXED = {
     "aten.embedding.default": "indices",
@@ -80,20 +90,23 @@ def local_sizes(name: str, operands: Mapping[str, Any], sizes: Mapping[str, int]
     elif name == "qcompile.gather_last.default":
         batch, sequence = operands["positions"].shape
         local |= {"batch": batch, "sequence": sequence, "rows": batch}
+    elif name in _PLACED:
+        batch, sequence = operands["positions"].shape
+        local |= {"batch": batch, "sequence": sequence, "rows": batch * sequence}
     elif name in _INDEXED:
         local["rows"] = operands[_INDEXED[name]].numel()
     elif (lead := next((operands[key] for key in _LEADING if isinstance(operands.get(key), Tensor)), None)) is not None:
         local["rows"] = lead.numel() // max(1, lead.shape[-1])
     if isinstance(table := operands.get("page_table"), Tensor):
         local["pages"] = table.shape[1]
-    if isinstance(keys := operands.get("keys"), Tensor):
+    if isinstance(keys := operands.get("keys", operands.get("pages")), Tensor):
         local["page_tokens"] = keys.shape[2]
     return local
 
 
 def bucket_count(name: str, local: Mapping[str, int]) -> int:
     """What `BUCKETS` counts for an operator: tokens of each sequence for attention over the cache, else rows."""
-    return local["sequence" if name == "qcompile.cache_attend.default" else "rows"]
+    return local["sequence" if name in _ATTENDING else "rows"]
 
 
 def is_dense(shape: Sequence[int], strides: Sequence[int], covered: frozenset[int]) -> bool:

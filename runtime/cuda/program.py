@@ -32,6 +32,11 @@ class Constants:
     device: torch.device
     _uploaded: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        return sum(tensor.nbytes for tensor in self._uploaded.values())
+
     def get(self, name: str, layout: str = "") -> Tensor:
         """The constant called `name` as the layout has it ("" is the artifact's own)."""
         key = (name, layout)
@@ -48,6 +53,11 @@ class Arena:
         """An empty arena."""
         self.device = device
         self._kept: list[Tensor] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that was handed out."""
+        return sum(tensor.numel() for tensor in self._kept)
 
     def take(self, size: int) -> Tensor:
         """At least `size` bytes, the same memory as last time where that suffices; what was handed out before stays alive."""
@@ -76,7 +86,7 @@ class Program:
     """
 
     def __init__(self, context: Context, entry: Entry, sizes: Mapping[str, int], states: Mapping[str, Tensor]) -> None:
-        """Bind every step. `sizes` gives a value to every name in the entry's shapes; `states` are the cache's tensors.
+        """Bind every step. `sizes` gives a value to every name in the entry's shapes; `states` are the caller's: the cache and its inputs.
 
         Raises:
             EngineError: where a kernel's assumptions do not hold, naming kernel and parameter.
@@ -89,7 +99,7 @@ class Program:
         planned = planned_for(entry, sizes)
         arena = context.arena.take(planned.arena_bytes)
         for buffer in planned.buffers.values():
-            if buffer.kind in ("input", "intermediate", "output") and not buffer.alias:
+            if buffer.kind in ("input", "intermediate", "output") and not buffer.alias and buffer.name not in states:
                 self._tensors[buffer.name] = allocate(buffer, sizes, context.device, arena if buffer.offset >= 0 else None)
         for step in entry.steps:
             before = len(self.actions)

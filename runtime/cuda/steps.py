@@ -20,6 +20,12 @@ HOST_SYNCHRONISING = frozenset(
         "qcompile.cache_append_.default",
         "qcompile.cache_append.default",
         "qcompile.cache_attend.default",
+        "qcompile.append_packed_.default",
+        "qcompile.append_packed.default",
+        "qcompile.cache_attend_packed.default",
+        "qcompile.settle_.default",
+        "qcompile.retain_.default",
+        "qcompile.attend_settled.default",
         "qcompile.moe_experts.default",
     }
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from qcompile.errors import EngineError
 
@@ -10,30 +10,41 @@ if TYPE_CHECKING:
     from qcompile.ir.lowered import Engine
     from qcompile.runtime.artifact import ArtifactContents
 
+
+class _Sizes(TypedDict):
+    max_batch: int
+    max_context: int
+    page_tokens: int | None
+    kv_bytes: int | None
+
+
 ENGINES = ("reference", "torch_cpu", "cuda")
 
 
 def make_engine(
-    contents: ArtifactContents, *, name: str | None = None, device: str | None = None, max_batch: int = 1, max_context: int = 2048
-) -> Engine:
+    contents: ArtifactContents, *, name: str | None = None, device: str | None = None, max_batch: int = 1, max_context: int = 2048,
+    page_tokens: int | None = None, kv_bytes: int | None = None, share_prefixes: bool = False,
+) -> Engine:  # fmt: skip
     """The engine called `name`, by default the one that the contents' target asks for and that can run here.
 
     Raises:
         EngineError: for an unknown name.
+        CapacityError: if the cache has no room for a page for each row.
     """
     chosen = name or _default(contents.target, device)
+    sizes: _Sizes = {"max_batch": max_batch, "max_context": max_context, "page_tokens": page_tokens, "kv_bytes": kv_bytes}
     if chosen == "reference":
         from qcompile.runtime.engines.reference import ReferenceEngine
 
-        return ReferenceEngine(contents, max_batch=max_batch, max_context=max_context)
+        return ReferenceEngine(contents, share_prefixes=share_prefixes, **sizes)
     if chosen == "torch_cpu":
         from qcompile.runtime.engines.torch_cpu import TorchCpuEngine
 
-        return TorchCpuEngine(contents, max_batch=max_batch, max_context=max_context)
+        return TorchCpuEngine(contents, share_prefixes=share_prefixes, **sizes)
     if chosen == "cuda":
         from qcompile.runtime.engines.cuda import CudaEngine
 
-        return CudaEngine(contents, max_batch=max_batch, max_context=max_context, device=device or "cuda")
+        return CudaEngine(contents, share_prefixes=share_prefixes, device=device or "cuda", **sizes)
     raise EngineError(f"engine {chosen!r}: expected one of {', '.join(ENGINES)}")
 
 

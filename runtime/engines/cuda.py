@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -12,15 +13,17 @@ from torch import Tensor
 from qcompile.errors import EngineError
 from qcompile.ir.constants import Constant
 from qcompile.ir.lowered import Entry, Kernel, Plan
+from qcompile.ir.records import MemoryPlan
+from qcompile.runtime.accounting import memory_plan
+from qcompile.runtime.cache_layout import describe, layout_of, state_buffers
 from qcompile.runtime.cuda.driver import Driver
 from qcompile.runtime.cuda.graph import CapturedProgram, CaptureError, Queue
 from qcompile.runtime.cuda.modules import Modules
 from qcompile.runtime.cuda.program import Arena, Constants, Context, Program
-from qcompile.runtime.kv_cache import KVCache, state_buffers
+from qcompile.runtime.kv_cache import KVCache
+from qcompile.runtime.sequences import PADDING, SequenceEngine
 
 Runnable = Program | CapturedProgram
-PADDING = -1
-"""The position of a token that is not there: it is not stored and attends to nothing."""
 
 
 class Contents(Protocol):
@@ -50,33 +53,36 @@ class Contents(Protocol):
         """Raise unless the binaries are trusted."""
 
 
-class CudaEngine:
-    """Runs a plan on one GPU. `state` is the number of tokens that each sequence of the batch has in the cache."""
+class CudaEngine(SequenceEngine):
+    """Runs a plan on one GPU; rows that fill a bucket are padding."""
 
     name = "cuda"
 
     def __init__(
-        self, contents: Contents, *, max_batch: int = 1, max_context: int = 2048, kv_bytes: int | None = None,
-        device: str = "cuda", driver: Driver | None = None,
+        self, contents: Contents, *, max_batch: int = 1, max_context: int = 2048, page_tokens: int | None = None,
+        kv_bytes: int | None = None, share_prefixes: bool = False, device: str = "cuda", driver: Driver | None = None,
     ) -> None:  # fmt: skip
         """Take an artifact's plan and binaries and allocate the cache; kernels and weights wait for `prepare`.
 
         `device` is where tensors live, `driver` what launches over them: a test gives "cpu" and a stub.
 
         Raises:
-            CapacityError: if the cache has no room for a single token per row.
+            CapacityError: if the cache has no room for a page for each row.
             UntrustedCodeError: for binaries that were not built on this machine and that the caller did not allow.
             EngineError: if there is no driver, or the device cannot run binaries of the target's architecture.
         """
+        super().__init__()
         contents.require_native()
         self.device = torch.device(device)
         self.driver = driver or Driver(device=self.device.index or 0)
         require_architecture(contents.target.split("-")[0], self.driver.architecture)
-        self.plan, self.max_batch = contents.plan, max_batch
-        states = state_buffers(self.plan.entries["decode"]) if "decode" in self.plan.entries else []
-        self.cache = KVCache(states, max_batch=max_batch, max_context=max_context, kv_bytes=kv_bytes, device=self.device)
-        self.max_context = self.cache.capacity
-        self.state: list[int] = []
+        self.contents, self.plan, self.max_batch, self.share_prefixes = contents, contents.plan, max_batch, share_prefixes
+        decode = self.plan.entries.get("decode")
+        layout = layout_of(decode, max_batch=max_batch, max_context=max_context, page_tokens=page_tokens, kv_bytes=kv_bytes)
+        self._cache = KVCache(layout, self.device)
+        self.max_context = layout.capacity
+        if "prefill" in self.plan.entries:
+            self.chunk = self.plan.entries["prefill"].limits["sequence"]
         self.queue = Queue(self.driver, self.device)
         self._modules = Modules(self.driver, contents.kernels, contents.binaries)
         self._context = Context(
@@ -88,7 +94,6 @@ class CudaEngine:
             Arena(self.device),
             Arena(self.device),
         )
-        self._tables: dict[Program, list[list[int]]] = {}
         self._prefill: dict[int, Program] = {}
         self._decode: dict[int, Runnable] = {}
         self._graphs = True
@@ -102,63 +107,52 @@ class CudaEngine:
         for bucket in reversed(batch_buckets(self.max_batch)):
             self._decode[bucket] = self._captured(self._bind("decode", bucket, 1))
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Start a batch of sequences over: their tokens go through in chunks, and each one's last logits come back [B, V].
-
-        Raises:
-            CapacityError: for more sequences or tokens than the cache was made for.
-            EngineError: for a prompt without tokens.
-        """
+    @property
+    def cache(self) -> KVCache:
+        """The cache of all rows, on the device."""
         self.prepare()
-        rows, counts = range(len(prompts)), [len(prompt) for prompt in prompts]
-        if 0 in counts or not counts:
-            raise EngineError(f"prefill: sequence {counts.index(0) if counts else 0}: expected at least one token, got none")
-        self.state = []
-        self.cache.reset()
-        self.cache.reserve(counts, rows)
-        program = self._prefill_program(len(prompts))
-        chunk = self.plan.entries["prefill"].limits["sequence"]
-        found: dict[int, Tensor] = {}
-        with self.queue():
-            for start in range(0, max(counts), chunk):
-                self._write(program, *chunk_of(prompts, start, chunk, program.sizes["batch"]))
-                program.run()
-                for row, count in enumerate(counts):
-                    if start < count <= start + chunk:
-                        found[row] = program.outputs[0][row, -1].clone()
-            logits = torch.stack([found[row] for row in rows])
-        self.cache.advance(counts, rows)
-        self.state = counts
-        return logits
+        return self._cache
+
+    @property
+    def model_constants(self) -> Mapping[str, Constant]:
+        """The artifact's."""
+        return self.contents.constants
+
+    @property
+    def cache_format(self) -> str:
+        """As the plan has it."""
+        return describe(self.plan.entries["decode"])
+
+    @property
+    def memory(self) -> MemoryPlan:
+        """Bytes that are allocated on the device, by purpose; prepares the engine."""
+        self.prepare()
+        arena = self._context.arena.nbytes + self._context.workspace.nbytes
+        return memory_plan(self._context.constants.nbytes, self._cache.layout, arena)
+
+    def working(self) -> contextlib.AbstractContextManager[object]:
+        """On the engine's stream."""
+        return self.queue()
 
     def decode(self, tokens: Sequence[int] | Tensor) -> Tensor:
-        """One more token [B] for each sequence; the logits [B, V] after it.
-
-        A negative token says that its sequence takes no part: nothing is stored for it and its logits mean nothing. A tensor on the
-        device is not read by the host, so it must hold no negative token.
-
-        Raises:
-            CapacityError: when a sequence has filled its part of the cache.
-            EngineError: for another number of tokens than there are sequences.
-        """
-        ids = torch.as_tensor(tokens, dtype=torch.int64).view(-1, 1)
-        count = len(ids)
-        if count != len(self.state):
-            raise EngineError(f"decode: expected one token for each of the {len(self.state)} sequences of the last prefill, got {count}")
-        rows = [row for row in range(count) if ids.is_cuda or ids[row] >= 0]
-        self.cache.reserve([1] * len(rows), rows)
-        program = self.program(count)
-        bucket = program.sizes["batch"]
-        positions = torch.full((bucket, 1), PADDING)
-        positions[rows, 0] = torch.tensor([self.state[row] for row in rows], dtype=torch.int64)
-        padded = torch.cat((ids.clamp(min=0), ids.new_zeros(bucket - count, 1)))
-        with self.queue():
-            self._write(program, padded, positions)
-            self._decode[bucket].run()
-            logits = program.outputs[0][:count, -1].clone()
-        self.cache.advance([1] * len(rows), rows)
-        self.state = self.cache.lengths[:count]
+        """As `SequenceEngine.decode`; a tensor on the device is not read by the host, so it must hold no negative token."""
+        if not isinstance(tokens, Tensor) or not tokens.is_cuda:
+            return super().decode(tokens)
+        rows = self.rows
+        if len(tokens) != len(rows):
+            raise EngineError(f"decode: expected a token for each of the {len(rows)} sequences of the batch, got {len(tokens)}")
+        positions = torch.tensor([[length] for length in self.state])
+        logits = self._advance("decode", rows, [1] * len(rows), tokens.view(-1, 1).long(), positions)
+        self._histories |= dict.fromkeys(rows)
         return logits
+
+    def compute(self, name: str, rows: Sequence[int], ids: Tensor, positions: Tensor) -> Tensor:
+        """Through the program for the least bucket that holds so many rows; decoding as one graph."""
+        runnable = self._prefill_program(len(rows)) if name == "prefill" else self._decode[bucket_of(len(rows), self.max_batch)]
+        program = runnable.program if isinstance(runnable, CapturedProgram) else runnable
+        self._write(program, rows, ids, positions)
+        runnable.run()
+        return program.outputs[0][: len(rows), -1].clone()
 
     def forward(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """The `forward` entry on inputs by name; a model with a cache is given an empty one, `positions` and `page_table` by default.
@@ -171,7 +165,8 @@ class CudaEngine:
         given = {**_own_inputs(inputs), **inputs} if states else inputs
         sizes = sizes_of(entry, given)
         with self.queue():
-            cache = KVCache(states, max_batch=sizes.get("batch", 1), max_context=sizes.get("sequence", 1), device=self.device)
+            batch, length = sizes.get("batch", 1), sizes.get("sequence", 1)
+            cache = KVCache(layout_of(entry, max_batch=batch, max_context=length), self.device)
             program = Program(self._context, entry, {**sizes, **cache.sizes} if states else sizes, cache.tensors)
             for name, place in program.inputs.items():
                 place.copy_(given[name])
@@ -206,10 +201,10 @@ class CudaEngine:
         self.driver.release()
 
     def _bind(self, name: str, batch: int, sequence: int) -> Program:
-        sizes = {"batch": batch, "sequence": sequence, **self.cache.sizes}
+        sizes = {"batch": batch, "sequence": sequence, **self._cache.sizes}
         with self.queue():
-            program = Program(self._context, self.plan.entries[name], sizes, self.cache.tensors)
-            self._write(program, torch.zeros(batch, sequence, dtype=torch.int64), torch.full((batch, sequence), PADDING))
+            program = Program(self._context, self.plan.entries[name], sizes, self._cache.inputs(batch))
+            self._write(program, [], torch.zeros(0, 1, dtype=torch.int64, device="cpu"), torch.zeros(0, 1, device="cpu"))
         return program
 
     def _prefill_program(self, count: int) -> Program:
@@ -229,15 +224,15 @@ class CudaEngine:
             warnings.warn(f"the CUDA graph is off and decode runs step by step: {error}{more}", RuntimeWarning, stacklevel=3)
             return program
 
-    def _write(self, program: Program, ids: Tensor, positions: Tensor) -> None:
-        program.inputs["input_ids"].copy_(ids)
-        program.inputs["positions"].copy_(positions)
-        if "slots" in program.inputs:
-            program.inputs["slots"].copy_(torch.arange(program.sizes["batch"]))
-        table = self.cache.table(range(program.sizes["batch"]))
-        if self._tables.get(program) != table:
-            program.inputs["page_table"].copy_(torch.tensor(table, dtype=torch.int32))
-            self._tables[program] = table
+    def _write(self, program: Program, rows: Sequence[int], ids: Tensor, positions: Tensor) -> None:
+        """Put tokens and positions [n, S] of rows where the program reads them; what is beyond them is padding."""
+        count, width = ids.shape
+        for name, given, beyond in (("input_ids", ids, 0), ("positions", positions, PADDING)):
+            place = program.inputs[name]
+            if place.shape != given.shape:
+                place.fill_(beyond)
+            place[:count, :width].copy_(given)
+        self._cache.bind(rows, program.sizes["batch"])
 
 
 def require_architecture(arch: str, device: str) -> None:
@@ -259,17 +254,6 @@ def batch_buckets(max_batch: int) -> list[int]:
 def bucket_of(count: int, max_batch: int) -> int:
     """The least bucket that holds `count` sequences."""
     return next(bucket for bucket in batch_buckets(max_batch) if bucket >= count)
-
-
-def chunk_of(prompts: Sequence[Sequence[int]], start: int, chunk: int, batch: int) -> tuple[Tensor, Tensor]:
-    """Token ids and positions [batch, chunk] from `start` on; what lies beyond a prompt, and rows beyond the last one, is padding."""
-    ids = torch.zeros(batch, chunk, dtype=torch.int64, device="cpu")
-    positions = torch.full((batch, chunk), PADDING, device="cpu")
-    for row, prompt in enumerate(prompts):
-        part = torch.tensor(prompt[start : start + chunk], dtype=torch.int64, device="cpu")
-        ids[row, : len(part)] = part
-        positions[row, : len(part)] = torch.arange(start, start + len(part), device="cpu")
-    return ids, positions
 
 
 def _own_inputs(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -49,7 +49,7 @@ class Program:
             entry: planned for at least `sizes`.
             sizes: batch, sequence, and the cache's.
             constants: every constant the entry names, in the form that `kernels` wants.
-            states: the cache tensors by name.
+            states: the cache's tensors by name, and inputs that stand in memory of the caller's.
             arena: uint8, at least `entry.arena_bytes`.
             kernels: how a step runs; None leaves it to the operator itself.
         """
@@ -58,7 +58,7 @@ class Program:
         for name, buffer in entry.buffers.items():
             if buffer.kind == "intermediate" and not buffer.alias:
                 self.tensors[name] = self._place(buffer, arena)
-            elif buffer.kind in ("input", "output") and not buffer.alias:
+            elif buffer.kind in ("input", "output") and not buffer.alias and name not in states:
                 self.tensors[name] = ordered(torch.empty(self._shape(buffer, stored=True), dtype=dtype_of(buffer.dtype)), buffer)
         self.calls: list[Call] = []
         for step in entry.steps:

@@ -8,43 +8,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from qcompile.codegen.triton.backend import TritonBackend
-from qcompile.codegen.triton.build import build_kernels, kernel_cache
 from qcompile.ir import activation_ops, fused_activation_ops, fused_asymmetric_ops
-from qcompile.ir.layouts import apply_layout
 from qcompile.ir.lowered import KernelSpec
-from qcompile.ir.size import evaluate
 from qcompile.quant import activations
 from qcompile.quant.format import parse_format
 from qcompile.quant.hadamard import mixing_matrix
 from qcompile.quant.reference import quantize as quantize_weight
-from qcompile.runtime.cuda.driver import Driver
-from qcompile.runtime.cuda.launch import FrozenLaunch
-from qcompile.runtime.cuda.modules import Modules
-from qcompile.runtime.cuda.operands import Operand
 from tests.codegen.triton import activation_specs as specs
+from tests.gpu.launching import run_on_gpu
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU with a driver")]
 ROWS = {"m1": 1, "m2-63": 17, "m64": 200}
 
 
 def run(spec: KernelSpec, operands: Mapping[str, Tensor], rows: int) -> None:
-    """Build, load and launch; results are written into `operands`."""
-    major, minor = torch.cuda.get_device_capability()
-    arch = f"sm{major}{minor}"
-    (kernel,), binaries = build_kernels([TritonBackend(arch).emit(spec)], arch, cache=kernel_cache())
-    driver = Driver()
-    driver.make_current()
-    layouts = dict(kernel.layouts)
-    laid = {name: apply_layout(layouts[name], value) if name in layouts else value for name, value in operands.items()}
-    places = {name: Operand.of(value) for name, value in laid.items()}
-    for space in kernel.workspaces:
-        places[space.name] = Operand.workspace(torch.empty(evaluate(space.bytes, {"rows": rows}), dtype=torch.uint8, device="cuda"))
-    modules = Modules(driver, {kernel.name: kernel}, binaries)
-    stream = torch.cuda.current_stream().cuda_stream
-    for launch in kernel.launches:
-        FrozenLaunch(driver, modules.function(kernel, launch), kernel.name, launch, places, {"rows": rows}, stream)()
-    torch.cuda.synchronize()
+    """Launch an operator over `rows` rows; results are written into `operands`."""
+    run_on_gpu(spec, operands, {"rows": rows})
 
 
 @pytest.mark.parametrize("bucket", ROWS)

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from qcompile import frontend
-from qcompile.codegen.select import backend_for, build
-from qcompile.passes.base import PassContext
-from qcompile.passes.manager import run_pipeline
-from qcompile.passes.pipelines import default_pipeline
 from qcompile.runtime.artifact import ArtifactContents
 from qcompile.runtime.engines.cuda import CudaEngine
-from qcompile.target import parse_target
-from tests.models import tiny
+from tests.gpu.launching import architecture_at_hand, small_llama
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU with a driver")]
 SCHEMES = {"bf16": 3e-2, "int8": 3e-2, "int4": 3e-2, "int3": 3e-2, "nvfp4": 3e-2, "w8a8": 0.15, "w4a8": 0.15, "fp8": 0.4}
@@ -30,16 +26,9 @@ PROMPTS = [list(range(3, 24)), [40, 41, 42], [7]]
 @pytest.fixture(scope="module", params=SCHEMES)
 def contents(request: pytest.FixtureRequest) -> ArtifactContents:
     """A two-layer llama with heads of 64, compiled for the GPU at hand."""
-    major, minor = torch.cuda.get_device_capability()
-    if request.param == "fp8" and (major, minor) < (8, 9):
+    if request.param == "fp8" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("8-bit floats need sm89")
-    goal = parse_target(f"sm{major}{minor}-{request.param}")
-    model = tiny("llama", hidden_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=64, intermediate_size=192)
-    loaded = frontend.load(model)
-    ctx = PassContext(goal, backend_for(goal), max_batch=4, max_context=64, prefill_chunk=16)
-    run_pipeline(loaded.graph, default_pipeline(goal), ctx)
-    kernels, binaries = build(ctx.products["kernels"], goal)
-    return ArtifactContents(loaded.graph, ctx.products["plan"], kernels, binaries, loaded.assets, str(goal), "")
+    return small_llama(f"{architecture_at_hand()}-{request.param}", max_context=64)
 
 
 def engines(contents: ArtifactContents) -> tuple[CudaEngine, CudaEngine]:
@@ -69,6 +58,28 @@ def test_a_sequence_does_not_depend_on_the_rows_beside_it(contents: ArtifactCont
     alone = [fast.prefill(PROMPTS[:1]), fast.decode([1]), fast.decode([4])]
     for both, one in zip(together, alone, strict=True):
         assert float((both[0] - one[0]).float().abs().max() / one.float().abs().max()) <= SCHEMES[contents.target.split("-", 1)[1]]
+
+
+def test_sequences_come_and_go_in_shared_pages(contents: ArtifactContents, tmp_path: Path) -> None:
+    """Pages of sixteen tokens; a fork, a row that leaves, one that takes its place, and one that comes back from a file."""
+    engine = CudaEngine(contents, max_batch=4, max_context=64, page_tokens=16)
+    told: dict[int, list[Tensor]] = {}
+    told |= {row: [logits] for row, logits in zip(*engine.join_all(PROMPTS[:2]), strict=True)}
+    told[engine.fork(0)] = list(told[0])
+    for tokens in ({0: 1, 1: 2, 2: 1}, {2: 3, 0: 4}):
+        for row, logits in zip(tokens, engine.step(tokens), strict=True):
+            told[row].append(logits)
+    engine.leave(1)
+    assert engine.join(PROMPTS[2])[0] == 1
+    engine.save(2, tmp_path / "sequence")
+    engine.leave(2)
+    engine.step({1: 5, 0: 6})
+    row = engine.restore(tmp_path / "sequence")
+    told[2].append(engine.step({row: 7})[0])
+    for row, tokens in ((0, [1, 4]), (2, [1, 3, 7])):
+        alone = torch.cat([engine.prefill(PROMPTS[:1]), *(engine.decode([token]) for token in tokens)])
+        error = (torch.stack(told[row]) - alone).float().abs().max() / alone.float().abs().max()
+        assert float(error) <= SCHEMES[contents.target.split("-", 1)[1]]
 
 
 def test_replays_are_deterministic(contents: ArtifactContents) -> None:

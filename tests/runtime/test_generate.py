@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -12,49 +14,98 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
 from qcompile.errors import CapacityError, QCompileError, TokenizerError
-from qcompile.ir.records import Assets
-from qcompile.runtime.generate import Generator, first_stop, longest_border
+from qcompile.ir.records import Assets, MemoryPlan
+from qcompile.runtime.generate import Generator
+from qcompile.runtime.rows import first_stop, longest_border
 from qcompile.runtime.tokenizer import TextStream, Tokenizer
 
 EOS = 256
 
 
+@dataclass
+class Played:
+    """A sequence of the script: which text it is, how far it is, what it took so far."""
+
+    text: int
+    length: int
+    step: int = 0
+
+
 class Script:
-    """An engine that answers with the bytes of a text, one token per byte, then with the end of sequence."""
+    """An engine that answers with the bytes of a text, one token per byte, then with the end of sequence.
+
+    Prompts get the texts in turn. `pages` tokens of all sequences fit, if given.
+    """
 
     name = "script"
     max_context = 64
 
-    def __init__(self, *texts: str, max_batch: int = 4) -> None:
+    def __init__(self, *texts: str, max_batch: int = 4, pages: int = 1 << 20) -> None:
         self.texts = [list(text.encode()) for text in texts]
-        self.max_batch = max_batch
-        self.state: list[int] = []
-        self.fed: list[list[int]] = []
-        self.batches = 0
+        self.max_batch, self.pages = max_batch, pages
+        self.played: dict[int, Played] = {}
+        self.fed: list[dict[int, int]] = []
+        self.joined: list[list[int]] = []
+        self.suspended = 0
+
+    memory = MemoryPlan()
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        return tuple(sorted(self.played))
+
+    @property
+    def state(self) -> list[int]:
+        return [self.played[row].length for row in self.rows]
 
     def prepare(self) -> None: ...
 
     def forward(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         raise NotImplementedError
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        self.first = self.batches
-        self.batches += len(prompts)
-        self.state = [len(prompt) for prompt in prompts]
-        self.step = 0
-        return self._logits()
+    prefill = decode = join = fork = save = restore = forward
 
-    def decode(self, tokens: Sequence[int]) -> Tensor:
-        self.fed.append(list(tokens))
-        self.step += 1
-        return self._logits()
+    def join_all(self, prompts: Sequence[Sequence[int]]) -> tuple[list[int], Tensor]:
+        free = [row for row in range(self.max_batch) if row not in self.played]
+        assert len(prompts) <= len(free)
+        assert sum(self.state) + sum(map(len, prompts)) <= self.pages
+        rows = free[: len(prompts)]
+        first = sum(map(len, self.joined))
+        self.joined.append(rows)
+        self.played |= {row: Played(first + place, len(prompts[place])) for place, row in enumerate(rows)}
+        return rows, self._logits(rows)
 
-    def _logits(self) -> Tensor:
-        logits = torch.zeros(len(self.state), 300)
-        for row in range(len(self.state)):
-            text = self.texts[(self.first + row) % len(self.texts)]
-            logits[row, text[self.step] if self.step < len(text) else EOS] = 1
-        return logits
+    def leave(self, row: int) -> None:
+        del self.played[row]
+
+    def has_room(self, lengths: Sequence[int]) -> bool:
+        live = len(self.played) + len(lengths)
+        return live <= self.max_batch and sum(self.state) + sum(lengths) + live <= self.pages
+
+    def step(self, tokens: Mapping[int, int]) -> Tensor:
+        if sum(self.state) + len(tokens) > self.pages:
+            raise CapacityError("pages")
+        self.fed.append(dict(tokens))
+        for row in tokens:
+            played = self.played[row]
+            played.step, played.length = played.step + 1, played.length + 1
+        return self._logits(list(tokens))
+
+    def suspend(self, row: int) -> Played:
+        self.suspended += 1
+        return self.played.pop(row)
+
+    def resume(self, saved: Any) -> int:
+        row = next(row for row in range(self.max_batch) if row not in self.played)
+        self.played[row] = saved
+        return row
+
+    def _byte(self, played: Played) -> int:
+        text = self.texts[played.text % len(self.texts)]
+        return text[played.step] if played.step < len(text) else EOS
+
+    def _logits(self, rows: Sequence[int]) -> Tensor:
+        return torch.nn.functional.one_hot(torch.tensor([self._byte(self.played[row]) for row in rows]), 300).float()
 
 
 @pytest.fixture(scope="module")
@@ -130,12 +181,51 @@ def test_stop_tokens_and_ignored_ends(assets: Assets) -> None:
     assert generator(assets, "ab")([1, 2], max_new_tokens=4, ignore_eos=True) == [[97, 98, EOS, EOS]]
 
 
-def test_rows_end_at_different_times_and_batches_are_cut_to_the_cache(assets: Assets) -> None:
-    made = generator(assets, "a", "bcd", "ef", max_batch=2)
-    assert made(["1", "22", "333"]) == ["a", "bcd", "ef"]
-    script = made.engine
-    assert isinstance(script, Script)
-    assert [-1, 99] in script.fed  # the first row is done while the second goes on
+def script_of(made: Generator) -> Script:
+    assert isinstance(made.engine, Script)
+    return made.engine
+
+
+def test_a_prompt_joins_when_another_leaves(assets: Assets) -> None:
+    made = generator(assets, "a", "bcde", "f", "", "g", max_batch=2)
+    assert made(["1", "22", "333", "4", "5"]) == ["a", "bcde", "f", "", "g"]
+    script = script_of(made)
+    assert script.joined == [[0, 1], [0], [0], [0]]
+    assert script.fed == [{0: 97, 1: 98}, {1: 99, 0: 102}, {1: 100}, {1: 101, 0: 103}], "each takes the token that it chose"
+    assert script.played == {}
+
+
+def test_the_one_that_joined_last_makes_room_and_returns(assets: Assets) -> None:
+    texts = ["abcdefgh", "ijklmnop", "qrstuvwx", "yz"]
+    made = Generator(Script(*texts, pages=20), Tokenizer(assets), assets.eos_token_ids)
+    assert made(["1111", "2222", "3333", "4444"]) == texts
+    script = script_of(made)
+    assert script.suspended > 0
+    assert script.played == {}
+    order = [rows for rows in script.joined if rows]
+    assert sum(map(len, order)) == 4, "no prompt is read twice"
+
+
+def test_one_sequence_too_many_for_the_pages_is_an_error(assets: Assets) -> None:
+    made = Generator(Script("abcdefgh", pages=6), Tokenizer(assets), assets.eos_token_ids)
+    with pytest.raises(CapacityError, match="pages"):
+        made(["1111"])
+
+
+def test_generating_starts_over(assets: Assets) -> None:
+    made = generator(assets, "abc", max_batch=1)
+    stream = made("1", stream=True)
+    assert next(stream) == "a"
+    assert made("1") == "abc"
+
+
+def test_a_row_draws_the_same_whoever_is_beside_it(assets: Assets) -> None:
+    prompts = [[1, 2], [3], [4, 5, 6], [7], [8, 9]]
+    results = [
+        generator(assets, "abc", max_batch=size)(prompts, temperature=20.0, seed=5, max_new_tokens=6, ignore_eos=True) for size in (1, 2, 5)
+    ]
+    assert results[0] == results[1] == results[2]
+    assert len({tuple(tokens) for tokens in results[0]}) == 5, "and each prompt draws its own"
 
 
 def test_ids_of_every_form(assets: Assets) -> None:

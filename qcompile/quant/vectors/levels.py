@@ -23,7 +23,7 @@ def lloyd_levels(samples: Tensor, count: int, weights: Tensor | None = None) -> 
     """
     ordered, order = samples.detach().flatten().double().sort(stable=True)
     weight = torch.ones_like(ordered) if weights is None else weights.detach().flatten().double()[order].clamp(min=torch.finfo().tiny)
-    distinct = ordered.unique_consecutive()
+    distinct = torch.unique_consecutive(ordered)
     if len(distinct) <= count:
         return torch.cat((distinct, distinct[-1:].expand(count - len(distinct)))).float()
     data = _Data(ordered, weight)

@@ -14,7 +14,8 @@ from qcompile.errors import ArtifactError, CoverageError, TargetError
 from qcompile.ir.layouts import apply_layout
 from qcompile.ir.lowered import KernelSpec
 from qcompile.quant.reference import pack
-from tests.codegen.triton import activation_specs, specs
+from qcompile.quant.retention import Retention
+from tests.codegen.triton import activation_specs, settled_specs, specs
 from tests.codegen.triton.specs import with_format
 
 BACKEND = TritonBackend("sm90")
@@ -57,6 +58,19 @@ REFUSED = {
     "option 'eps' is missing": replace(specs.rms_norm(8), options=()),
     "option 'bias': expected one of scale, window, softcap": replace(specs.attend(2, 1, 64, "m1"), options=(("bias", 1), ("scale", 1.0))),
     "operand 'mask': expected one of q, keys": with_format(specs.attend(2, 1, 64, "m1"), mask="fp32"),
+    "form is 'int3 t32 asym': expected fp8 or integers of 2, 4, 8 bits": settled_specs.settle(1, 64, "int3 t32 asym"),
+    "k_form: cache format 'int4 t': expected int2 to int8": settled_specs.attend_settled(2, 1, 64, "m1", ("int4 t", "int4")),
+    "v_form: groups of 24: expected a power of two": settled_specs.attend_settled(2, 1, 96, "m1", ("int4", "int4 g24 asym")),
+    "form: groups of 2: expected a multiple of the 4 codes in a byte": settled_specs.settle(1, 64, "int2 t2 asym", Retention(0, 0, 2)),
+    "form: groups of 256 tokens: expected at most 128": settled_specs.settle(1, 64, "int2 t256 asym", Retention(0, 0, 256)),
+    "form is 'int8 sym': expected an even number of bytes where 1 tokens lie together, got 65": settled_specs.settle(1, 63, "int8 sym"),
+    "group=16: expected a multiple of the 32 tokens": settled_specs.settle(1, 64, "int4 t32 asym", Retention(4, 32, 16)),
+    "group=1: expected a multiple of the 32 tokens": settled_specs.attend_settled(2, 1, 64, "m1", policy=Retention(4, 32, 1)),
+    r"first, recent, group = \[0, 0, 0\]: expected whole numbers": settled_specs.retain(1, 64, Retention(0, 0, 0)),
+    "keep no token: expected an append to the pages": settled_specs.retain(1, 64, Retention(0, 0, 1)),
+    "rows and tokens are bf16 and fp16: expected one type": with_format(settled_specs.retain(1, 64), exact="fp16"),
+    r"mixed storage \(exact_keys fp16, exact_values bf16": with_format(settled_specs.attend_settled(2, 1, 64, "m1"), exact_keys="fp16"),
+    "operand 'inv_freq': expected one of q, keys": with_format(settled_specs.attend_settled(2, 1, 64, "m1"), inv_freq="fp32"),
     "operand 'out' is missing": replace(specs.rms_norm(8), formats=(("x", "bf16"),)),
     "size K=0: expected a positive number": replace(specs.rms_norm(8), sizes=(("K", 0),)),
 }

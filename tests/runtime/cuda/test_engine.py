@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from qcompile import frontend
 from qcompile.codegen.triton.backend import TritonBackend
@@ -18,7 +21,9 @@ from qcompile.passes.base import PassContext
 from qcompile.passes.manager import run_pipeline
 from qcompile.passes.pipelines import default_pipeline
 from qcompile.runtime.cuda.driver import Driver
-from qcompile.runtime.engines.cuda import CudaEngine, batch_buckets, bucket_of, chunk_of, require_architecture
+from qcompile.runtime.engines.cuda import CudaEngine, batch_buckets, bucket_of, require_architecture
+from qcompile.runtime.engines.reference import ReferenceEngine
+from qcompile.runtime.sequences import SequenceEngine
 from qcompile.target import parse_target
 from tests.models import tiny
 from tests.runtime.cuda.plans import BINARIES, buffer, entry, integer, kernel, launch, pointer, step
@@ -71,9 +76,9 @@ def toy_plan(chunk: int, embed: str = "embed") -> Plan:
     return Plan({name: build(name, size) for name, size in (("prefill", chunk), ("decode", 1))}, ("append", "embed"))
 
 
-def toy_engine(stub: Stub, *, chunk: int = 4, embed: str = "embed", max_batch: int = 1, max_context: int = 16) -> CudaEngine:
+def toy_engine(stub: Stub, *, chunk: int = 4, embed: str = "embed", max_batch: int = 1, max_context: int = 16, **sizes: Any) -> CudaEngine:
     parts = Parts(toy_plan(chunk, embed), {"append": APPEND, "embed": EMBED}, BINARIES, {"w": tensor_constant(TABLE)})
-    return CudaEngine(parts, max_batch=max_batch, max_context=max_context, device="cpu", driver=Driver(stub.path))
+    return CudaEngine(parts, max_batch=max_batch, max_context=max_context, device="cpu", driver=Driver(stub.path), **sizes)
 
 
 def keys(engine: CudaEngine) -> list[int]:
@@ -158,6 +163,36 @@ def test_a_finished_sequence_takes_no_part(stub: Stub) -> None:
     assert engine.state == [3, 2]
 
 
+def test_rows_that_leave_and_join_are_written_before_the_replay(stub: Stub) -> None:
+    engine = toy_engine(stub, max_batch=4, page_tokens=2)
+    engine.join_all([[5, 6], [7], [8, 9, 1]])
+    engine.leave(1)
+    before = len(stub.calls())
+    engine.step({2: 3, 0: 4})
+    assert [call.name for call in stub.calls()[before:] if call.name != b"cuCtxSetCurrent"] == [b"cuGraphLaunch"]
+    program = engine.program(2)
+    assert program.inputs["positions"].flatten().tolist() == [3, 2]
+    assert program.inputs["page_table"][:, :2].tolist() == [[2, 3], [0, 1]], "row 1 gave page 1 back, which row 0 needed"
+    assert engine.join([2])[0] == 1
+    engine.step({1: 6, 2: 6, 0: 6})
+    program = engine.program(4)
+    assert program.inputs["positions"].flatten().tolist() == [1, 4, 3, -1], "the row that fills the bucket is padding"
+    assert program.inputs["input_ids"].flatten().tolist() == [6, 6, 6, 0]
+    assert program.inputs["page_table"][3].tolist() == [0] * 8
+    assert (engine.rows, engine.state) == ((0, 1, 2), [4, 2, 5])
+
+
+def test_a_fork_copies_the_page_that_it_writes(stub: Stub) -> None:
+    engine = toy_engine(stub, max_batch=2, page_tokens=4)
+    row, _ = engine.join([1, 2, 3, 4, 5])
+    new = engine.fork(row)
+    assert engine.cache.pages_of(new) == engine.cache.pages_of(row) == [0, 1]
+    engine.step({new: 6})
+    assert (engine.cache.pages_of(row), engine.cache.pages_of(new)) == ([0, 1], [0, 2])
+    # The toy kernel writes position p to place p, whatever the table says: page 2 was copied before it ran.
+    assert keys(engine)[:12] == [0, 1, 2, 3, 4, 5, 0, 0, 4, 0, 0, 0]
+
+
 def test_untrusted_binaries_are_never_loaded(stub: Stub) -> None:
     parts = Parts(toy_plan(4), {"append": APPEND, "embed": EMBED}, BINARIES, {}, trusted=False)
     with pytest.raises(UntrustedCodeError, match="expected kernels built on this machine"):
@@ -183,16 +218,16 @@ def test_everything_is_given_back(stub: Stub) -> None:
 
 def test_capacity_and_misuse(stub: Stub) -> None:
     engine = toy_engine(stub, max_batch=2, max_context=4)
-    with pytest.raises(CapacityError, match=r"row 2: expected at most 2 sequences at once; load with max_batch=3"):
+    with pytest.raises(CapacityError, match=r"prefill: expected at most 2 sequences, got 3; load with max_batch=3"):
         engine.prefill([[1]] * 3)
     with pytest.raises(
         CapacityError, match=r"sequence 1: expected at most 4 tokens, the capacity of the cache, got 5; load with max_context=5"
     ):
         engine.prefill([[1], [1] * 5])
-    with pytest.raises(EngineError, match=r"prefill: sequence 0: expected at least one token, got none"):
+    with pytest.raises(EngineError, match=r"prefill: expected at least one token in each sequence, got \[0\]"):
         engine.prefill([[]])
     engine.prefill([[1, 2, 3]])
-    with pytest.raises(EngineError, match=r"decode: expected one token for each of the 1 sequences of the last prefill, got 2"):
+    with pytest.raises(EngineError, match=r"decode: expected a token for each of the 1 sequences of the batch, got 2"):
         engine.decode([1, 2])
     engine.decode([1])
     with pytest.raises(CapacityError, match=r"sequence 0: expected at most 4 tokens, the capacity of the cache, got 1 after 4 held"):
@@ -218,12 +253,6 @@ def test_buckets_are_powers_of_two_and_the_greatest_batch() -> None:
     assert [bucket_of(count, 12) for count in (1, 3, 8, 9, 12)] == [1, 4, 8, 12, 12]
 
 
-def test_a_chunk_masks_the_tail_and_the_rows_that_fill_the_bucket() -> None:
-    ids, positions = chunk_of([[1, 2, 3, 4, 5], [6]], 4, 4, 4)
-    assert ids.tolist() == [[5, 0, 0, 0], [0] * 4, [0] * 4, [0] * 4]
-    assert positions.tolist() == [[4, -1, -1, -1], [-1] * 4, [-1] * 4, [-1] * 4]
-
-
 def compiled(target: str, family: str, triton: bool) -> tuple[Parts, torch.nn.Module]:
     """A tiny model through the default pipeline; every launch comes from the toy binary, where it has no effect."""
     model, goal = tiny(family), parse_target(target)
@@ -237,8 +266,8 @@ def compiled(target: str, family: str, triton: bool) -> tuple[Parts, torch.nn.Mo
     return Parts(ctx.products["plan"], kernels, BINARIES, graph.constants), model
 
 
-def real_engine(stub: Stub, parts: Parts) -> CudaEngine:
-    return CudaEngine(parts, max_batch=2, max_context=32, device="cpu", driver=Driver(stub.path))
+def real_engine(stub: Stub, parts: Parts, **sizes: Any) -> CudaEngine:
+    return CudaEngine(parts, **{"max_batch": 2, "max_context": 32, **sizes}, device="cpu", driver=Driver(stub.path))
 
 
 def greedy(engine: CudaEngine, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
@@ -261,6 +290,52 @@ def test_references_alone_give_the_models_own_tokens(stub: Stub, family: str) ->
         for token in tokens:
             assert int(model(ids).logits[0, -1].argmax()) == token
             ids = torch.cat((ids, torch.tensor([[token]])), dim=1)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("cache", ["kv16", "kv4-kivi"])
+def test_sequences_come_and_go_as_on_the_cpu(stub: Stub, cache: str, tmp_path: Path) -> None:
+    """The same actions on the reference engine over the same plan; a sequence moves from one to the other and back."""
+    parts, _ = compiled(f"reference-fp32-{cache}", "llama", triton=False)
+    ours = real_engine(stub, parts, max_batch=3, max_context=100, page_tokens=32)
+    theirs = ReferenceEngine(parts, max_batch=3, max_context=100)  # type: ignore[arg-type]
+
+    def both(act: Callable[[SequenceEngine], Any]) -> Any:
+        found, expected = act(ours), act(theirs)
+        for mine, other in zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]:
+            if isinstance(mine, Tensor):
+                torch.testing.assert_close(mine, other, rtol=0, atol=1e-5 * float(other.abs().max()))
+            else:
+                assert mine == other
+        return found
+
+    text = torch.randint(3, 100, (90,), generator=torch.Generator().manual_seed(1)).tolist()
+    assert both(lambda engine: engine.join_all([text[:70], text[:5]]))[0] == [0, 1]
+    assert both(lambda engine: engine.fork(0)) == 2
+    both(lambda engine: engine.step({2: 5, 1: 6}))
+    both(lambda engine: engine.leave(1))
+    assert both(lambda engine: engine.join(text[20:60]))[0] == 1
+    for token in text[70:80]:
+        both(lambda engine: engine.decode([token, -1, 9])[[0, 2]])  # noqa: B023
+    ours.save(0, tmp_path / "ours")
+    theirs.save(2, tmp_path / "theirs")
+    both(lambda engine: [engine.leave(row) for row in (0, 2)])
+    assert both(lambda engine: [engine.restore(tmp_path / name) for name in ("theirs", "ours")]) == [0, 2]
+    both(lambda engine: engine.step({0: 3, 1: 4, 2: 5}))
+    assert ours.state == theirs.state == [82, 41, 81]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_memory_is_what_is_allocated(stub: Stub) -> None:
+    parts, _ = compiled("reference-fp32-kv4-kivi", "llama", triton=False)
+    engine = real_engine(stub, parts, page_tokens=32)
+    plan, cache = engine.memory, engine.cache
+    tables = [cache.page_table, *([] if cache.slots is None else [cache.slots])]
+    assert plan.cache_pages + plan.cache_rows == sum(tensor.nbytes for tensor in cache.tensors.values())
+    assert plan.page_tables == sum(tensor.nbytes for tensor in tables) == 2 * (1 + 1) * 4
+    context = engine._context
+    assert plan.weights == sum(tensor.nbytes for tensor in context.constants._uploaded.values()) > 0
+    assert plan.arena == sum(tensor.nbytes for arena in (context.arena, context.workspace) for tensor in arena._kept) > 0
 
 
 def test_forward_gives_every_position(stub: Stub) -> None:
@@ -287,3 +362,16 @@ def test_every_emitted_kernel_gets_what_it_assumes(stub: Stub, target: str, fami
     launched = set(stub.launched())
     linear = "linear" if target == "sm90-bf16" else "quantized_linear"
     assert {"cache_append_", "cache_attend", "merge_shares", "rope", "rotary_table", "gated_activation", "embedding", linear} <= launched
+
+
+def test_kernels_of_a_cache_with_rows_get_what_they_assume(stub: Stub) -> None:
+    parts, _ = compiled("sm90-bf16-kv4-kivi", "llama", triton=True)
+    engine = real_engine(stub, parts)
+    engine.prepare()
+    assert engine.captured_buckets == [1, 2]
+    before = len(stub.launched())
+    engine.prefill([list(range(3, 20)), [7]])
+    prefill = stub.launched()[before:]
+    # Two of each a layer, for keys and for values; prompts are read in chunks of 8.
+    assert [prefill.count(name) for name in ("with_recent", "settle_", "retain_", "attend_settled", "merge_shares")] == [12, 12, 12, 6, 0]
+    assert "merge_shares" in stub.launched()[:before]

@@ -1,0 +1,86 @@
+"""Attention over a cache packed token by token: the tiles of `packed_vectors.py` in the kernels of `attention.py`."""
+
+from __future__ import annotations
+
+from qcompile.codegen.triton.attention import emit_decode, emit_prefill, key_range, mix_tile, page_lines, refuses_heads
+from qcompile.codegen.triton.cache_tiles import Tiles
+from qcompile.codegen.triton.contract import FLOATS, HALVES, Operator, same_storage, stored
+from qcompile.codegen.triton.packed_vectors import PackedVectors, packed_keys, packed_values, packed_vectors, refuses_packed
+from qcompile.codegen.triton.source import Lines, loop
+from qcompile.codegen.triton.tiles import Architecture, attention_keys
+from qcompile.ir.lowered import BUCKETS, Kernel, KernelSpec
+
+PACKED = ("uint8",)
+
+
+def forms_of(spec: KernelSpec) -> tuple[PackedVectors, PackedVectors]:
+    """How keys and how values are packed."""
+    return packed_vectors(spec.option("k_form"), spec.size("D")), packed_vectors(spec.option("v_form"), spec.size("D"))
+
+
+def refuses_forms(spec: KernelSpec) -> str | None:
+    """Forms that kernels do not read."""
+    return next((reason for name in ("k_form", "v_form") if (reason := refuses_packed(spec.option(name), spec.size("D")))), None)
+
+
+def refuses_attend_packed(spec: KernelSpec) -> str | None:
+    """What attention over numbers refuses, and forms that no kernel reads."""
+    return refuses_heads(spec) or same_storage(spec, "q", "out") or refuses_forms(spec)
+
+
+def packed_tiles(spec: KernelSpec, step: int) -> Tiles:
+    """Keys and values of a specification, `step` tokens at a time."""
+    keys, values = forms_of(spec)
+    kind = stored(spec, "q")
+    return Tiles(packed_keys(keys, kind), packed_values(values, kind), step)
+
+
+def packed_walk(spec: KernelSpec, tiles: Tiles, split: bool) -> tuple[Lines, Lines]:
+    """Where no step crosses a page, its page is looked up once and everything else about its addresses is known before the loop."""
+    aligned = ["first = first // BLOCK_T * BLOCK_T"] if spec.option("window", 0) else []
+    inner = "for start in range(first, last, BLOCK_T)"
+    lines = [
+        *loop("if (page_tokens % BLOCK_T == 0) | (pages == 1)", loop(inner, packed_step(spec, tiles, whole=True))),
+        *loop("else", loop(inner, packed_step(spec, tiles, whole=False))),
+    ]
+    return key_range(spec, split, aligned), lines
+
+
+def packed_step(spec: KernelSpec, tiles: Tiles, *, whole: bool) -> Lines:
+    """One step over BLOCK_T keys, which lie in one page if `whole`."""
+    page = [
+        "page = tl.load(page_table + batch * pages + start // page_tokens).to(tl.int64)",
+        "first_slot = (page * L + head) * page_tokens + start % page_tokens",
+        "row = tl.arange(0, BLOCK_T)",
+    ]
+    return [
+        "key = start + tl.arange(0, BLOCK_T)",
+        "present = key < last",
+        *(page if whole else [*page_lines("key"), "first_slot = 0", "row = slot"]),
+        *mix_tile(spec, tiles, "present[None, :] & (key[None, :] <= position[:, None])"),
+    ]
+
+
+def decode_step(spec: KernelSpec) -> int:
+    """Tokens of a step of decoding: 128 where they fit into registers, for a third of a step of 64 is not for its tokens."""
+    bits = max(form.bits for form in forms_of(spec))
+    return 128 if bits <= 4 and spec.size("D") <= 128 else 64
+
+
+def emit_attend_packed(spec: KernelSpec, arch: Architecture) -> Kernel:
+    """The kernel of the bucket: `m1` is one token of each sequence."""
+    if spec.bucket == "m1":
+        return emit_decode(spec, arch, packed_tiles(spec, decode_step(spec)), packed_walk)
+    return emit_prefill(spec, arch, packed_tiles(spec, attention_keys(spec.size("D"), arch)), packed_walk)
+
+
+ATTEND_PACKED = Operator(
+    emit=emit_attend_packed,
+    operands={"q": HALVES, "keys": PACKED, "values": PACKED, "page_table": ("i32",), "positions": ("i64",), "sinks": FLOATS, "out": HALVES},
+    optional=frozenset({"sinks"}),
+    sizes=("D", "H", "L"),
+    options=("k_form", "v_form", "scale", "window", "softcap"),
+    required=("k_form", "v_form", "scale"),
+    buckets=("", *BUCKETS),
+    refuses=refuses_attend_packed,
+)

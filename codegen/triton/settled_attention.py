@@ -1,0 +1,139 @@
+"""Attention over what has settled, packed in pages, and what is kept as it came: the loop of `attention.py`, walked twice.
+
+A token that some lines of a tile see packed and others as it came is met in both loops, by each line in one of them: `border` says where
+a line's settled tokens end. Among programs that share a sequence the last one takes what is kept, the others the pages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from qcompile.codegen.triton.attention import emit_decode, emit_prefill, mix_tile, page_lines, refuses_heads
+from qcompile.codegen.triton.cache_tiles import Tiles, plain_tiles
+from qcompile.codegen.triton.contract import FLOATS, HALVES, TRITON_TYPES, Operator, same_storage, stored
+from qcompile.codegen.triton.retained import (
+    POLICY,
+    policy_constants,
+    policy_of,
+    refuses_policy,
+    scan_constants,
+    sequence_range,
+    settled,
+)
+from qcompile.codegen.triton.settled_form import Packed, packed, refuses_form
+from qcompile.codegen.triton.settled_tiles import settled_tiles
+from qcompile.codegen.triton.source import Lines, constants, loop
+from qcompile.codegen.triton.tiles import Architecture, attention_keys
+from qcompile.ir.lowered import BUCKETS, Kernel, KernelSpec
+
+FORMS = (("k_form", "KEY"), ("v_form", "VALUE"))
+
+
+def forms_of(spec: KernelSpec) -> tuple[Packed, Packed]:
+    """How keys and how values are packed."""
+    keys, values = (packed(spec.option(option), spec.size("D"), name) for option, name in FORMS)
+    return keys, values
+
+
+def settled_walk(spec: KernelSpec, tiles: Tiles, split: bool) -> tuple[Lines, Lines]:
+    """The pages, then the rows and the new tokens."""
+    kind = TRITON_TYPES[stored(spec, "q")]
+    came = plain_tiles(kind, tiles.step, ("exact_keys", "exact_values"), f".to({kind})")
+    pages = loop("for start in range(first, last, BLOCK_T)", settled_step(spec, tiles))
+    kept = loop("for start in range(0, columns, BLOCK_T)", kept_step(spec, came))
+    numbers: dict[str, tuple[int | float, str]] = {**policy_constants(policy_of(spec)), **scan_constants()}
+    for form in forms_of(spec):
+        numbers |= form.constants()
+    return [*constants(numbers), *sequence_range(), *walk_range(spec, split)], [*pages, *kept]
+
+
+def walk_range(spec: KernelSpec, split: bool) -> Lines:
+    """`border` of each line; slots `first` to `last` of the pages, and `columns` of what is kept, that this program takes."""
+    window = int(spec.option("window", 0))
+    earliest = "tl.min(tl.where(position >= 0, position, 2147483647), axis=0) - (WINDOW + FIRST - 1)"
+    lines = [
+        f"border = {settled('position + 1')}",
+        "last = tl.minimum(tl.max(border, axis=0) - FIRST, pages * page_tokens)",
+        # A step begins at a multiple of its length, so that no group of tokens begins inside it.
+        *([f"first = tl.minimum(tl.maximum({earliest}, 0) // BLOCK_T * BLOCK_T, last)"] if window else ["first = 0"]),
+    ]
+    if not split:
+        return [*lines, "columns = ROWS + tl.minimum(sequence, (tl.program_id(0) * BLOCK_M + BLOCK_M - 1) // SHARED + 1)"]
+    return [
+        *lines,
+        "share = (last - first + (SPLITS - 1) * BLOCK_T - 1) // ((SPLITS - 1) * BLOCK_T) * BLOCK_T",
+        "first = first + tl.program_id(0) * share",
+        "last = tl.minimum(first + share, last)",
+        "columns = tl.where(tl.program_id(0) == SPLITS - 1, ROWS + sequence, 0)",
+    ]
+
+
+def settled_step(spec: KernelSpec, tiles: Tiles) -> Lines:
+    """One step over BLOCK_T settled tokens; slots count them from position FIRST on."""
+    return [
+        "place = start + tl.arange(0, BLOCK_T)",
+        "present = place < last",
+        "key = place + FIRST",
+        *page_lines("place"),
+        *mix_tile(spec, tiles, "present[None, :] & (key[None, :] < border[:, None])"),
+    ]
+
+
+def kept_step(spec: KernelSpec, tiles: Tiles) -> Lines:
+    """One step over BLOCK_T columns of what `with_recent` gave: rows, of which each held one position before the call, then new tokens."""
+    return [
+        "column = start + tl.arange(0, BLOCK_T)",
+        # Rows are written in turn: each holds the latest position that falls to it.
+        "row_key = tl.where(column < FIRST, column, held - 1 - (held - 1 - column + TURNING) % TURNING)",
+        f"waits = (row_key < held) & ((column < FIRST) | (row_key >= {settled('held')}))",
+        "new = (column >= ROWS) & (column < ROWS + sequence)",
+        "fresh = tl.load(positions + batch * sequence + column - ROWS, mask=new, other=-1).to(tl.int32)",
+        "key = tl.where(column < ROWS, tl.where(waits, row_key, -1), fresh)",
+        "present = key >= 0",
+        "slot = (batch * L + head) * (ROWS + sequence) + column",
+        "unsettled = (key < FIRST)[None, :] | (key[None, :] >= border[:, None])",
+        *mix_tile(spec, tiles, "present[None, :] & (key[None, :] <= position[:, None]) & unsettled"),
+    ]
+
+
+def emit_attend_settled(spec: KernelSpec, arch: Architecture) -> Kernel:
+    """The kernel of the bucket: `m1` is one token of each sequence."""
+    step = attention_keys(spec.size("D"), arch)
+    # Where a wide head leaves registers for few keys, numbers made of codes take those of half the lines too.
+    tiles = replace(settled_tiles(*forms_of(spec), TRITON_TYPES[stored(spec, "q")], step), lines=min(64, step))
+    emit = emit_decode if spec.bucket == "m1" else emit_prefill
+    return emit(spec, arch, tiles, settled_walk)
+
+
+def refuses_attend_settled(spec: KernelSpec) -> str | None:
+    """What attention over numbers refuses, formats that no kernel reads, and groups of tokens that do not settle together."""
+    mixed = same_storage(spec, "q", "out") or same_storage(spec, "exact_keys", "exact_values")
+    size = spec.size("D")
+    form = next((reason for option, _ in FORMS if (reason := refuses_form(option, spec.option(option), size))), None)
+    reason = refuses_heads(spec) or mixed or form or refuses_policy(spec)
+    if reason is None:
+        torn = [packed.form.tokens for packed in forms_of(spec) if policy_of(spec).group % packed.form.tokens]
+        return f"group={spec.option('group')}: expected a multiple of the {torn[0]} tokens that are packed together" if torn else None
+    return reason
+
+
+ATTEND_SETTLED = Operator(
+    emit=emit_attend_settled,
+    operands={
+        "q": HALVES,
+        "keys": ("uint8",),
+        "values": ("uint8",),
+        "exact_keys": HALVES,
+        "exact_values": HALVES,
+        "page_table": ("i32",),
+        "positions": ("i64",),
+        "sinks": FLOATS,
+        "out": HALVES,
+    },
+    optional=frozenset({"sinks"}),
+    sizes=("D", "H", "L"),
+    options=("k_form", "v_form", *POLICY, "scale", "window", "softcap"),
+    required=("k_form", "v_form", *POLICY, "scale"),
+    buckets=("", *BUCKETS),
+    refuses=refuses_attend_settled,
+)

@@ -1,0 +1,61 @@
+"""Attention over what has settled and what is kept as it came, against the definition in float64, over pages that kernels have written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qcompile.quant.retention import Retention
+from tests.codegen.triton.interpreted.settled_layer import Layer, chunk_positions
+
+KIVI = Retention(4, 8, 16)
+"""The shape of `kv4-kivi`, smaller."""
+
+
+FORMS = [
+    ("int4 t16 asym", "int4 g32 asym"), ("int2 t16 asym", "int2 g16 asym"), ("int8 t16 sym", "int8 g32 sym"),
+    ("int4 g16 asym", "int4 t16 sym"), ("fp8 g16", "int2 t4 asym"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("forms", FORMS)
+def test_formats_of_keys_and_values(forms: tuple[str, str]) -> None:
+    torch.manual_seed(0)
+    layer = Layer(KIVI, forms, heads=1, size=32, batch=2, page_tokens=32, pages=3, dtype="fp16")
+    layer.attend_in_chunks(2, ((70, 0), (12, 3), (1, 1)))
+
+
+@pytest.mark.parametrize("options", [{"window": 20}, {"softcap": 5.0, "sinks": True}, {"window": 1}])
+def test_options(options: dict[str, float]) -> None:
+    torch.manual_seed(0)
+    layer = Layer(KIVI, FORMS[0], heads=1, size=32, batch=2, page_tokens=16, pages=6)
+    layer.attend_in_chunks(3, ((80, 9), (1, 1)), **options)
+
+
+@pytest.mark.parametrize("policy", [Retention(0, 0, 32), Retention(4, 0, 1), Retention(40, 1, 64)])
+def test_policies(policy: Retention) -> None:
+    torch.manual_seed(0)
+    forms = ("int4 t32 asym" if policy.group > 1 else "int4 asym", "int4 g32 asym")
+    layer = Layer(policy, forms, heads=1, size=32, batch=2, page_tokens=64, pages=2, rows_dtype="fp16")
+    layer.attend_in_chunks(3, ((60, 0), (50, 7), (1, 1)))
+
+
+@pytest.mark.parametrize("size", [8, 80, 128])
+def test_head_sizes(size: int) -> None:
+    torch.manual_seed(0)
+    layer = Layer(KIVI, ("int2 t16 asym", "int4 g16 asym"), heads=2, size=size, batch=1, page_tokens=48, pages=2)
+    layer.attend_in_chunks(4, ((50,), (1,)))
+
+
+def test_groups_longer_than_a_step_and_more_settled_than_one_step_of_every_share() -> None:
+    torch.manual_seed(0)
+    layer = Layer(Retention(1, 0, 128), ("int4 t128 asym", "int8 t64 sym"), heads=1, size=32, batch=1, page_tokens=128, pages=20)
+    layer.step(chunk_positions([0], [2500]))
+    layer.attend_in_chunks(1, ((1,),))
+
+
+def test_padding_may_stand_anywhere() -> None:
+    torch.manual_seed(0)
+    layer = Layer(KIVI, FORMS[0], heads=1, size=32, batch=2, page_tokens=48, pages=4)
+    for counts in ((60, 33), (50, 40)):
+        layer.attend(3, chunk_positions(layer.lengths, counts, 90, scattered=True), "m64")

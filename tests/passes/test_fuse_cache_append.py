@@ -1,0 +1,129 @@
+"""fuse-cache-append: what it makes one operator of, what it leaves apart, and that the result is served."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from qcompile.codegen.select import backend_for
+from qcompile.codegen.triton.tiles import ARCHITECTURES
+from qcompile.frontend import load
+from qcompile.ir.graph import Graph
+from qcompile.ir.memory import buffers_in
+from qcompile.passes.base import PassContext
+from qcompile.passes.canonicalize import Canonicalize
+from qcompile.passes.fuse_cache_append import FuseCacheAppend
+from qcompile.passes.lower_to_kernels import LowerToKernels
+from qcompile.passes.manager import run_pipeline
+from qcompile.passes.pipelines import default_pipeline
+from qcompile.passes.plan_memory import PlanMemory
+from qcompile.passes.raise_patterns import RaisePatterns
+from qcompile.passes.rewrite_kv_cache import RewriteKvCache
+from qcompile.quant.cache_format import CACHES
+from qcompile.target import parse_target
+from tests.models import tiny
+from tests.passes.helpers import names
+
+qcompile = torch.ops.qcompile
+HEADS = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@functools.cache
+def prepared(target: str, head_dim: int = 16) -> Graph:
+    """A tiny llama as it comes to this pass."""
+    goal = parse_target(target)
+    graph = load(tiny("llama", **HEADS, head_dim=head_dim)).graph
+    pipeline = default_pipeline(goal, "best", calibrated=False)
+    names_of = [step.name for step in pipeline]
+    run_pipeline(graph, pipeline[: names_of.index("fuse-cache-append")], PassContext(goal, backend_for(goal)))
+    return graph
+
+
+def lowered(target: str, arch: str) -> PassContext:
+    """What a graph prepared for `target` gives on another GPU from this pass on."""
+    goal = parse_target(target.replace("sm90", arch))
+    ctx = PassContext(goal, backend_for(goal))
+    run_pipeline(prepared(target).clone(), [FuseCacheAppend(), LowerToKernels(), PlanMemory()], ctx)
+    return ctx
+
+
+def fused(graph: Graph, **options: Any) -> tuple[bool, PassContext, Counter[str]]:
+    """Whether the pass changed the graph, its context, and the operators that are left."""
+    ctx = PassContext(parse_target("sm90-bf16-kv4"), **options)
+    return FuseCacheAppend().run(graph, ctx), ctx, Counter(names(graph))
+
+
+def appended(graph: Graph) -> list[torch.Tensor]:
+    """The results for the example inputs: logits, then pages of every layer."""
+    return graph.run([graph.interface.examples[node.name] for node in graph.placeholders])
+
+
+def test_rotation_packing_and_storing_become_one_operator_bit_for_bit() -> None:
+    graph = prepared("sm90-bf16-kv4").clone()
+    before, count = appended(graph), Counter(names(graph))
+    changed, _, after = fused(graph)
+    graph.verify()
+    assert changed
+    assert (count["cache_append"], count["pack_vectors"], count["hadamard"]) == (2, 4, 4)
+    # The queries' rotation stays: nothing is stored of them.
+    assert (after["append_packed"], after["cache_append"], after["pack_vectors"], after["hadamard"]) == (2, 0, 0, 2)
+    assert all(map(torch.equal, before, appended(graph)))
+    assert not fused(graph)[0]
+
+
+def test_a_rotation_with_a_matrix_stays_outside() -> None:
+    graph = prepared("sm90-bf16-kv4", 24).clone()
+    before = appended(graph)
+    _, _, after = fused(graph)
+    assert (after["append_packed"], after["pack_vectors"], after["hadamard"]) == (2, 0, 4)
+    assert all(map(torch.equal, before, appended(graph)))
+
+
+@pytest.mark.parametrize("shared", ["pack_vectors", "hadamard"])
+def test_what_something_else_reads_too_stays(shared: str) -> None:
+    graph = prepared("sm90-bf16-kv4").clone()
+    packed = graph.calls(qcompile.cache_append.default)[0].args[2]
+    node = packed if shared == "pack_vectors" else packed.args[0]  # type: ignore[union-attr]
+    graph.output.args = ((*graph.output.args[0], node),)  # type: ignore[misc]
+    _, ctx, after = fused(graph)
+    assert after["append_packed"] == (1 if shared == "pack_vectors" else 2)
+    assert after["hadamard"] == 3
+    assert [reason for *_, reason, _ in ctx.notes] == (["pack_vectors is read by output too"] if shared == "pack_vectors" else [])
+
+
+def test_a_cache_of_numbers_is_left_alone_without_a_word_and_fuel_is_counted() -> None:
+    graph = prepared("sm90-bf16-kv4").clone()
+    changed, _, after = fused(graph, fuel=1)
+    assert changed
+    assert (after["append_packed"], after["cache_append"]) == (1, 1)
+    plain = load(tiny("llama", **HEADS)).graph
+    run_pipeline(plain, [Canonicalize(), RaisePatterns(), RewriteKvCache()], PassContext(parse_target("sm90-bf16")))
+    changed, ctx, _ = fused(plain)
+    assert not changed
+    assert ctx.notes == []
+
+
+@pytest.mark.parametrize("cache", ["kv8", "kvfp8", "kv4"])
+def test_packed_caches_have_kernels_on_every_gpu(cache: str) -> None:
+    for arch in ARCHITECTURES:
+        rows = [row for row in lowered(f"sm90-bf16-{cache}", arch).coverage if row.operator in ("append_packed", "cache_attend_packed")]
+        assert Counter(row.operator for row in rows) == {"append_packed": 2, "cache_attend_packed": 2}
+        assert [row.reason for row in rows] == [""] * 4
+        assert {row.format for row in rows if row.operator == "append_packed"} == {str(CACHES[cache].keys)}
+        assert all(row.kernel.startswith(row.operator) for row in rows)
+
+
+def test_the_plan_writes_in_place() -> None:
+    ctx = lowered("sm90-bf16-kv4", "sm90")
+    for entry in ctx.products["plan"].entries.values():
+        steps = [step for step in entry.steps if step.operator == "qcompile.append_packed_.default"]
+        assert len(steps) == 2
+        assert all(step.outputs == () and list(step.kernels) == [""] for step in steps)
+        attended = [step for step in entry.steps if step.operator == "qcompile.cache_attend_packed.default"]
+        for append, attend in zip(steps, attended, strict=True):
+            assert list(buffers_in(append.args[:2])) == list(buffers_in(attend.args[1:3]))
+            assert list(attend.kernels) == ["m1", "m2-63", "m64"]

@@ -1,0 +1,144 @@
+"""Caches of what keys and values are made from: where they apply, what they take, what they give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qcompile
+from qcompile.codegen.select import backend_for
+from qcompile.compiled import CompiledModel
+from qcompile.errors import CoverageError, UnsupportedModelError
+from qcompile.frontend import load
+from qcompile.passes.base import PassContext
+from qcompile.passes.manager import run_pipeline
+from qcompile.passes.pipelines import default_pipeline
+from qcompile.target import parse_target
+from tests.models import tiny
+
+TEXT = torch.randint(3, 100, (1, 40), generator=torch.Generator().manual_seed(0))
+CALIBRATION = torch.randint(3, 100, (4, 64), generator=torch.Generator().manual_seed(1))
+WIDE = {"hidden_size": 256, "head_dim": 64}
+
+
+def compiled(model: nn.Module, target: str, **options: str) -> CompiledModel:
+    return qcompile.compile(model, target, recipe="best", calibration=CALIBRATION, max_context=64, max_batch=2, **options)
+
+
+def logits(model: CompiledModel) -> Tensor:
+    return CompiledModel(model.contents, max_batch=1, max_context=64, engine="reference")(input_ids=TEXT)["logits"][0]
+
+
+def decoded(model: CompiledModel, prompt: int) -> Tensor:
+    alone = CompiledModel(model.contents, max_batch=1, max_context=64, engine="reference")
+    first = alone.engine.prefill([TEXT[0, :prompt].tolist()])
+    return torch.cat([first, *(alone.engine.decode([token]) for token in TEXT[0, prompt:].tolist())])
+
+
+def require_decoding(model: CompiledModel) -> None:
+    """The logits of decoding are those of reading at once, to 2e-5 of the largest."""
+    at_once = logits(model)[8:]
+    torch.testing.assert_close(decoded(model, 9), at_once, rtol=0, atol=2e-5 * float(at_once.abs().max()))
+
+
+def states(model: CompiledModel) -> list[str]:
+    return [node.name for node in model.contents.graph.states]
+
+
+def grouped(low_rank: tuple[int, ...] = ()) -> nn.Module:
+    """One key/value head of four; projections of layers in `low_rank` have rank 40 together."""
+    model = tiny("llama", **WIDE, num_key_value_heads=1)
+    generator = torch.Generator().manual_seed(2)
+    for index in low_rank:
+        attention = model.model.layers[index].self_attn  # type: ignore[union-attr, index]
+        shared = torch.randn(40, 256, generator=generator)
+        for linear in (attention.k_proj, attention.v_proj):  # type: ignore[union-attr]
+            linear.weight.data = 0.025 * torch.randn(64, 40, generator=generator) @ shared  # type: ignore[union-attr]
+    return model
+
+
+def test_with_as_many_heads_a_token_takes_half_the_bytes_of_keys_and_values() -> None:
+    model = tiny("llama", **WIDE, num_key_value_heads=4)
+    plain, sources = compiled(model, "cpu-fp32-kv4"), compiled(model, "cpu-fp32-kv4-xquant")
+    assert plain.kv_bytes_per_token == 2 * 2 * 4 * 36
+    assert sources.kv_bytes_per_token == plain.kv_bytes_per_token // 2
+    assert states(sources) == ["sources_0", "sources_1"]
+    require_decoding(sources)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+def test_finer_forms_come_near_the_float_cache(family: str) -> None:
+    model = tiny(family)
+    exact = logits(compiled(model, "cpu-fp32"))
+    errors = []
+    for bits in (4, 8):
+        form = f"int{bits} g64 asym"
+        found = compiled(model, "cpu-fp32-kv4-xquant", cache_keys=form, cache_values=form)
+        assert states(found) == ["sources_0", "sources_1"]
+        errors.append(float((logits(found) - exact).norm() / exact.norm()))
+    assert errors[1] < 0.01  # steps of 1/255 of a norm's outputs, through two layers
+    assert errors[1] < errors[0] / 8  # a sixteenth of the step
+
+
+def test_shared_heads_cache_a_latent_where_it_takes_fewer_bytes_and_keys_and_values_elsewhere() -> None:
+    model = compiled(grouped(low_rank=(1,)), "cpu-fp32-kv4-xquant")
+    assert states(model) == ["keys_0", "values_0", "sources_1"]
+    assert model.kv_bytes_per_token == 2 * 36 + 36  # a latent of 64 numbers
+    attentions = {row.operator: row for row in model.coverage if "attend" in row.operator}
+    left = attentions["cache_attend_packed"]
+    assert "what they are made from takes 128 numbers, and no fewer bytes" in left.reason
+    assert left.chosen
+    assert not attentions["attend_rematerialized"].reason
+    require_decoding(model)
+    cache = CompiledModel(model.contents, max_batch=2, max_context=64).engine.cache  # type: ignore[attr-defined]
+    assert sum(tensor.nbytes for tensor in cache.tensors.values()) == 2 * 64 * model.kv_bytes_per_token
+
+
+def test_a_latent_gives_what_keys_and_values_of_the_same_bits_give() -> None:
+    model = grouped(low_rank=(0, 1))
+    exact = logits(compiled(model, "cpu-fp32"))
+    plain, sources = (logits(compiled(model, f"cpu-fp32-{name}", passes=None)) for name in ("kv4", "kv4-xquant"))
+    assert (sources - exact).norm() < 1.5 * (plain - exact).norm()
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("qwen3", r"rms_norm\w* \(.*\): expected a linear of constant weights, then views and rotary positions alone before attention"),
+        ("gpt_neox", r"cat\w* \(.*\): expected a linear of constant weights"),
+    ],
+)
+def test_what_stands_between_projection_and_attention_is_refused_by_name(family: str, message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"rewrite-kv-cache: {message}.*choose a cache of keys and values, such as kv4"):
+        compiled(tiny(family), "cpu-fp32-kv4-xquant")
+
+
+def test_keys_and_values_of_different_inputs_are_refused() -> None:
+    graph = load(tiny("llama")).graph
+    value = graph.calls(torch.ops.aten.linear.default)[2]
+    value.args = (graph.insert(value, torch.ops.aten.neg.default, (value.args[0],)), *value.args[1:])
+    goal = parse_target("cpu-fp32-kv4-xquant")
+    with pytest.raises(UnsupportedModelError, match=rf"{value.name} .*: expected keys and values made from the same value, rms_norm"):
+        run_pipeline(graph, default_pipeline(goal), PassContext(goal))
+
+
+@pytest.mark.parametrize(("name", "operator"), [("kv4-xquant", "attend_rematerialized"), ("kv4-zip", "attend_ranked")])
+def test_gpus_serve_them_by_reference_and_say_so(name: str, operator: str) -> None:
+    goal = parse_target(f"sm90-bf16-{name}")
+    ctx = PassContext(goal, backend_for(goal))
+    run_pipeline(load(tiny("llama")).graph, default_pipeline(goal), ctx)
+    rows = [row for row in ctx.coverage if row.operator == operator]
+    assert len(rows) == 2
+    assert all(row.kernel == "reference" and f"refused by triton: {operator}: " in row.reason and not row.chosen for row in rows)
+
+
+def test_projections_that_are_read_with_the_cache_keep_their_precision_and_strict_says_so() -> None:
+    with pytest.raises(CoverageError, match=r"attend_rematerialized .*: the weights of its keys and values are read as numbers, not codes"):
+        qcompile.compile(tiny("llama"), "cpu-int4-kv4-xquant", recipe="nearest", strict=True, max_context=64)
+
+
+@pytest.mark.parametrize("name", ["kv4-xquant", "kv4-zip"])
+def test_low_bit_weights_are_tuned_through_them(name: str) -> None:
+    model = compiled(tiny("llama"), f"cpu-int4-{name}")
+    require_decoding(model)
