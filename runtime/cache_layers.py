@@ -6,13 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-
 from qcompile.ir import allowed as _allowed  # noqa: F401  registers every operator of a plan
 from qcompile.ir.lowered import Buffer, Entry, Plan, Step
 from qcompile.ir.memory import buffers_in
 from qcompile.ir.size import evaluate
-from qcompile.runtime.kv_cache import bytes_of, state_buffers
+from qcompile.runtime.cache_layout import arguments_of, bytes_of, state_buffers
 
 CONTEXT = 4096
 """Tokens of the sequence whose bits per number are counted."""
@@ -91,17 +89,16 @@ def folded(layers: Sequence[CacheLayer]) -> Iterator[tuple[str, CacheLayer]]:
 
 
 def _layer(index: int, step: Step, entry: Entry, states: dict[str, Buffer]) -> CacheLayer:
-    given = _arguments(step)
+    given = arguments_of(step)
     mine = [state for name, state in states.items() if name.rpartition("_")[2] == _number(step, states)]
-    query, result = entry.buffers[given["q"]["buffer"]], entry.buffers[step.outputs[0]]
-    pages = entry.buffers[given["keys"]["buffer"]]
     tables = {name for key, value in given.items() if key in _TABLES for name in buffers_in(value)}
     return CacheLayer(
         index,
-        *(_form(given, key, entry) for key in ("keys", "values")),
+        _form(given, "keys", entry),
+        _form(given, "values", entry),
         sinks=given.get("first", 0),
         window=given.get("recent", 0),
-        numbers_per_token=_size(pages.shape[1]) * (_size(query.shape[3]) + _size(result.shape[3])),
+        numbers_per_token=_numbers(given, step, entry),
         bytes_per_token=bytes_of(mine, _TOKEN),
         bytes_per_sequence=bytes_of(mine, _SEQUENCE),
         table_bytes=bytes_of([entry.buffers[name] for name in sorted(tables)], {}),
@@ -114,18 +111,21 @@ def _number(step: Step, states: dict[str, Buffer]) -> str:
     return next(name.rpartition("_")[2] for name in buffers_in(list(step.args)) if name in states)
 
 
-def _arguments(step: Step) -> dict[str, Any]:
-    """Argument -> value by the names of the operator's schema."""
-    namespace, name, overload = step.operator.split(".")
-    schema = getattr(getattr(getattr(torch.ops, namespace), name), overload)._schema
-    return dict(zip((argument.name for argument in schema.arguments), step.args, strict=False)) | step.kwargs
-
-
 def _form(given: dict[str, Any], key: str, entry: Entry) -> str:
     """How keys or values are stored; keys before rotary positions say so."""
+    if "sources" in given:
+        return f"made from {given['form']}"
     text: str = given.get(f"{key[0]}_form") or entry.buffers[given[key]["buffer"]].dtype
     turned_on_read = key == "keys" and given.get("inv_freq") is not None
     return f"{text}, before positions" if turned_on_read else text
+
+
+def _numbers(given: dict[str, Any], step: Step, entry: Entry) -> int:
+    """Of a token's keys and values."""
+    if "sources" in given:
+        return sum(_size(entry.buffers[given[name]["buffer"]].shape[0]) for name in ("k_weight", "v_weight"))
+    query, result = entry.buffers[given["q"]["buffer"]], entry.buffers[step.outputs[0]]
+    return _size(entry.buffers[given["keys"]["buffer"]].shape[1]) * (_size(query.shape[3]) + _size(result.shape[3]))
 
 
 def _size(size: Any) -> int:

@@ -17,7 +17,7 @@ from qcompile.ir.memory import dtype_of, root_of
 from qcompile.ir.size import evaluate
 from qcompile.quant.retention import Retention
 
-POOL_PAGE_TOKENS = 64
+POOL_PAGE_TOKENS = 128
 """Tokens of a page where sequences share the bytes and nobody said otherwise: half a page is lost per sequence, little of any context."""
 INDEX_BYTES = 4
 """Bytes of an entry of the page tables, int32, and of the list of slots."""
@@ -34,7 +34,7 @@ def policies_of(entry: Entry) -> dict[str, Retention]:
     """Which tokens lie in which of an entry's cache buffers, by name; what no step settles or retains holds every token as it comes."""
     found = {state.name: Retention() for state in state_buffers(entry)}
     for step in entry.steps:
-        given = _arguments(step)
+        given = arguments_of(step)
         if all(name in given for name in _POLICY):
             name = root_of(entry, step.args[0]["buffer"])
             if name in found:
@@ -42,7 +42,8 @@ def policies_of(entry: Entry) -> dict[str, Retention]:
     return found
 
 
-def _arguments(step: Step) -> dict[str, Any]:
+def arguments_of(step: Step) -> dict[str, Any]:
+    """Argument -> value by the names of the operator's schema."""
     schema = getattr(ALLOWED[step.operator], "_schema", None)
     names = [argument.name for argument in schema.arguments] if schema is not None else []
     return dict(zip(names, step.args, strict=False)) | step.kwargs
@@ -51,7 +52,7 @@ def _arguments(step: Step) -> dict[str, Any]:
 def describe(entry: Entry) -> str:
     """How an entry's cache stores tokens, in words, with a hash that tells layouts apart which these words do not."""
     states, policies = state_buffers(entry), policies_of(entry)
-    given = [_arguments(step) for step in entry.steps]
+    given = [arguments_of(step) for step in entry.steps]
     forms = [str(options[name]) for options in given for name in _FORMS if name in options]
     kept = [policy for policy in policies.values() if policy.rows]
     exact = {state.dtype for state in states if not is_paged(state)}

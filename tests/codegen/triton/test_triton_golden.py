@@ -10,7 +10,7 @@ import pytest
 from qcompile.codegen.triton.backend import TritonBackend
 from qcompile.ir import size
 from qcompile.ir.lowered import Kernel, KernelSpec, Launch
-from tests.codegen.triton import activation_specs, settled_specs, specs
+from tests.codegen.triton import activation_specs, cache_specs, settled_specs, specs
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "triton"
 
@@ -30,6 +30,8 @@ CASES: dict[str, tuple[str, KernelSpec]] = {
     "gated_activation": ("sm90", specs.gated_activation(1536)),
     "append": ("sm90", specs.append(3, 64)),
     "decode": ("sm90", specs.attend(9, 3, 64, "m1")),
+    "decode_packed": ("sm90", cache_specs.attend_packed(9, 3, 64, "m1")),
+    "append_packed": ("sm90", cache_specs.append_packed(3, 64, cache_specs.KV4, cache_specs.KVFP8, rotated=64)),
     "prefill_window_softcap_sinks": ("sm100", specs.attend(8, 4, 96, "m64", window=512, softcap=50.0, sinks="bf16")),
     "with_recent": ("sm90", settled_specs.with_recent(3, 64)),
     "retain": ("sm90", settled_specs.retain(3, 64)),
