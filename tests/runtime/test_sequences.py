@@ -168,6 +168,24 @@ def test_a_full_pool_is_an_error_that_changes_nothing(compiled: CompiledModel, n
     assert_as_alone(engine_of(compiled, name), told, exact=name == "reference")
 
 
+def test_nobody_begins_with_attention_that_others_paid() -> None:
+    """What a longer sequence has added to its tokens' weights does not count for a shorter one, which would keep other tokens fine."""
+    model = tiny("llama")
+    for layer in model.model.layers:  # type: ignore[union-attr]
+        layer.self_attn.q_proj.weight.data *= 8  # so that queries differ in what they look at
+    ranked = qcompile.compile(model, "cpu-fp32-kv4-zip", recipe="nearest", max_context=CHUNK)
+    engine = engine_of(ranked, "reference", max_batch=2, share_prefixes=True)
+    row, _ = engine.join(TEXT[:66])
+    assert [engine.cache.shareable(row, length) for length in (65, 66)] == [0, 66]
+    prompt = TEXT[:40] + TEXT[200:240]
+    other, logits = engine.join(prompt)
+    told = Told(prompt, [], [logits])
+    for token in TEXT[300:305]:
+        told.tokens.append(token)
+        told.logits.append(engine.step({other: token})[0])
+    assert_as_alone(engine_of(ranked, "reference"), [told], exact=True)
+
+
 @pytest.mark.parametrize("name", ENGINES)
 def test_prompts_that_begin_alike_share_their_pages(compiled: CompiledModel, name: str) -> None:
     """A live row, three prompts at once, one of them the beginning of another."""
