@@ -7,11 +7,14 @@ DEMO_OUT ?= demo-out
 CALIB ?= brown_calib.npy
 EVAL ?= brown_eval.npy
 PEERS ?=
+# Caches to measure, with options of `benchmarks/cache_accuracy.py`, and the file that rows are added to.
+CACHES ?= kv8 kv4 kv2 kv4-kivi kv2-kivi
+ROWS ?= build/cache.jsonl
 # One thread per test process: on few cores more threads only fight.
 TEST_ENV := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint demo bench accuracy clean
+.PHONY: help venv test lint demo bench accuracy caches clean
 
 help: ## print this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -39,6 +42,10 @@ bench: $(INSTALLED) ## decode speed beside llama.cpp on the same model (needs ll
 
 accuracy: $(INSTALLED) ## KL and perplexity at each bit width: CALIB=ids.npy EVAL=ids.npy [PEERS=python with other libraries]
 	$(BIN)/python -m benchmarks.accuracy --calib $(CALIB) --eval $(EVAL) $(if $(PEERS),--peers $(PEERS))
+
+caches: $(INSTALLED) ## bits and KL of cache formats: CALIB=ids.npy EVAL=ids.npy [CACHES=names] [ROWS=file] [PEERS=python]
+	mkdir -p $(dir $(ROWS))
+	$(BIN)/python -m benchmarks.cache_accuracy --tokens $(EVAL) --calibration $(CALIB) --formats $(CACHES) --out $(ROWS) $(if $(PEERS),--peers $(PEERS))
 
 clean: ## remove build outputs and caches; .venv stays
 	rm -rf build dist *.egg-info $(DEMO_OUT) .mypy_cache .pytest_cache .ruff_cache

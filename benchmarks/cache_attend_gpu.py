@@ -1,7 +1,7 @@
 """Decode attention over a packed cache on an NVIDIA GPU: times, ratios to 16 bits in the same run, shares of the copy bandwidth.
 
     python benchmarks/cache_attend_gpu.py
-    python benchmarks/cache_attend_gpu.py --context 32768 --batch 1 --formats kv4 kv8
+    python benchmarks/cache_attend_gpu.py --context 32768 --batch 1 --formats kv8 "int4 g64 asym"
 
 The ratio is to the fastest of torch's attention over contiguous bfloat16 keys and values (each of its backends that takes the shape), of
 flash-attn's decoding where that is installed, and of our own kernel over bfloat16 pages. The floor is the bytes of keys and values over the
@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qcompile.codegen.triton.backend import TritonBackend
 from qcompile.codegen.triton.build import build_kernels, kernel_cache
+from qcompile.codegen.triton.packed_vectors import refuses_packed
 from qcompile.ir.cache_ops import cache_attend_packed
 from qcompile.ir.lowered import KernelSpec
 from qcompile.ir.size import evaluate
@@ -45,7 +46,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--context", type=int, nargs="+", default=[4096, 32768, 131072], help="tokens of each sequence")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="sequences (default: 1 16)")
-    parser.add_argument("--formats", nargs="+", default=["kv8", "kvfp8", "kv4"], choices=sorted(CACHES), help="packed per token")
+    known = ["kv8", "kvfp8", "int4 g64 asym"]
+    parser.add_argument(
+        "--formats", nargs="+", default=known, help="caches or forms that pack every token as it comes (default: %(default)s)"
+    )
     parser.add_argument("--heads", type=int, default=32, help="query heads (default: %(default)s)")
     parser.add_argument("--key-heads", type=int, default=8, help="key/value heads (default: %(default)s)")
     parser.add_argument("--size", type=int, default=128, help="head size (default: %(default)s)")
@@ -172,7 +176,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             times, missing = time_peers(shape, stream)
             fastest = min(times, key=lambda name: times[name])
             for name in options.formats:
-                forms = CACHES[name].forms()
+                forms = forms_of(name)
                 run, read, operands = ours(shape, forms, stream)
                 milliseconds = captured_ms(run, stream)
                 # The reference unpacks everything into float32: only where that is small.
@@ -194,17 +198,22 @@ def line(row: Mapping[str, Any]) -> str:
     """A row as it is printed."""
     error = "" if row["error"] is None else f", within {row['error']:.1e} of the reference"
     return (
-        f"{row['format']:>9} context {row['context']:>7} batch {row['batch']:>3}: {row['ms'] * 1e3:9.1f} us, "
+        f"{row['format']:>13} context {row['context']:>7} batch {row['batch']:>3}: {row['ms'] * 1e3:9.1f} us, "
         f"{row['ratio']:5.2f}x {row['bf16']} ({row['bf16_ms'] * 1e3:.1f} us), {row['floor_share']:6.1%} of the copy bandwidth{error}"
     )
+
+
+def forms_of(name: str) -> tuple[str, ...]:
+    """The forms of keys and values of a cache, or a form for both."""
+    return CACHES[name].forms() if name in CACHES else (name, name)
 
 
 def unserved(options: argparse.Namespace) -> str:
     """Why a format asked for cannot be measured here, or an empty string."""
     for name in options.formats:
-        cache = CACHES[name]
-        if not cache.is_packed or cache.retention.rows or any(vector_format(form).tables for form in cache.forms()):
-            return f"format {name}: expected one that packs every token as it comes, without tables, such as kv8 or kv4"
+        reason = next((reason for form in forms_of(name) if (reason := refuses_packed(form, options.size))), None)
+        if reason or not forms_of(name) or (name in CACHES and CACHES[name].retention.rows):
+            return f"format {name}: {reason or 'expected one that packs every token as it comes, such as kv8 or int4 g64 asym'}"
     return ""
 
 

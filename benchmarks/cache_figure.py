@@ -16,6 +16,8 @@ WIDTH, HEIGHT = 900, 540
 LEFT, RIGHT, TOP, BOTTOM = 76, 24, 56, 62
 LETTER, LINE = 7.2, 15
 """Pixels: of a letter, on average at most, and from line to line."""
+_LONGEST = 36
+"""Letters of a name."""
 _ROOM = 1.08
 """Beyond the smallest and the largest format."""
 _TICKS = (1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 10, 12, 16, 24, 32)
@@ -146,7 +148,8 @@ def draw(rows: Iterable[Mapping[str, Any]], measure: Measure) -> str:
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    return str(row["cache"]) if row["by"] == "qcompile" else f"{row['by']} {row['cache']}"
+    name = str(row["cache"]) if row["by"] == "qcompile" else f"{row['by']} {row['cache']}"
+    return name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…"
 
 
 def _grid(axes: Axes) -> Iterator[str]:
@@ -214,7 +217,8 @@ def _labels(axes: Axes, points: Sequence[Point], front: Sequence[Point]) -> Iter
             end, height = min(max(x, box.left), box.right), (box.top + box.bottom) / 2
             yield f'<line class="leader" x1="{x:.1f}" y1="{y:.1f}" x2="{end:.1f}" y2="{height:.1f}"/>'
         kind = "ink best" if point in front else "soft"
-        yield f'<text class="{kind}" x="{box.left:.1f}" y="{box.bottom - 4:.1f}">{escape(point.name)}</text>'
+        anchor, at = ("end", box.right) if box.right < x else ("start", box.left)
+        yield f'<text class="{kind}" x="{at:.1f}" y="{box.bottom - 4:.1f}" text-anchor="{anchor}">{escape(point.name)}</text>'
 
 
 def _place(x: float, y: float, width: float, taken: Sequence[Box]) -> tuple[Box, bool]:

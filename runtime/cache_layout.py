@@ -17,7 +17,7 @@ from qcompile.ir.memory import buffers_in, dtype_of, root_of
 from qcompile.ir.size import evaluate
 from qcompile.quant.retention import Retention
 
-POOL_PAGE_TOKENS = 64
+POOL_PAGE_TOKENS = 128
 """Tokens of a page where sequences share the bytes and nobody said otherwise: half a page is lost per sequence, little of any context."""
 INDEX_BYTES = 4
 """Bytes of an entry of the page tables, int32, and of the list of slots."""

@@ -180,3 +180,12 @@ def test_words_are_single_tokens() -> None:
     vocabulary = ["Ġhouse", "house", "Ġtree", "ĠTree", "Ġabc", "Ġtree1", "Ġgrün", "Ġmountains"]
     tokenizer = Tokenizer(models.BPE({word: index for index, word in enumerate(vocabulary)}, []))
     assert words_of(tokenizer) == ["house", "tree"]
+
+
+def test_the_document_shows_what_was_measured() -> None:
+    """The table and the figure are those that the script makes of the rows kept beside them."""
+    root = Path(__file__).resolve().parent.parent
+    rows = cache_accuracy.read_rows(root / "benchmarks" / "results" / "2026-11-21-cache-smollm2.jsonl")
+    document = (root / "docs" / "kv-cache.md").read_text().splitlines()
+    assert [line for line in (cache_accuracy.untimed(cache_accuracy.line(row)) for row in rows) if line not in document] == []
+    assert (root / "docs" / "kv-cache.svg").read_text() == draw(rows, KL)

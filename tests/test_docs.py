@@ -14,6 +14,7 @@ import pytest
 import typer
 
 from qcompile.cli.app import app
+from qcompile.quant.cache_format import CACHES, CacheFormat
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -105,6 +106,21 @@ def test_the_changelog_names_every_command() -> None:
     listed = re.search(r"`qcompile ([a-z |]+)`", (ROOT / "CHANGELOG.md").read_text())
     assert listed is not None
     assert set(listed[1].split(" | ")) == set(_options())
+
+
+def _cache_line(name: str, cache: CacheFormat) -> str:
+    """A packed cache as the table of formats has it: bits per number in pages at a head size of 64, tokens in 16 bits."""
+    assert cache.keys is not None
+    assert cache.values is not None
+    keys, values = cache.forms()
+    keys = f"`{keys}`{', before positions' if cache.before_positions else ''}"
+    bits = 8 * (cache.keys.width(64) + cache.values.width(64)) / (2 * 64)
+    return f"| `{name}` | {keys} | `{values}` | {bits:g} | {cache.sinks} | {cache.window} |"
+
+
+@pytest.mark.parametrize("name", [name for name, cache in CACHES.items() if cache.is_packed and not cache.rematerialized])
+def test_the_table_of_caches_holds_every_one(name: str) -> None:
+    assert _cache_line(name, CACHES[name]) in (ROOT / "docs" / "kv-cache.md").read_text().splitlines()
 
 
 def _runnable() -> Iterator[Path]:

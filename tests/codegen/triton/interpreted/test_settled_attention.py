@@ -14,7 +14,7 @@ KIVI = Retention(4, 8, 16)
 
 FORMS = [
     ("int4 t16 asym", "int4 g32 asym"), ("int2 t16 asym", "int2 g16 asym"), ("int8 t16 sym", "int8 g32 sym"),
-    ("int4 g16 asym", "int4 t16 sym"), ("fp8 g16", "int2 t4 asym"),
+    ("int4 g16 asym", "int4 t16 sym"), ("fp8 t16", "int2 t4 asym"),
 ]  # fmt: skip
 
 
