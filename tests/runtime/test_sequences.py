@@ -127,6 +127,8 @@ class Story:
 @pytest.mark.parametrize("page_tokens", [None, 32])
 def test_no_sequence_depends_on_who_shares_the_batch(compiled: CompiledModel, name: str, page_tokens: int | None) -> None:
     """Bit for bit in the reference; elsewhere up to the order of sums, and the same tokens."""
+    if name != "reference" and compiled.target.scheme.cache.is_ranked:
+        pytest.skip("the order of sums may turn a number of 16 bits, and what is ranked by it, by more than the bound")
     story = Story(engine_of(compiled, name, max_batch=3, page_tokens=page_tokens), seed=3)
     for _ in range(45):
         story.act()
