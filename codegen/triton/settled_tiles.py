@@ -11,6 +11,8 @@ of two, the same for a line, is taken out of them.
 
 from __future__ import annotations
 
+from math import gcd
+
 from qcompile.codegen.triton.cache_tiles import KeyTile, Sum, Tiles, ValueTile, plain_tiles
 from qcompile.codegen.triton.settled_form import Packed
 from qcompile.codegen.triton.source import Lines, load
@@ -19,6 +21,8 @@ from qcompile.quant.element import FP8
 
 CODE_BASE, CODE_PATTERN = 1024.0, "0x6400"
 """A float16 with room for ten bits, and its own bits."""
+MOST_BYTES = 4
+"""Of a word."""
 LEAST_REACH = 2.0**-100
 """Of a line's queries: less is taken for nothing."""
 
@@ -71,30 +75,47 @@ def tile_lines(form: Packed, source: str, step: int, present: str) -> Lines:
     return channel_lines(form, source, step) if form.per_channel else token_lines(form, source, present)
 
 
-def number_lines(form: Packed, codes: str, spread: str) -> Lines:
-    """`NAME_tile` of `codes` whose scales broadcast by `spread`."""
+def word_bytes(form: Packed) -> int:
+    """Bytes that are taken apart at once: whole words of them hold codes that lie together, and tokens begin where a word may."""
+    run = form.form.tokens if form.per_channel else form.size
+    return gcd(run // form.per_byte, form.form.tokens * form.form.width(form.size), MOST_BYTES)
+
+
+def number_lines(form: Packed, rows: str, columns: str) -> Lines:
+    """`NAME_numbers` [rows, columns], codes less their zero point as float16, of the words `NAME_items`, in which low bits come first."""
+    name, bits = form.name.lower(), form.form.element.bits
+    places = range(0, 8 * word_bytes(form), bits)
+    parts = [f"{name}_{place}" for place in range(len(places))]
+    return [
+        f"{name}_items = {name}_items.to(tl.uint32)",
+        *(f"{part} = {number(form, f'(({name}_items >> {low}) & {(1 << bits) - 1})')}" for part, low in zip(parts, places, strict=True)),
+        f"{name}_numbers = tl.reshape({joined(parts)}, [{rows}, {columns}])",
+    ]
+
+
+def number(form: Packed, code: str) -> str:
+    """The number of a code, a uint32."""
+    if form.form.element == FP8:
+        return f"((({code} & 127) << 7) | (({code} & 128) << 8)).to(tl.uint16).to(tl.float16, bitcast=True) * 256.0"
+    return f"({code} | {CODE_PATTERN}).to(tl.uint16).to(tl.float16, bitcast=True) - {CODE_BASE + form.zero}"
+
+
+def scaled(form: Packed, spread: str) -> str:
+    """`NAME_tile` of `NAME_numbers` whose scales broadcast by `spread`."""
     name = form.name.lower()
     least = "" if form.form.symmetric else f" + {name}_least{spread}"
-    wide = f"{codes}.to(tl.uint16)"
-    number = f"({wide} | {CODE_PATTERN}).to(tl.float16, bitcast=True) - {CODE_BASE + form.zero}"
-    if form.form.element == FP8:
-        number = f"((({wide} & 127) << 7) | (({wide} & 128) << 8)).to(tl.float16, bitcast=True) * 256.0"
-    return [f"{name}_numbers = {number}", f"{name}_tile = {name}_numbers * {name}_scale{spread}{least}"]
-
-
-def code_lines(form: Packed, rows: str, columns: str) -> Lines:
-    """`NAME_codes` [rows, columns] of the bytes `NAME_items` [rows, columns / PER]."""
-    name = form.name.lower()
-    if form.per_byte == 1:
-        return [f"{name}_codes = {name}_items"]
-    bits, mask = form.form.element.bits, (1 << form.form.element.bits) - 1
-    parts = [f"({name}_items >> {bits * place}) & {mask}" for place in range(form.per_byte)]
-    return [f"{name}_codes = tl.reshape({joined(parts)}, [{rows}, {columns}])"]
+    return f"{name}_tile = {name}_numbers * {name}_scale{spread}{least}"
 
 
 def joined(parts: list[str]) -> str:
     """Expressions put side by side along new last axes, so that a reshape of these leaves the first, the second … of each number."""
     return parts[0] if len(parts) == 1 else f"tl.join({joined(parts[::2])}, {joined(parts[1::2])})"
+
+
+def words(form: Packed) -> str:
+    """The pointers `NAME_cell` to the words of its codes."""
+    cell = f"{form.name.lower()}_cell"
+    return f"{cell}.to(tl.pointer_type(tl.uint{8 * word_bytes(form)}))" if word_bytes(form) > 1 else cell
 
 
 def read(target: str, at: str, *conditions: str) -> Lines:
@@ -116,40 +137,41 @@ def token_lines(form: Packed, source: str, present: str) -> Lines:
     name, block = form.name.lower(), max(16, power_of_two(form.size))
     groups = 1 if form.groups == 1 else block // form.group
     there = f"{present}[:, None]" if present else ""
-    few = f"({name}_byte < {form.size // form.per_byte})[None, :]" if form.size < block else ""
+    few = f"({name}_word < {form.size // form.per_byte // word_bytes(form)})[None, :]" if form.size < block else ""
     some = f"({name}_group < {form.constant('GROUPS')})" if groups > form.groups else ""
     lines = [
         f"{name}_cell = {source} + first_slot * {form.constant('BYTES')} + row[:, None] * {form.constant('BYTES')}",
-        f"{name}_byte = tl.arange(0, {block // form.per_byte})",
-        *read(f"{name}_items", f"{name}_cell + {name}_byte[None, :]", there, few),
-        *code_lines(form, "BLOCK_T", "BLOCK_D"),
+        f"{name}_word = tl.arange(0, {block // form.per_byte // word_bytes(form)})",
+        *read(f"{name}_items", f"{words(form)} + {name}_word[None, :]", there, few),
+        *number_lines(form, "BLOCK_T", "BLOCK_D"),
         f"{name}_group = tl.arange(0, {groups})[None, :]",
         *scale_lines(form, f"{name}_cell", f"{name}_group", there, some),
     ]
     if groups == 1:
-        return [*lines, *number_lines(form, f"{name}_codes", "")]
-    cut = f"tl.reshape({name}_codes, [BLOCK_T, {groups}, {form.group}])"
-    return [*lines, *number_lines(form, cut, "[:, :, None]"), f"{name}_tile = tl.reshape({name}_tile, [BLOCK_T, BLOCK_D])"]
+        return [*lines, scaled(form, "")]
+    cut = f"{name}_numbers = tl.reshape({name}_numbers, [BLOCK_T, {groups}, {form.group}])"
+    return [*lines, cut, scaled(form, "[:, :, None]"), f"{name}_tile = tl.reshape({name}_tile, [BLOCK_T, BLOCK_D])"]
 
 
 def channel_lines(form: Packed, source: str, step: int) -> Lines:
     """Channels with groups of tokens: the step's groups of a channel stand side by side; a longer group is read in part."""
     name, tokens, per = form.name.lower(), form.form.tokens, form.per_byte
     held = min(tokens, step)
+    per *= word_bytes(form)
     before, offset = (f" - start % {tokens}", f"start % {tokens} // {per} + ") if tokens > step else ("", "")
     group = f"tl.arange(0, {step // held}) * {tokens * form.form.width(form.size)}"
     there = "(dim < D)" if form.size < max(16, power_of_two(form.size)) else ""
     lines = [
         f"{name}_cell = {source} + (first_slot{before}) * {form.constant('BYTES')} + ({group})[None, :]",
-        f"{name}_byte = {offset}tl.arange(0, {held // per})",
+        f"{name}_word = {offset}tl.arange(0, {held // per})",
         *read(
             f"{name}_items",
-            f"{name}_cell[:, :, None] + dim[:, None, None] * {tokens // per} + {name}_byte[None, None, :]",
+            f"{words(form)}[:, :, None] + dim[:, None, None] * {tokens // per} + {name}_word[None, None, :]",
             f"{there}[:, None, None]" if there else "",
         ),
         f"{name}_items = tl.reshape({name}_items, [BLOCK_D, {step // per}])",
-        *code_lines(form, "BLOCK_D", "BLOCK_T"),
+        *number_lines(form, "BLOCK_D", "BLOCK_T"),
         *scale_lines(form, f"{name}_cell", "dim[:, None]", f"{there}[:, None]" if there else ""),
     ]
-    cut = f"tl.reshape({name}_codes, [BLOCK_D, {step // held}, {held}])"
-    return [*lines, *number_lines(form, cut, "[:, :, None]"), f"{name}_tile = tl.reshape({name}_tile, [BLOCK_D, BLOCK_T])"]
+    cut = f"{name}_numbers = tl.reshape({name}_numbers, [BLOCK_D, {step // held}, {held}])"
+    return [*lines, cut, scaled(form, "[:, :, None]"), f"{name}_tile = tl.reshape({name}_tile, [BLOCK_D, BLOCK_T])"]
