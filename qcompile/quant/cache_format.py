@@ -136,7 +136,7 @@ CACHES = {
     "kv4-token": _packed("kv4-token", "int4 g64 sym", sinks=4, window=56),
     "kv4-kivi": _packed("kv4-kivi", "int4 t32 asym", "int4 g32 asym", sinks=4, window=32),
     "kv4-xquant": replace(_packed("kv4-xquant", "int4 g64 asym"), rematerialized=True),
-    "kv4-zip": _packed("kv4-zip", "int4 g64 asym over int2 g64 asym top 16 of 32", sinks=4, window=32),
+    "kv4-zip": _packed("kv4-zip", "int4 g64 asym over int3 g64 asym top 16 of 32", sinks=4, window=32),
     "kv-mixed": replace(_packed("kv-mixed", "int4 t32 asym", "int4 g32 asym", sinks=4, window=32), bits=4.0),
     "kv2": _packed("kv2", "klt2", sinks=4, window=116, before_positions=True),
     "kv2-kivi": _packed("kv2-kivi", "int2 t32 asym", "int2 g32 asym", sinks=4, window=32),
