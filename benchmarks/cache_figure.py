@@ -46,7 +46,7 @@ class Measure:
 
 
 KL = Measure("kl", "KL of the next token, nats", "Cache formats: bits of storage against distance from the float model")
-RECALL = Measure("recall", "facts recalled", "Cache formats: bits of storage against recall over 1,900 tokens", more=True)
+RECALL = Measure("recall", "facts recalled", "Cache formats: bits of storage against recall over 1,800 tokens", more=True)
 
 
 @dataclass(frozen=True)
