@@ -86,7 +86,7 @@ def test_a_spec_parses_back(step: Options) -> None:
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("canonicalise", "unknown pass 'canonicalise'; expected one of canonicalize"),
+    ("canonicalise", "unknown pass 'canonicalise'; expected one of assign-kv-formats, canonicalize"),
     ("canonicalize;", "expected name or name{option=value} at 'canonicalize;'"),
     ("fold-constants{limits=3}", "pass fold-constants: unknown option 'limits'; expected one of limit"),
     ("fold-constants{limit=big}", "option limit: expected int, got 'big'"),
