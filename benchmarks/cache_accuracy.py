@@ -38,7 +38,7 @@ from qcompile.quant.cache_format import CACHES
 from qcompile.runtime.cache_layers import CacheLayer, bits_per_number, folded
 
 HEADER = "| cache | format | bits per number | KL | KL, second half | perplexity | top-1 | seconds |\n|---|---|--:|--:|--:|--:|--:|--:|"
-_OF_CACHES = ("keys", "values", "sinks", "window")
+_OF_CACHES = ("keys", "values", "sinks", "window", "before_positions", "bits")
 _RUNS = 4
 """Runs of layers that a row shows at most."""
 

@@ -1,7 +1,7 @@
-"""Decode attention over a packed cache on an NVIDIA GPU: times, ratios to 16 bits in the same run, shares of the copy bandwidth.
+"""Decode attention over packed and settled caches on an NVIDIA GPU: times, ratios to 16 bits in the same run, shares of the copy bandwidth.
 
     python benchmarks/cache_attend_gpu.py
-    python benchmarks/cache_attend_gpu.py --context 32768 --batch 1 --formats kv4 kv8
+    python benchmarks/cache_attend_gpu.py --context 32768 --batch 1 --formats kv8 "int4 g64 asym"
 
 The ratio is to the fastest of torch's attention over contiguous bfloat16 keys and values (each of its backends that takes the shape), of
 flash-attn's decoding where that is installed, and of our own kernel over bfloat16 pages. The floor is the bytes of keys and values over the
@@ -15,6 +15,7 @@ import datetime
 import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qcompile.codegen.triton.backend import TritonBackend
 from qcompile.codegen.triton.build import build_kernels, kernel_cache
+from qcompile.codegen.triton.packed_vectors import refuses_packed
+from qcompile.codegen.triton.settled_form import refuses_form
 from qcompile.ir.cache_ops import cache_attend_packed
 from qcompile.ir.lowered import KernelSpec
+from qcompile.ir.retention_ops import attend_settled
 from qcompile.ir.size import evaluate
 from qcompile.quant.cache_format import CACHES
+from qcompile.quant.retention import Retention
 from qcompile.quant.vector_format import vector_format
 from qcompile.runtime.cuda.driver import Driver
 from qcompile.runtime.cuda.launch import FrozenLaunch
@@ -45,7 +50,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--context", type=int, nargs="+", default=[4096, 32768, 131072], help="tokens of each sequence")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="sequences (default: 1 16)")
-    parser.add_argument("--formats", nargs="+", default=["kv8", "kvfp8", "kv4"], choices=sorted(CACHES), help="packed per token")
+    known = ["kv8", "kvfp8", "int4 g64 asym", "kv4", "kv4-token", "kv4-kivi", "kv2-kivi"]
+    parser.add_argument(
+        "--formats", nargs="+", default=known, help="caches, or forms that pack every token as it comes (default: %(default)s)"
+    )
     parser.add_argument("--heads", type=int, default=32, help="query heads (default: %(default)s)")
     parser.add_argument("--key-heads", type=int, default=8, help="key/value heads (default: %(default)s)")
     parser.add_argument("--size", type=int, default=128, help="head size (default: %(default)s)")
@@ -77,14 +85,18 @@ class Shape:
         """Vectors of one page of each head, which all pages repeat."""
         return torch.randn(1, *self.page_shape[1:], self.options.size, device="cuda")
 
-    def spec(self, forms: tuple[str, ...]) -> KernelSpec:
-        """Decode attention over pages of these forms; none is bfloat16."""
+    def spec(self, forms: tuple[str, ...], policy: Retention) -> KernelSpec:
+        """Decode attention over pages of these forms, none is bfloat16, and over the rows that a policy keeps."""
         stored = "uint8" if forms else "bf16"
         formats = {"keys": stored, "out": "bf16", "page_table": "i32", "positions": "i64", "q": "bf16", "values": stored}
         options: dict[str, Any] = {"scale": self.options.size**-0.5, "softcap": 0.0, "window": 0}
         options |= dict(zip(("k_form", "v_form"), forms, strict=False))
         sizes = (("D", self.options.size), ("H", self.options.heads), ("L", self.options.key_heads))
         name = "cache_attend_packed" if forms else "cache_attend"
+        if policy.rows:
+            name = "attend_settled"
+            formats |= {"exact_keys": "bf16", "exact_values": "bf16"}
+            options |= {"first": policy.first, "recent": policy.recent, "group": policy.group}
         return KernelSpec(name, sizes, tuple(sorted(formats.items())), tuple(sorted(options.items())), "m1")
 
 
@@ -106,18 +118,24 @@ def launches(spec: KernelSpec, operands: Mapping[str, Tensor], sizes: Mapping[st
     return lambda: [launch() for launch in found]
 
 
-def ours(shape: Shape, forms: tuple[str, ...], stream: torch.cuda.Stream) -> tuple[Run, int, dict[str, Tensor]]:
-    """Our kernel over pages of these forms, the bytes it reads, and its operands."""
+def ours(shape: Shape, forms: tuple[str, ...], stream: torch.cuda.Stream, policy: Retention) -> tuple[Run, int, dict[str, Tensor]]:
+    """Our kernel over pages of these forms and what a policy keeps, the bytes it reads, and its operands."""
     pages = []
     for form in forms or ("", ""):
         page = vector_format(form).encode(shape.numbers()) if form else shape.numbers().bfloat16()
         pages.append(page.expand(shape.page_shape[0], -1, -1, -1).contiguous())
     out = torch.empty(shape.batch, 1, shape.options.heads, shape.options.size, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
     operands = {"q": shape.q, "page_table": shape.table, "positions": shape.positions, "keys": pages[0], "values": pages[1], "out": out}
+    kept = shape.context
+    if policy.rows:
+        kept = policy.page_slot(policy.settled(shape.context))
+        exact = (shape.batch, shape.options.key_heads, policy.rows + 1, shape.options.size)
+        operands |= {name: torch.randn(exact, dtype=torch.bfloat16, device="cuda") for name in ("exact_keys", "exact_values")}
     torch.cuda.synchronize()
-    tokens = shape.batch * shape.context * shape.options.key_heads
-    read = sum(tokens * page.shape[3] * page.element_size() for page in pages)
-    return launches(shape.spec(forms), operands, shape.sizes, stream), read, operands
+    heads = shape.batch * shape.options.key_heads
+    read = sum(heads * kept * page.shape[3] * page.element_size() for page in pages)
+    read += 2 * heads * (shape.context - kept) * shape.options.size * shape.q.element_size()
+    return launches(shape.spec(forms, policy), operands, shape.sizes, stream), read, operands
 
 
 def peers(shape: Shape) -> dict[str, Run]:
@@ -149,17 +167,22 @@ def time_peers(shape: Shape, stream: torch.cuda.Stream) -> tuple[dict[str, float
             times[name] = captured_ms(run, stream)
         except RuntimeError as error:
             missing[name] = str(error).splitlines()[0]
-    run, _, _ = ours(shape, (), stream)
+    run, _, _ = ours(shape, (), stream, Retention())
     times["qcompile-bf16"] = captured_ms(run, stream)
     return times, missing
 
 
-def error_of(operands: Mapping[str, Tensor], forms: tuple[str, ...], run: Run) -> float:
+def error_of(operands: Mapping[str, Tensor], forms: tuple[str, ...], policy: Retention, run: Run) -> float:
     """The greatest difference from the reference operator on the same bytes, relative to its largest number."""
     run()
     torch.cuda.synchronize()
-    tensors = [operands[name] for name in ("q", "keys", "values", "page_table", "positions")]
-    expected = cache_attend_packed(*tensors, *forms, operands["q"].shape[-1] ** -0.5).float()
+    exact = ("exact_keys", "exact_values") if policy.rows else ()
+    tensors = [operands[name] for name in ("q", "keys", "values", *exact, "page_table", "positions")]
+    scale = operands["q"].shape[-1] ** -0.5
+    if policy.rows:
+        expected = attend_settled(*tensors, *forms, policy.first, policy.recent, policy.group, scale).float()
+    else:
+        expected = cache_attend_packed(*tensors, *forms, scale).float()
     return float((operands["out"].float() - expected).abs().max() / expected.abs().max())
 
 
@@ -172,11 +195,11 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             times, missing = time_peers(shape, stream)
             fastest = min(times, key=lambda name: times[name])
             for name in options.formats:
-                forms = CACHES[name].forms()
-                run, read, operands = ours(shape, forms, stream)
+                forms, policy = forms_of(name), policy_of(name)
+                run, read, operands = ours(shape, forms, stream, policy)
                 milliseconds = captured_ms(run, stream)
                 # The reference unpacks everything into float32: only where that is small.
-                error = error_of(operands, forms, run) if batch * context <= 1 << 16 else None
+                error = error_of(operands, forms, policy, run) if batch * context <= 1 << 16 else None
                 found: dict[str, Any] = {
                     "format": name, "context": context, "batch": batch, "ms": milliseconds, "bf16": fastest, "bf16_ms": times[fastest],
                     "ratio": times[fastest] / milliseconds, "floor_share": read / bandwidth * 1e3 / milliseconds, "error": error,
@@ -194,17 +217,31 @@ def line(row: Mapping[str, Any]) -> str:
     """A row as it is printed."""
     error = "" if row["error"] is None else f", within {row['error']:.1e} of the reference"
     return (
-        f"{row['format']:>9} context {row['context']:>7} batch {row['batch']:>3}: {row['ms'] * 1e3:9.1f} us, "
+        f"{row['format']:>13} context {row['context']:>7} batch {row['batch']:>3}: {row['ms'] * 1e3:9.1f} us, "
         f"{row['ratio']:5.2f}x {row['bf16']} ({row['bf16_ms'] * 1e3:.1f} us), {row['floor_share']:6.1%} of the copy bandwidth{error}"
     )
+
+
+def forms_of(name: str) -> tuple[str, ...]:
+    """The forms of keys and values of a cache, or a form for both."""
+    return CACHES[name].forms() if name in CACHES else (name, name)
+
+
+def policy_of(name: str) -> Retention:
+    """Which tokens a cache keeps in bfloat16; a form keeps none."""
+    return CACHES[name].retention if name in CACHES else Retention()
 
 
 def unserved(options: argparse.Namespace) -> str:
     """Why a format asked for cannot be measured here, or an empty string."""
     for name in options.formats:
-        cache = CACHES[name]
-        if not cache.is_packed or cache.retention.rows or any(vector_format(form).tables for form in cache.forms()):
-            return f"format {name}: expected one that packs every token as it comes, without tables, such as kv8 or kv4"
+        policy = policy_of(name)
+        refuses = partial(refuses_form, name) if policy.rows else refuses_packed
+        reason = next((reason for form in forms_of(name) if (reason := refuses(form, options.size))), None)
+        if reason is None and options.page_tokens % policy.group:
+            reason = f"expected a multiple of {policy.group} for --page-tokens, got {options.page_tokens}"
+        if reason or not forms_of(name):
+            return f"format {name}: {reason or 'expected one that is packed, such as kv8, kv4-kivi or int4 g64 asym'}"
     return ""
 
 

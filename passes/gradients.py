@@ -26,9 +26,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, bias: Tensor | None,
-    scale: float, causal: bool, window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None,
+    scale: float, causal: bool, window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None, cache: str = "",
 ) -> Tensor:  # fmt: skip
     """`qcompile::attention`, for a plain causal one of short texts with a gradient that is fast."""
+    del cache
     plain = padding is None or bool((padding != 0).all())
     if not (plain and causal and bias is None and not softcap and sinks is None) or q.shape[2] != k.shape[2] or 0 < window < k.shape[2]:
         return ops.attention(q, k, v, padding, bias, scale, causal, window, softcap, sinks)

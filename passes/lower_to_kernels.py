@@ -31,7 +31,12 @@ COVERED = (
 )  # fmt: skip
 _WITHOUT_WEIGHT = (*PRODUCERS, qcompile.hadamard.default, qcompile.dequantize_activation.default)
 _UNPACKING = (qcompile.dequantize.default, aten.reshape.default, aten.to.dtype)
-_CACHED = {qcompile.append_packed.default: slice(6, 8), qcompile.settle.default: slice(4, 5), qcompile.attend_settled.default: slice(7, 9)}
+_CACHED = {
+    qcompile.append_packed.default: slice(6, 8),
+    qcompile.cache_attend_packed.default: slice(5, 7),
+    qcompile.settle.default: slice(4, 5),
+    qcompile.attend_settled.default: slice(7, 9),
+}
 """Operators over a packed cache -> where they take the formats of what they read or write."""
 REFERENCE = "reference"
 

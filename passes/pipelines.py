@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qcompile.errors import PipelineError
+from qcompile.passes.assign_kv_formats import AssignKvFormats
 from qcompile.passes.base import Pass, parse_pipeline
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.convert_dtype import ConvertDtype
@@ -57,6 +58,7 @@ def default_pipeline(target: Target, recipe: str = "nearest", *, calibrated: boo
         RemoveDeadCode(),  # masks and positions that raising made superfluous
         FoldBatchNorms(),  # before anything looks at weights: these are the ones that will be multiplied with
         *(_change_basis(target, calibrated=calibrated) if best else ()),
+        *((AssignKvFormats(),) if target.scheme.cache.bits else ()),  # in the bases that keys and values will be stored in
         RewriteKvCache(),  # on float32 values: the one place where inputs change; after the bases: keys are stored as they are then
         ConvertDtype(to=dtype_name(target.compute)),  # before rounding, so that dequantize yields the computation dtype
         *((QuantizeActivations(),) if target.scheme.activation else ()),  # before weights: these are rounded for what they will meet
@@ -114,7 +116,7 @@ def registry() -> dict[str, type[Pass]]:
     """Every pass by name, in pipeline order."""
     passes = (
         Canonicalize, RaisePatterns, FoldConstants, RemoveDeadCode, FoldBatchNorms, SmoothActivations, ScaleSalientWeights, ScaleKeys,
-        FoldNorms, LearnRotation, RotateHadamard, ReorderChannels, RewriteKvCache,
+        FoldNorms, LearnRotation, RotateHadamard, ReorderChannels, AssignKvFormats, RewriteKvCache,
         ConvertDtype, SplitOutliers, InsertLowRankBranch, QuantizeActivations, QuantizeWeights, FuseResidualNorm, FuseQuantizeDequantize,
         FuseCacheAppend, FuseDequantize, LowerToKernels, PlanMemory,
     )  # fmt: skip

@@ -15,6 +15,7 @@ from qcompile.ir.graph import CACHE_STATES, Graph, Interface
 from qcompile.ir.ranked_ops import marks_width
 from qcompile.ir.structure import template_of
 from qcompile.ir.verify import where
+from qcompile.passes.assign_kv_formats import assigned_forms
 from qcompile.passes.base import Pass, PassContext
 from qcompile.passes.cache_tables import CachedPair, make_tables
 from qcompile.passes.rematerialize_kv import Rematerialized, plan_rematerialized
@@ -126,7 +127,7 @@ def _stored_pair(attention: fx.Node, index: int, cache: CacheFormat) -> CachedPa
     assert isinstance(queries, fx.Node)
     assert isinstance(keys, fx.Node)
     assert isinstance(values, fx.Node)
-    forms = cache.forms(index) or ("int8", "int8")  # a cache of numbers has no forms, and asks for no tables
+    forms = assigned_forms(attention) or cache.forms(index) or ("int8", "int8")  # a cache of numbers has no forms, and asks for no tables
     return CachedPair(attention, queries, keys, values, (forms[0], forms[1]), cache.before_positions)
 
 
@@ -221,7 +222,7 @@ class _Layer:
     def stored(self) -> tuple[Any, tuple[Any, ...], States]:
         """Every token goes into the pages as it comes, packed or not: the operator that attends, its first arguments, the new states."""
         k, v = self.pair.keys, self.pair.values
-        forms = self.shared.cache.forms(self.index)
+        forms = self.pair.forms if self.shared.cache.is_packed else ()
         if forms:
             k, v = (
                 self._call(qcompile.pack_vectors.default, part, form, *_given(tables))

@@ -15,9 +15,10 @@ from qcompile.quant.precision import medium_precision
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, bias: Tensor | None,
-    scale: float, causal: bool, window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None,
+    scale: float, causal: bool, window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None, cache: str = "",
 ) -> Tensor:  # fmt: skip
     """`qcompile::attention`; padding, windows shorter than the text, biases, soft caps and sinks go to the reference."""
+    del cache
     queries, keys = q.shape[2], k.shape[2]
     special = bias is not None or softcap or sinks is not None or 0 < window < keys
     if special or (causal and queries != keys) or (padding is not None and not bool((padding != 0).all())):

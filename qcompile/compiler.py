@@ -103,6 +103,7 @@ def compile(  # noqa: A001  the name is the product's
             - `cache_sinks`: how many tokens at the start of a sequence stay in 16 bits;
             - `cache_window`: how many of the last tokens do, at least.
             - `cache_before_positions`: whether keys are kept as they are before rotary positions, which are then applied on reading.
+            - `cache_bits`: bits of a number in the pages on average, which `assign-kv-formats` shares among the layers.
 
     Returns:
         The compiled model, ready to run on this machine and to be saved.

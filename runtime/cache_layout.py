@@ -13,14 +13,16 @@ from typing import Any
 from qcompile.errors import CapacityError
 from qcompile.ir.allowed import ALLOWED
 from qcompile.ir.lowered import Buffer, Entry, Step
-from qcompile.ir.memory import dtype_of, root_of
+from qcompile.ir.memory import buffers_in, dtype_of, root_of
 from qcompile.ir.size import evaluate
 from qcompile.quant.retention import Retention
 
-POOL_PAGE_TOKENS = 64
+POOL_PAGE_TOKENS = 128
 """Tokens of a page where sequences share the bytes and nobody said otherwise: half a page is lost per sequence, little of any context."""
 INDEX_BYTES = 4
 """Bytes of an entry of the page tables, int32, and of the list of slots."""
+_GROWING = ("recent_saliency_",)
+"""What the names of buffers begin with whose rows every later token adds to."""
 _FORMS = ("form", "k_form", "v_form")
 _POLICY = ("first", "recent", "group")
 
@@ -31,14 +33,13 @@ def state_buffers(entry: Entry) -> list[Buffer]:
 
 
 def policies_of(entry: Entry) -> dict[str, Retention]:
-    """Which tokens lie in which of an entry's cache buffers, by name; what no step settles or retains holds every token as it comes."""
+    """Which tokens lie in which of an entry's cache buffers, by name; what no step settles, retains or ranks holds all as they come."""
     found = {state.name: Retention() for state in state_buffers(entry)}
     for step in entry.steps:
         given = arguments_of(step)
         if all(name in given for name in _POLICY):
-            name = root_of(entry, step.args[0]["buffer"])
-            if name in found:
-                found[name] = Retention(*(given[part] for part in _POLICY))
+            touched = {root_of(entry, name) for name in buffers_in(list(step.args))} & found.keys()
+            found |= dict.fromkeys(touched, Retention(*(given[part] for part in _POLICY)))
     return found
 
 
@@ -125,6 +126,8 @@ class CacheLayout:
 
     def keeps(self, length: int, earlier: int) -> bool:
         """Whether a sequence of `length` tokens still holds all that it held when it had `earlier` ones."""
+        if any(state.name.startswith(_GROWING) for state in self.states):
+            return earlier == length
         policies = map(self.policy, self.states)
         return all(policy.settled(earlier) >= min(earlier, policy.settled(length)) for policy in policies)
 

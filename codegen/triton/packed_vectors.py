@@ -1,8 +1,8 @@
 """Vectors that a cache packs token by token (`qcompile/quant/vector_format.py`), as attention reads them.
 
-A *part* of a group is what one place of its bytes holds: every channel of 8-bit codes, every second of 4-bit ones, every fourth of 2-bit
-ones. Each part is multiplied by itself, with queries or into sums that hold the same channels, so that nothing moves between lanes. Scales
-belong to a token and a group: they multiply scores and weights, never a tile of codes.
+A *part* of a group is what one place of its items holds, which are bytes or pairs of bytes: every channel of 8-bit codes, every second or
+fourth of 4-bit ones, every fourth of 2-bit ones. Each part is multiplied by itself, with queries or into sums that hold the same channels,
+so that nothing moves between lanes. Scales belong to a token and a group: they multiply scores and weights, never a tile of codes.
 
 Codes are centred, -2^(b-1) and up, and `middle` = least + 2^(b-1) · scale stands for the least value: x = middle + code · scale. So a
 weight's rounding to 16 bits costs what it costs with symmetric codes.
@@ -14,7 +14,7 @@ The walk over a cache leaves `first_slot`, a number of a place in all pages, and
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qcompile.codegen.triton.cache_tiles import KeyTile, Sum, ValueTile
 from qcompile.codegen.triton.contract import TRITON_TYPES
@@ -46,10 +46,11 @@ class Part:
 
 @dataclass(frozen=True)
 class PackedVectors:
-    """Vectors of `size` numbers in a form with scales per token."""
+    """Vectors of `size` numbers in a form with scales per token, whose codes are loaded `item` bytes at a time."""
 
     form: VectorFormat
     size: int
+    item: int = 1
 
     @property
     def bits(self) -> int:
@@ -60,6 +61,11 @@ class PackedVectors:
     def per_byte(self) -> int:
         """Codes in a byte."""
         return 8 // self.bits
+
+    @property
+    def per_item(self) -> int:
+        """Codes in an item."""
+        return self.per_byte * self.item
 
     @property
     def groups(self) -> int:
@@ -77,9 +83,20 @@ class PackedVectors:
         return -(-self.group // self.per_byte)
 
     @property
+    def group_items(self) -> int:
+        """Items of a group's codes."""
+        return self.group_bytes // self.item
+
+    @property
     def lanes(self) -> int:
-        """The bytes of a group's codes, padded to what a product takes."""
-        return max(LEAST_LANES, power_of_two(self.group_bytes))
+        """The items of a group's codes, padded to what a product takes."""
+        return max(LEAST_LANES, power_of_two(self.group_items))
+
+    @property
+    def in_pairs(self) -> PackedVectors:
+        """Codes of 4 bits two bytes at a time, as wide as the numbers they become, where addresses allow it and no lane is wasted."""
+        fits = self.even and self.group_bytes % 2 == 0 and self.group_bytes >= 2 * LEAST_LANES
+        return replace(self, item=2) if self.bits == 4 and fits else self
 
     @property
     def body(self) -> int:
@@ -103,7 +120,7 @@ class PackedVectors:
 
     def parts(self, group: int) -> list[Part]:
         """The parts of a group."""
-        step = self.per_byte
+        step = self.per_item
         return [Part(group, place, group * self.group + place, step, -(-(self.group - place) // step)) for place in range(step)]
 
     def all_parts(self) -> Iterator[Part]:
@@ -139,7 +156,7 @@ def refuses_packed(form: object, size: int) -> str | None:
 
 
 def lane_lines(vectors: PackedVectors, name: str) -> Lines:
-    """`NAME_lane`: the bytes of a group."""
+    """`NAME_lane`: the items of a group."""
     return [f"{name}_lane = tl.arange(0, {vectors.lanes})"]
 
 
@@ -159,28 +176,30 @@ def cell_lines(vectors: PackedVectors, name: str, source: str) -> Lines:
     return [f"{name}_page = {source} + first_slot * {vectors.width}", f"{name}_cell = row * {vectors.width}"]
 
 
-def byte_lines(vectors: PackedVectors, group: int, name: str, *, turned: bool) -> Lines:
-    """`NAME_bytes_g`, uint8 [BLOCK_T, lanes], or [lanes, BLOCK_T] if turned, of the tokens at `NAME_cell` where `present`."""
+def item_lines(vectors: PackedVectors, group: int, name: str, *, turned: bool) -> Lines:
+    """`NAME_items_g`, [BLOCK_T, lanes], or [lanes, BLOCK_T] if turned, of the tokens at `NAME_cell` where `present`."""
     token, lane = ("[None, :]", "[:, None]") if turned else ("[:, None]", "[None, :]")
-    byte = f"({name}_lane + {group * vectors.group_bytes})" if group else f"{name}_lane"
+    item = f"({name}_lane + {group * vectors.group_items})" if group else f"{name}_lane"
     mask = f"present{token}"
-    if vectors.group_bytes < vectors.lanes:
-        mask += f" & ({name}_lane < {vectors.group_bytes}){lane}"
-    return load(f"{name}_bytes_{group}", f"{name}_page + {name}_cell{token} + {byte}{lane}", mask, "0")
+    if vectors.group_items < vectors.lanes:
+        mask += f" & ({name}_lane < {vectors.group_items}){lane}"
+    if vectors.item == 1:
+        return load(f"{name}_items_{group}", f"{name}_page + {name}_cell{token} + {item}{lane}", mask, "0")
+    return load(f"{name}_items_{group}", f"({name}_page + {name}_cell{token}).to(tl.pointer_type(tl.uint16)) + {item}{lane}", mask, "0")
 
 
 def number_lines(vectors: PackedVectors, part: Part, name: str, kind: str) -> Lines:
     """`NAME_g_p`, the centred codes of a part as the 16-bit type `kind` (bf16, fp16), which holds each of them exactly."""
-    packed = f"{name}_bytes_{part.group}"
+    packed = f"{name}_items_{part.group}"
     mask = (1 << vectors.bits) - 1
     code = packed if vectors.bits == 8 else f"({packed} & {mask})" if part.place == 0 else f"({packed} >> {part.place * vectors.bits})"
-    if vectors.bits == 2 and 0 < part.place < vectors.per_byte - 1:
+    if 0 < part.place < vectors.per_item - 1:
         code = f"({code} & {mask})"
     return [f"{name}_{part.group}_{part.place} = {numbers(vectors, code, kind)}"]
 
 
 def numbers(vectors: PackedVectors, code: str, kind: str) -> str:
-    """The number of a code, a uint8 tensor, in the 16-bit type `kind`: exact, and no conversion instruction where bits will do."""
+    """The number of a code, an unsigned tensor, in the 16-bit type `kind`: exact, and no conversion instruction where bits will do."""
     half, tl_kind = 1 << (vectors.bits - 1), TRITON_TYPES[kind]
     if vectors.form.element == FP8:
         if kind == "fp16":
@@ -237,6 +256,7 @@ def scale_lines(vectors: PackedVectors, name: str) -> Lines:
 
 def packed_keys(vectors: PackedVectors, kind: str, name: str = "key", source: str = "keys") -> KeyTile:
     """Keys that are packed, for queries of the 16-bit type `kind`: score = scale · (query · codes) + middle · Σ query, group by group."""
+    vectors = vectors.in_pairs
     query: Lines = lane_lines(vectors, name)
     for group in range(vectors.groups):
         for part in vectors.parts(group):
@@ -252,7 +272,7 @@ def packed_keys(vectors: PackedVectors, kind: str, name: str = "key", source: st
 def _scores(vectors: PackedVectors, kind: str, name: str) -> Lines:
     lines: Lines = []
     for group in range(vectors.groups):
-        lines += byte_lines(vectors, group, name, turned=True)
+        lines += item_lines(vectors, group, name, turned=True)
         for part in vectors.parts(group):
             lines += number_lines(vectors, part, name, kind)
             before = ", product" if part.place else ""
@@ -284,7 +304,7 @@ def packed_values(vectors: PackedVectors, kind: str, name: str = "value", source
 
 def _mix_group(vectors: PackedVectors, group: int, kind: str, name: str) -> Lines:
     scale, product = f"{name}_scale_{group}", "tl.dot(scaled, {0}, {1} * decay[:, None])"
-    lines = byte_lines(vectors, group, name, turned=False)
+    lines = item_lines(vectors, group, name, turned=False)
     if kind == "fp16":
         lines += [f"top = tl.maximum(tl.max({scale}, axis=0), {2.0**-14})", f"{scale} = {scale} / top"]
         product = "{1} * decay[:, None] + tl.dot(scaled, {0}) * top"

@@ -26,6 +26,8 @@ from qcompile.codegen.triton.source import Lines, constants, loop
 from qcompile.codegen.triton.tiles import Architecture, attention_keys
 from qcompile.ir.lowered import BUCKETS, Kernel, KernelSpec
 
+LEAST_STEP = 16
+"""Tokens that a matrix instruction adds up over."""
 FORMS = (("k_form", "KEY"), ("v_form", "VALUE"))
 
 
@@ -39,12 +41,11 @@ def settled_walk(spec: KernelSpec, tiles: Tiles, split: bool) -> tuple[Lines, Li
     """The pages, then the rows and the new tokens."""
     kind = TRITON_TYPES[stored(spec, "q")]
     came = plain_tiles(kind, tiles.step, ("exact_keys", "exact_values"), f".to({kind})")
-    pages = loop("for start in range(first, last, BLOCK_T)", settled_step(spec, tiles))
     kept = loop("for start in range(0, columns, BLOCK_T)", kept_step(spec, came))
     numbers: dict[str, tuple[int | float, str]] = {**policy_constants(policy_of(spec)), **scan_constants()}
     for form in forms_of(spec):
         numbers |= form.constants()
-    return [*constants(numbers), *sequence_range(), *walk_range(spec, split)], [*pages, *kept]
+    return [*constants(numbers), *sequence_range(), *walk_range(spec, split)], [*settled_loop(spec, tiles), *kept]
 
 
 def walk_range(spec: KernelSpec, split: bool) -> Lines:
@@ -68,14 +69,31 @@ def walk_range(spec: KernelSpec, split: bool) -> Lines:
     ]
 
 
-def settled_step(spec: KernelSpec, tiles: Tiles) -> Lines:
-    """One step over BLOCK_T settled tokens; slots count them from position FIRST on."""
+def settled_loop(spec: KernelSpec, tiles: Tiles) -> Lines:
+    """The loop over settled tokens; where it is not known before that no step crosses a page, one loop for either case."""
+    header = "for start in range(first, last, BLOCK_T)"
+    whole = loop(header, settled_step(spec, tiles, whole=True))
+    if tiles.together > 1:
+        return whole
+    crossing = loop(header, settled_step(spec, tiles, whole=False))
+    return [*loop("if (page_tokens % BLOCK_T == 0) | (pages == 1)", whole), *loop("else", crossing)]
+
+
+def settled_step(spec: KernelSpec, tiles: Tiles, *, whole: bool) -> Lines:
+    """One step over BLOCK_T settled tokens, which lie in one page if `whole`; slots count them from position FIRST on."""
+    place = [
+        "page = tl.load(page_table + batch * pages + start // page_tokens).to(tl.int64)",
+        "first_slot = (page * L + head) * page_tokens + start % page_tokens",
+        "row = tl.arange(0, BLOCK_T)",
+    ]
+    several = tiles.together > 1
     return [
+        *(["start = tl.multiple_of(start, BLOCK_T)"] if whole else []),
         "place = start + tl.arange(0, BLOCK_T)",
-        "present = place < last",
         "key = place + FIRST",
-        *page_lines("place"),
-        *mix_tile(spec, tiles, "present[None, :] & (key[None, :] < border[:, None])"),
+        *([] if several else ["present = place < last"]),
+        *(place if whole else [*page_lines("place"), "first_slot = 0", "row = slot"]),
+        *mix_tile(spec, tiles, f"{'' if several else 'present[None, :] & '}(key[None, :] < border[:, None])"),
     ]
 
 
@@ -98,9 +116,12 @@ def kept_step(spec: KernelSpec, tiles: Tiles) -> Lines:
 
 def emit_attend_settled(spec: KernelSpec, arch: Architecture) -> Kernel:
     """The kernel of the bucket: `m1` is one token of each sequence."""
-    step = attention_keys(spec.size("D"), arch)
+    most = attention_keys(spec.size("D"), arch)
+    forms = forms_of(spec)
+    together = max(form.form.tokens for form in forms)
+    tiles = settled_tiles(*forms, TRITON_TYPES[stored(spec, "q")], min(most, together) if together > 1 else most)
     # Where a wide head leaves registers for few keys, numbers made of codes take those of half the lines too.
-    tiles = replace(settled_tiles(*forms_of(spec), TRITON_TYPES[stored(spec, "q")], step), lines=min(64, step))
+    tiles = replace(tiles, lines=min(64, most))
     emit = emit_decode if spec.bucket == "m1" else emit_prefill
     return emit(spec, arch, tiles, settled_walk)
 
@@ -113,8 +134,14 @@ def refuses_attend_settled(spec: KernelSpec) -> str | None:
     reason = refuses_heads(spec) or mixed or form or refuses_policy(spec)
     if reason is None:
         torn = [packed.form.tokens for packed in forms_of(spec) if policy_of(spec).group % packed.form.tokens]
-        return f"group={spec.option('group')}: expected a multiple of the {torn[0]} tokens that are packed together" if torn else None
-    return reason
+        reason = f"group={spec.option('group')}: expected a multiple of the {torn[0]} tokens that are packed together" if torn else None
+    return reason or refuses_short_groups(spec)
+
+
+def refuses_short_groups(spec: KernelSpec) -> str | None:
+    """Groups of tokens that are shorter than the shortest step, so that a step may cross a page."""
+    together = max(form.form.tokens for form in forms_of(spec))
+    return f"groups of {together} tokens: expected 1, or at least {LEAST_STEP}" if 1 < together < LEAST_STEP else None
 
 
 ATTEND_SETTLED = Operator(

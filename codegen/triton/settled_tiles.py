@@ -1,34 +1,67 @@
-"""Settled vectors as attention reads them: a tile of codes becomes a tile of numbers in the type of the queries.
+"""Settled vectors as attention reads them: a tile of codes becomes a tile of numbers in float16.
 
 Numbers of one channel that share a scale are tokens, those of one token are channels, and groups are small: so scales meet the codes, not
 the scores. A tile has its codes in order, [BLOCK_T, BLOCK_D] per token or [BLOCK_D, BLOCK_T] per channel, so that it is multiplied as one
-that was never packed. A code in the low bits of 2^23 is 2^23 plus the code: no conversion instruction.
+that was never packed.
+
+Scales and least values are float16, and a code in the low bits of 1024 (0x6400) is that number plus the code: so a number is one masked
+code, one difference, which is exact, and one fused multiplication, two numbers at a time. Queries in bfloat16 are float16 too once a power
+of two, the same for a line, is taken out of them.
 """
 
 from __future__ import annotations
 
+from math import gcd
+
 from qcompile.codegen.triton.cache_tiles import KeyTile, Sum, Tiles, ValueTile, plain_tiles
-from qcompile.codegen.triton.elements import element_float32
 from qcompile.codegen.triton.settled_form import Packed
 from qcompile.codegen.triton.source import Lines, load
 from qcompile.codegen.triton.tiles import power_of_two
 from qcompile.quant.element import FP8
 
-CODE_BASE, CODE_PATTERN = float(1 << 23), "0x4B000000"
-"""2^23, and its bits as float32."""
+CODE_BASE, CODE_PATTERN = 1024.0, "0x6400"
+"""A float16 with room for ten bits, and its own bits."""
+MOST_BYTES = 4
+"""Of a word."""
+LEAST_REACH = 2.0**-100
+"""Of a line's queries: less is taken for nothing."""
 
 
 def settled_tiles(keys: Packed, values: Packed, kind: str, step: int) -> Tiles:
-    """Keys and values that are packed, `step` tokens at a time; queries, sums and numbers are those of tiles that came in 16 bits."""
+    """Keys and values that are packed, `step` tokens at a time; `query` and the sums are those of tiles that came in the type `kind`.
+
+    Where tokens lie together a step is no longer than these: all of it is settled, and lies in one page. Else `present` says which tokens
+    are there. `first_slot` is the number of a place in all pages, `row` [BLOCK_T] how far from there each token is.
+    """
+    together = max(keys.form.tokens, values.form.tokens)  # both are powers of two
+    present = "present" if together == 1 else ""
     plain = plain_tiles(kind, step)
-    score = [*tile_lines(keys, "keys", kind, step), f"score = tl.dot(query, {turned(keys, keys.per_channel)})"]
+    query, times = ("query", "") if kind == "tl.float16" else ("half_query", " * reach[:, None]")
+    score = [*tile_lines(keys, "keys", step, present), f"score = tl.dot({query}, {turned(keys, keys.per_channel)}){times}"]
     mix = [
-        *tile_lines(values, "values", kind, step),
-        f"mixed = tl.dot(weight.to({kind}), {turned(values, not values.per_channel)}, mixed * decay[:, None])",
+        *tile_lines(values, "values", step, present),
+        f"mixed = tl.dot(weight.to(tl.float16), {turned(values, not values.per_channel)}, mixed * decay[:, None])",
     ]
     sums = (Sum("mixed", "dim", "dim < D"),)
-    together = max(keys.form.tokens, values.form.tokens)  # both are powers of two
-    return Tiles(KeyTile(plain.keys.query, score), ValueTile(plain.values.zeros, mix, sums, []), step, plain.channels, together)
+    return Tiles(
+        KeyTile([*plain.keys.query, *half_query_lines(kind)], score),
+        ValueTile(plain.values.zeros, mix, sums, []),
+        step,
+        plain.channels,
+        together,
+    )
+
+
+def half_query_lines(kind: str) -> Lines:
+    """`half_query`, the queries over `reach`, a power of two as large as the largest of a line: exact but for what is 2^-14 of that."""
+    if kind == "tl.float16":
+        return []
+    return [
+        "wide_query = query.to(tl.float32)",
+        f"largest = tl.maximum(tl.max(tl.abs(wide_query), axis=1), {LEAST_REACH!r})",
+        "reach = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)",
+        "half_query = (wide_query / reach[:, None]).to(tl.float16)",
+    ]
 
 
 def turned(form: Packed, fits: bool) -> str:
@@ -37,31 +70,41 @@ def turned(form: Packed, fits: bool) -> str:
     return tile if fits else f"tl.trans({tile})"
 
 
-def tile_lines(form: Packed, source: str, kind: str, step: int) -> Lines:
-    """`NAME_tile` in the type `kind` of the tokens in the slots `place`, those that are `present`."""
-    return channel_lines(form, source, kind, step) if form.per_channel else token_lines(form, source, kind)
+def tile_lines(form: Packed, source: str, step: int, present: str) -> Lines:
+    """`NAME_tile` float16 of the tokens of a step."""
+    return channel_lines(form, source, step) if form.per_channel else token_lines(form, source, present)
 
 
-def number_lines(form: Packed, codes: str, kind: str, spread: str) -> Lines:
-    """`NAME_tile` of `codes` whose scales broadcast by `spread`."""
-    name = form.name.lower()
-    least = "" if form.form.symmetric else f" + {name}_least{spread}"
-    wide = f"{codes}.to(tl.uint32)"
-    integer = f"({wide} | {CODE_PATTERN}).to(tl.float32, bitcast=True) - {CODE_BASE + form.zero}"
+def word_bytes(form: Packed) -> int:
+    """Bytes that are taken apart at once: whole words of them hold codes that lie together, and tokens begin where a word may."""
+    run = form.form.tokens if form.per_channel else form.size
+    return gcd(run // form.per_byte, form.form.tokens * form.form.width(form.size), MOST_BYTES)
+
+
+def number_lines(form: Packed, rows: str, columns: str) -> Lines:
+    """`NAME_numbers` [rows, columns], codes less their zero point as float16, of the words `NAME_items`, in which low bits come first."""
+    name, bits = form.name.lower(), form.form.element.bits
+    places = range(0, 8 * word_bytes(form), bits)
+    parts = [f"{name}_{place}" for place in range(len(places))]
     return [
-        f"{name}_numbers = {element_float32('fp8', wide) if form.form.element == FP8 else integer}",
-        f"{name}_tile = ({name}_numbers * {name}_scale{spread}{least}).to({kind})",
+        f"{name}_items = {name}_items.to(tl.uint32)",
+        *(f"{part} = {number(form, f'(({name}_items >> {low}) & {(1 << bits) - 1})')}" for part, low in zip(parts, places, strict=True)),
+        f"{name}_numbers = tl.reshape({joined(parts)}, [{rows}, {columns}])",
     ]
 
 
-def code_lines(form: Packed, rows: str, columns: str) -> Lines:
-    """`NAME_codes` [rows, columns] of the bytes `NAME_items` [rows, columns / PER]."""
+def number(form: Packed, code: str) -> str:
+    """The number of a code, a uint32."""
+    if form.form.element == FP8:
+        return f"((({code} & 127) << 7) | (({code} & 128) << 8)).to(tl.uint16).to(tl.float16, bitcast=True) * 256.0"
+    return f"({code} | {CODE_PATTERN}).to(tl.uint16).to(tl.float16, bitcast=True) - {CODE_BASE + form.zero}"
+
+
+def scaled(form: Packed, spread: str) -> str:
+    """`NAME_tile` of `NAME_numbers` whose scales broadcast by `spread`."""
     name = form.name.lower()
-    if form.per_byte == 1:
-        return [f"{name}_codes = {name}_items"]
-    bits, mask = form.form.element.bits, (1 << form.form.element.bits) - 1
-    parts = [f"({name}_items >> {bits * place}) & {mask}" for place in range(form.per_byte)]
-    return [f"{name}_codes = tl.reshape({joined(parts)}, [{rows}, {columns}])"]
+    least = "" if form.form.symmetric else f" + {name}_least{spread}"
+    return f"{name}_tile = {name}_numbers * {name}_scale{spread}{least}"
 
 
 def joined(parts: list[str]) -> str:
@@ -69,54 +112,66 @@ def joined(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else f"tl.join({joined(parts[::2])}, {joined(parts[1::2])})"
 
 
-def scale_lines(form: Packed, source: str, cell: str, index: str, mask: str) -> Lines:
-    """`NAME_scale` and, where there are least values, `NAME_least`, float32, at `index` of the bytes at `cell`."""
+def words(form: Packed) -> str:
+    """The pointers `NAME_cell` to the words of its codes."""
+    cell = f"{form.name.lower()}_cell"
+    return f"{cell}.to(tl.pointer_type(tl.uint{8 * word_bytes(form)}))" if word_bytes(form) > 1 else cell
+
+
+def read(target: str, at: str, *conditions: str) -> Lines:
+    """`target` from the pointers `at` where all conditions hold that are not empty; 0 elsewhere."""
+    mask = " & ".join(condition for condition in conditions if condition)
+    return load(target, at, mask, "0") if mask else [f"{target} = tl.load({at})"]
+
+
+def scale_lines(form: Packed, cell: str, index: str, *conditions: str) -> Lines:
+    """`NAME_scale` and, where there are least values, `NAME_least`, float16, at `index` of the bytes at the pointers `cell`."""
     name = form.name.lower()
-    lines = [f"{name}_half = ({source} + {cell} + {form.constant('BODY')}).to(tl.pointer_type(tl.float16)) + {index}"]
+    lines = [f"{name}_half = ({cell} + {form.constant('BODY')}).to(tl.pointer_type(tl.float16)) + {index}"]
     parts = (("scale", ""),) if form.form.symmetric else (("scale", ""), ("least", f" + {form.constant('GROUPS')}"))
-    for part, offset in parts:
-        lines += load(f"{name}_{part}", f"{name}_half{offset}", mask, suffix=".to(tl.float32)")
-    return lines
+    return [*lines, *(line for part, offset in parts for line in read(f"{name}_{part}", f"{name}_half{offset}", *conditions))]
 
 
-def token_lines(form: Packed, source: str, kind: str) -> Lines:
+def token_lines(form: Packed, source: str, present: str) -> Lines:
     """Tokens with groups of channels: a token's groups stand side by side, each with its scale."""
-    name, size = form.name.lower(), form.size
-    block = max(16, power_of_two(size))
+    name, block = form.name.lower(), max(16, power_of_two(form.size))
     groups = 1 if form.groups == 1 else block // form.group
-    mask = f"present[:, None] & ({name}_byte < {size // form.per_byte})[None, :]"
+    there = f"{present}[:, None]" if present else ""
+    few = f"({name}_word < {form.size // form.per_byte // word_bytes(form)})[None, :]" if form.size < block else ""
+    some = f"({name}_group < {form.constant('GROUPS')})" if groups > form.groups else ""
     lines = [
-        f"{name}_cell = slot * {form.constant('BYTES')}",
-        f"{name}_byte = tl.arange(0, {block // form.per_byte})",
-        *load(f"{name}_items", f"{source} + {name}_cell[:, None] + {name}_byte[None, :]", mask, "0"),
-        *code_lines(form, "BLOCK_T", "BLOCK_D"),
+        f"{name}_cell = {source} + first_slot * {form.constant('BYTES')} + row[:, None] * {form.constant('BYTES')}",
+        f"{name}_word = tl.arange(0, {block // form.per_byte // word_bytes(form)})",
+        *read(f"{name}_items", f"{words(form)} + {name}_word[None, :]", there, few),
+        *number_lines(form, "BLOCK_T", "BLOCK_D"),
         f"{name}_group = tl.arange(0, {groups})[None, :]",
-        *scale_lines(
-            form, source, f"{name}_cell[:, None]", f"{name}_group", f"present[:, None] & ({name}_group < {form.constant('GROUPS')})"
-        ),
+        *scale_lines(form, f"{name}_cell", f"{name}_group", there, some),
     ]
     if groups == 1:
-        return [*lines, *number_lines(form, f"{name}_codes", kind, "")]
-    cut = f"tl.reshape({name}_codes, [BLOCK_T, {groups}, {form.group}])"
-    return [*lines, *number_lines(form, cut, kind, "[:, :, None]"), f"{name}_tile = tl.reshape({name}_tile, [BLOCK_T, BLOCK_D])"]
+        return [*lines, scaled(form, "")]
+    cut = f"{name}_numbers = tl.reshape({name}_numbers, [BLOCK_T, {groups}, {form.group}])"
+    return [*lines, cut, scaled(form, "[:, :, None]"), f"{name}_tile = tl.reshape({name}_tile, [BLOCK_T, BLOCK_D])"]
 
 
-def channel_lines(form: Packed, source: str, kind: str, step: int) -> Lines:
+def channel_lines(form: Packed, source: str, step: int) -> Lines:
     """Channels with groups of tokens: the step's groups of a channel stand side by side; a longer group is read in part."""
     name, tokens, per = form.name.lower(), form.form.tokens, form.per_byte
     held = min(tokens, step)
-    offset = f"start % {tokens} // {per} + " if tokens > step else ""
-    at = f"{source} + {name}_cell[None, :, None] + dim[:, None, None] * {tokens // per} + {name}_byte[None, None, :]"
+    per *= word_bytes(form)
+    before, offset = (f" - start % {tokens}", f"start % {tokens} // {per} + ") if tokens > step else ("", "")
+    group = f"tl.arange(0, {step // held}) * {tokens * form.form.width(form.size)}"
+    there = "(dim < D)" if form.size < max(16, power_of_two(form.size)) else ""
     lines = [
-        f"{name}_first = (start // {tokens} + tl.arange(0, {step // held})) * {tokens}",
-        f"{name}_there = {name}_first < last",
-        *load(f"{name}_page", f"page_table + batch * pages + {name}_first // page_tokens", f"{name}_there", "0", ".to(tl.int64)"),
-        f"{name}_cell = (({name}_page * L + head) * page_tokens + {name}_first % page_tokens) * {form.constant('BYTES')}",
-        f"{name}_byte = {offset}tl.arange(0, {held // per})",
-        *load(f"{name}_items", at, f"{name}_there[None, :, None] & (dim < D)[:, None, None]", "0"),
+        f"{name}_cell = {source} + (first_slot{before}) * {form.constant('BYTES')} + ({group})[None, :]",
+        f"{name}_word = {offset}tl.arange(0, {held // per})",
+        *read(
+            f"{name}_items",
+            f"{words(form)}[:, :, None] + dim[:, None, None] * {tokens // per} + {name}_word[None, None, :]",
+            f"{there}[:, None, None]" if there else "",
+        ),
         f"{name}_items = tl.reshape({name}_items, [BLOCK_D, {step // per}])",
-        *code_lines(form, "BLOCK_D", "BLOCK_T"),
-        *scale_lines(form, source, f"{name}_cell[None, :]", "dim[:, None]", f"{name}_there[None, :] & (dim < D)[:, None]"),
+        *number_lines(form, "BLOCK_D", "BLOCK_T"),
+        *scale_lines(form, f"{name}_cell", "dim[:, None]", f"{there}[:, None]" if there else ""),
     ]
-    cut = f"tl.reshape({name}_codes, [BLOCK_D, {step // held}, {held}])"
-    return [*lines, *number_lines(form, cut, kind, "[:, :, None]"), f"{name}_tile = tl.reshape({name}_tile, [BLOCK_D, BLOCK_T])"]
+    cut = f"{name}_numbers = tl.reshape({name}_numbers, [BLOCK_D, {step // held}, {held}])"
+    return [*lines, cut, scaled(form, "[:, :, None]"), f"{name}_tile = tl.reshape({name}_tile, [BLOCK_D, BLOCK_T])"]

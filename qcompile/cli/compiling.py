@@ -68,6 +68,7 @@ def compile_model(
     cache_values: Annotated[str | None, typer.Option(help="Format of values in a packed cache, such as 'int4 g64 asym'.")] = None,
     cache_sinks: Annotated[int | None, typer.Option(help="Tokens at the start of a sequence that stay in 16 bits.")] = None,
     cache_window: Annotated[int | None, typer.Option(help="Tokens at its end that do, at least.")] = None,
+    cache_bits: Annotated[float | None, typer.Option(help="Bits of a cached number on average; each layer gets forms of its own.")] = None,
     cache_before_positions: Annotated[
         bool | None,
         typer.Option("--cache-before-positions/--cache-after-positions", help="Keys as they are before rotary positions, or after."),
@@ -99,7 +100,7 @@ def compile_model(
             quantize_embedding=quantize_embedding or None, activation_group_size=activation_group_size,
             activation_symmetric=activation_symmetric, activation_static=activation_static, activation_clip=activation_clip,
             cache_keys=cache_keys, cache_values=cache_values, cache_sinks=cache_sinks, cache_window=cache_window,
-            cache_before_positions=cache_before_positions,
+            cache_before_positions=cache_before_positions, cache_bits=cache_bits,
             calibration=None if calibration is None else Path(calibration),
             num_calibration_samples=num_calibration_samples, max_seq_length=max_seq_length, max_batch=max_batch, max_context=max_context,
             revision=revision, trust_remote_code=trust_remote_code, instruments=[StatusInstrument(status)],

@@ -147,17 +147,19 @@ def _token_major(q: Tensor, v: Tensor) -> Tensor:
 
 @define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? padding, Tensor? bias, float scale, bool causal, int "
-    "window=0, float softcap=0.0, Tensor? sinks=None) -> Tensor",
+    "window=0, float softcap=0.0, Tensor? sinks=None, str cache='') -> Tensor",
     _fake_attention,
 )
 def attention(
     q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, bias: Tensor | None,
-    scale: float, causal: bool, window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None,
+    scale: float, causal: bool, window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None, cache: str = "",
 ) -> Tensor:  # fmt: skip
     """Attention without a cache: q [B, H, S, D], k and v [B, L, T, D], padding [B, T] (nonzero = a real token), result [B, H, S, D].
 
-    `causal` lets query i (aligned to the end, T - S + i) see keys up to itself; `window` > 0 only the last `window` of those.
+    `causal` lets query i (aligned to the end, T - S + i) see keys up to itself; `window` > 0 only the last `window` of those. `cache` says
+    how keys and values will be stored, as `int4 t32 asym / int4 g32 asym`; empty is as the target says.
     """
+    del cache
     queries, keys = q.shape[2], k.shape[2]
     keep = None
     if causal:

@@ -15,6 +15,12 @@ from qcompile.quant.retention import Retention
 from qcompile.quant.vector_format import VectorForm, VectorFormat, vector_format
 from qcompile.quant.vectors.ranked import RankedFormat
 
+Pair = tuple[str, str]
+"""Forms of keys and values."""
+_KEYS, _VALUES = ("int2 t32 asym", "int4 t32 asym", "int8 t32 sym"), ("int2 g32 asym", "int4 g32 asym", "int8 g64 sym")
+MIXED_FORMS: tuple[Pair, ...] = tuple((keys, values) for keys in _KEYS for values in _VALUES)
+"""What layers are given where each has its own, the smallest first: KIVI's forms."""
+
 
 @dataclass(frozen=True)
 class CacheFormat:
@@ -25,6 +31,7 @@ class CacheFormat:
     rotary positions, which are applied on reading (KVQuant, arXiv:2401.18079): their channels are then alike at every position. `layers`
     are the forms of keys and values of the first layers, as text, where not all have the same. With `rematerialized` what keys and values
     are made from is stored in their place, in the form of the keys, where that takes fewer bytes (XQuant, arXiv:2508.10395).
+    With `bits` `assign-kv-formats` gives each layer one of `MIXED_FORMS`, so that a number in the pages takes so many on average.
     """
 
     name: str = "kv"
@@ -36,6 +43,7 @@ class CacheFormat:
     before_positions: bool = False
     layers: tuple[tuple[str, str], ...] = ()
     rematerialized: bool = False
+    bits: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what no cache holds.
@@ -47,6 +55,11 @@ class CacheFormat:
         for name in ("sinks", "window"):
             if getattr(self, name) < 0:
                 raise FormatError(f"cache_{name}={getattr(self, name)}: expected a number of tokens, 0 for none")
+        if self.bits < 0 or (self.bits and (self.before_positions or self.rematerialized or self.is_ranked)):
+            raise FormatError(
+                f"cache {self.name}: expected cache_bits above 0, and keys and values as they are after positions, got {self.bits:g}; "
+                "start from kv-mixed"
+            )
         forms = [form for form in (self.keys, self.values, *map(vector_format, itertools.chain(*self.layers))) if form is not None]
         self._require_ranks(forms)
         if self.rematerialized and (self.retention.rows or any(form.tokens > 1 or form.tables for form in forms)):
@@ -66,7 +79,7 @@ class CacheFormat:
     @property
     def retention(self) -> Retention:
         """Which tokens stay as they came; none has rows for them where every token is stored the same way."""
-        own = (vector_format(form) for pair in self.layers for form in pair)
+        own = (vector_format(form) for pair in (*self.layers, *(MIXED_FORMS if self.bits else ())) for form in pair)
         groups = (form.tokens for form in (self.keys, self.values, *own) if form is not None)
         return Retention(self.sinks, self.window, math.lcm(*groups))
 
@@ -123,7 +136,8 @@ CACHES = {
     "kv4-token": _packed("kv4-token", "int4 g64 sym", sinks=4, window=56),
     "kv4-kivi": _packed("kv4-kivi", "int4 t32 asym", "int4 g32 asym", sinks=4, window=32),
     "kv4-xquant": replace(_packed("kv4-xquant", "int4 g64 asym"), rematerialized=True),
-    "kv4-zip": _packed("kv4-zip", "int4 g64 asym over int2 g64 asym top 16 of 32", sinks=4, window=32),
+    "kv4-zip": _packed("kv4-zip", "int4 g64 asym over int3 g64 asym top 16 of 32", sinks=4, window=32),
+    "kv-mixed": replace(_packed("kv-mixed", "int4 t32 asym", "int4 g32 asym", sinks=4, window=32), bits=4.0),
     "kv2": _packed("kv2", "klt2", sinks=4, window=116, before_positions=True),
     "kv2-kivi": _packed("kv2-kivi", "int2 t32 asym", "int2 g32 asym", sinks=4, window=32),
     "kv4-block": _packed("kv4-block", "bfp4 g16 sorted"),

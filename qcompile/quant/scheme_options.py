@@ -27,6 +27,7 @@ class SchemeOptions(TypedDict, total=False):
     cache_sinks: int | None
     cache_window: int | None
     cache_before_positions: bool | None
+    cache_bits: float | None
 
 
 _KINDS: Mapping[str, tuple[type | tuple[type, ...], str]] = {
@@ -45,6 +46,7 @@ _KINDS: Mapping[str, tuple[type | tuple[type, ...], str]] = {
     "cache_sinks": (int, "an integer"),
     "cache_window": (int, "an integer"),
     "cache_before_positions": (bool, "True or False"),
+    "cache_bits": ((float, int), "bits of a number on average, 0 for the same in every layer"),
 }
 
 

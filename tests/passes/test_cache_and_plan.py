@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import ClassVar
 
 import pytest
@@ -192,8 +193,10 @@ def test_refused_operators_run_by_reference_and_say_why() -> None:
     assert all(not step.kernels for step in steps if step.operator == "qcompile.rope.default")
 
 
-@pytest.mark.parametrize("scheme", ["bf16", "fp16", "int8", "int4", "bf16-kv2-kivi"])
-@pytest.mark.parametrize("arch", ["sm80", "sm89", "sm90", "sm100"])
+@pytest.mark.parametrize(
+    ("arch", "scheme"),
+    [*product(["sm80", "sm89", "sm90", "sm100"], ["bf16", "fp16", "int8", "int4"]), ("sm80", "bf16-kv2-kivi"), ("sm90", "bf16-kv4")],
+)
 def test_every_operator_of_a_llama_has_a_kernel_on_every_gpu(arch: str, scheme: str) -> None:
     goal = parse_target(f"{arch}-{scheme}")
     ctx = PassContext(goal, backend_for(goal))
@@ -204,7 +207,7 @@ def test_every_operator_of_a_llama_has_a_kernel_on_every_gpu(arch: str, scheme: 
     bare = {step.operator for entry in entries.values() for step in entry.steps if not step.kernels}
     assert bare == {"aten.reshape.default", "aten.transpose.int"}  # views
     assert set(ctx.products["plan"].kernels) == set(ctx.products["kernels"])
-    kept = {"with_recent", "settle", "retain", "attend_settled"} if "kivi" in scheme else {"cache_attend"}
+    kept = {"with_recent", "settle", "retain", "attend_settled"} if scheme in ("bf16-kv2-kivi", "bf16-kv4") else {"cache_attend"}
     assert kept <= {row.operator for row in ctx.coverage if row.kernel != "reference"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,8 +24,8 @@ from qcompile.passes.pipelines import default_pipeline
 from qcompile.passes.plan_memory import PlanMemory
 from qcompile.passes.raise_patterns import RaisePatterns
 from qcompile.passes.rewrite_kv_cache import RewriteKvCache
-from qcompile.quant.cache_format import CACHES
-from qcompile.target import parse_target
+from qcompile.quant.vector_format import vector_format
+from qcompile.target import Target, parse_target
 from tests.models import tiny
 from tests.passes.helpers import names
 
@@ -32,10 +33,21 @@ qcompile = torch.ops.qcompile
 HEADS = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
+FORMS = {"kv8": "int8 g64 sym", "kvfp8": "fp8 sym", "kv4": "int4 g64 asym"}
+"""Each token packed as it comes."""
+
+
+def target_for(name: str, arch: str = "sm90") -> Target:
+    """A target whose cache has these forms, and no tokens that stay as they came."""
+    goal = parse_target(f"{arch}-bf16-kv8")
+    form = vector_format(FORMS[name])
+    return replace(goal, scheme=replace(goal.scheme, cache=replace(goal.scheme.cache, keys=form, values=form)))
+
+
 @functools.cache
-def prepared(target: str, head_dim: int = 16) -> Graph:
+def prepared(name: str, head_dim: int = 16) -> Graph:
     """A tiny llama as it comes to this pass."""
-    goal = parse_target(target)
+    goal = target_for(name)
     graph = load(tiny("llama", **HEADS, head_dim=head_dim)).graph
     pipeline = default_pipeline(goal, "best", calibrated=False)
     names_of = [step.name for step in pipeline]
@@ -43,17 +55,17 @@ def prepared(target: str, head_dim: int = 16) -> Graph:
     return graph
 
 
-def lowered(target: str, arch: str) -> PassContext:
-    """What a graph prepared for `target` gives on another GPU from this pass on."""
-    goal = parse_target(target.replace("sm90", arch))
+def lowered(name: str, arch: str) -> PassContext:
+    """What the prepared graph gives on a GPU from this pass on."""
+    goal = target_for(name, arch)
     ctx = PassContext(goal, backend_for(goal))
-    run_pipeline(prepared(target).clone(), [FuseCacheAppend(), LowerToKernels(), PlanMemory()], ctx)
+    run_pipeline(prepared(name).clone(), [FuseCacheAppend(), LowerToKernels(), PlanMemory()], ctx)
     return ctx
 
 
 def fused(graph: Graph, **options: Any) -> tuple[bool, PassContext, Counter[str]]:
     """Whether the pass changed the graph, its context, and the operators that are left."""
-    ctx = PassContext(parse_target("sm90-bf16-kv4"), **options)
+    ctx = PassContext(target_for("kv4"), **options)
     return FuseCacheAppend().run(graph, ctx), ctx, Counter(names(graph))
 
 
@@ -63,7 +75,7 @@ def appended(graph: Graph) -> list[torch.Tensor]:
 
 
 def test_rotation_packing_and_storing_become_one_operator_bit_for_bit() -> None:
-    graph = prepared("sm90-bf16-kv4").clone()
+    graph = prepared("kv4").clone()
     before, count = appended(graph), Counter(names(graph))
     changed, _, after = fused(graph)
     graph.verify()
@@ -76,7 +88,7 @@ def test_rotation_packing_and_storing_become_one_operator_bit_for_bit() -> None:
 
 
 def test_a_rotation_with_a_matrix_stays_outside() -> None:
-    graph = prepared("sm90-bf16-kv4", 24).clone()
+    graph = prepared("kv4", 24).clone()
     before = appended(graph)
     _, _, after = fused(graph)
     assert (after["append_packed"], after["pack_vectors"], after["hadamard"]) == (2, 0, 4)
@@ -85,7 +97,7 @@ def test_a_rotation_with_a_matrix_stays_outside() -> None:
 
 @pytest.mark.parametrize("shared", ["pack_vectors", "hadamard"])
 def test_what_something_else_reads_too_stays(shared: str) -> None:
-    graph = prepared("sm90-bf16-kv4").clone()
+    graph = prepared("kv4").clone()
     packed = graph.calls(qcompile.cache_append.default)[0].args[2]
     node = packed if shared == "pack_vectors" else packed.args[0]  # type: ignore[union-attr]
     graph.output.args = ((*graph.output.args[0], node),)  # type: ignore[misc]
@@ -96,7 +108,7 @@ def test_what_something_else_reads_too_stays(shared: str) -> None:
 
 
 def test_a_cache_of_numbers_is_left_alone_without_a_word_and_fuel_is_counted() -> None:
-    graph = prepared("sm90-bf16-kv4").clone()
+    graph = prepared("kv4").clone()
     changed, _, after = fused(graph, fuel=1)
     assert changed
     assert (after["append_packed"], after["cache_append"]) == (1, 1)
@@ -107,18 +119,18 @@ def test_a_cache_of_numbers_is_left_alone_without_a_word_and_fuel_is_counted() -
     assert ctx.notes == []
 
 
-@pytest.mark.parametrize("cache", ["kv8", "kvfp8", "kv4"])
+@pytest.mark.parametrize("cache", FORMS)
 def test_packed_caches_have_kernels_on_every_gpu(cache: str) -> None:
     for arch in ARCHITECTURES:
-        rows = [row for row in lowered(f"sm90-bf16-{cache}", arch).coverage if row.operator in ("append_packed", "cache_attend_packed")]
+        rows = [row for row in lowered(cache, arch).coverage if row.operator in ("append_packed", "cache_attend_packed")]
         assert Counter(row.operator for row in rows) == {"append_packed": 2, "cache_attend_packed": 2}
         assert [row.reason for row in rows] == [""] * 4
-        assert {row.format for row in rows if row.operator == "append_packed"} == {str(CACHES[cache].keys)}
+        assert {row.format for row in rows if row.operator == "append_packed"} == {str(vector_format(FORMS[cache]))}
         assert all(row.kernel.startswith(row.operator) for row in rows)
 
 
 def test_the_plan_writes_in_place() -> None:
-    ctx = lowered("sm90-bf16-kv4", "sm90")
+    ctx = lowered("kv4", "sm90")
     for entry in ctx.products["plan"].entries.values():
         steps = [step for step in entry.steps if step.operator == "qcompile.append_packed_.default"]
         assert len(steps) == 2

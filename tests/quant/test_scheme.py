@@ -92,7 +92,7 @@ def test_none_leaves_the_scheme_as_it_is() -> None:
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"group_sizes": 32}, "option 'group_sizes': expected a parameter .* or one of weight_format, .*; did you mean group_size"),
-    ({"zzz": None}, "option 'zzz': expected a parameter of the function, or one of weight_format, .*, cache_before_positions$"),
+    ({"zzz": None}, "option 'zzz': expected a parameter of the function, or one of weight_format, .*, cache_bits$"),
     ({"group_size": "32"}, "group_size='32': expected an integer"),
     ({"group_size": True}, "group_size=True: expected an integer"),
     ({"symmetric": 0}, "symmetric=0: expected True or False"),

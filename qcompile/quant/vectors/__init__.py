@@ -20,7 +20,7 @@ FAMILIES: Mapping[str, Callable[[str], VectorForm | None]] = MappingProxyType(
         "int8 static": read_static,
         "bfp4 g16 sorted": read_block,
         "pca3/4 int4 g16 sym": read_pca,
-        "gear64 r2 s1 int2 t64 asym": read_gear,
+        "gear64 r2 s1 int2 t32 asym": read_gear,
         "qjl256": read_qjl,
         "nuq3 static s1": read_nuq,
         "klt2": read_klt,

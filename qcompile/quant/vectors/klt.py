@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qcompile.errors import FormatError
 from qcompile.quant.vectors.levels import lloyd_levels
+from qcompile.quant.vectors.projection import project
 
 _PATTERN = re.compile(r"klt(?P<bits>[1-8](\.\d+)?)")
 _MOST = 8
@@ -43,7 +44,7 @@ class KltFormat:
     """`bits` per number of a vector on average, and a byte for its gain.
 
     Tables: `mean`, `weight`, `deviation` float16 [L, D], `basis` int8 [L, D, D] (columns are directions, in 1/127), `bits` uint8 [L, D],
-    `levels` float16 [510]: those of 1 bit, of 2 bits, and so on to 8.
+    `levels` float16 [1, 510]: those of 1 bit, of 2 bits, and so on to 8.
     """
 
     bits: float
@@ -74,14 +75,14 @@ class KltFormat:
         z = z / _gain(_gain_bytes(z))
         bits = torch.stack([_dealt(row.double().square(), self._total(x.shape[-1])) for row in deviation])
         levels = [_book(z[:, bits == count].flatten(), 1 << count) for count in range(1, _MOST + 1)]
-        return mean, weight, deviation, basis, bits, _half(torch.cat(levels))
+        return mean, weight, deviation, basis, bits, _half(torch.cat(levels)).unsqueeze(0)
 
     def encode(self, x: Tensor, tables: Sequence[Tensor] = ()) -> Tensor:
         """X [..., L, T, D] to uint8 [..., L, T, W]: codes of the directions one after the other, low bits first, then the gain."""
         mean, weight, deviation, basis, bits, levels = tables
         scaled = (x.double() - mean.double().unsqueeze(-2)) * weight.double().unsqueeze(-2)
         z = scaled @ (basis.double() / _BASIS_STEP) / deviation.double().unsqueeze(-2)
-        values, borders = _levels_of(bits, levels)
+        values, borders = _levels_of(bits, levels[0])
         cost = deviation.double().square().unsqueeze(-2)
         least: Tensor | None = None
         codes = gains = torch.empty(0)
@@ -99,9 +100,9 @@ class KltFormat:
         """Uint8 [..., L, T, W] to [..., L, T, D] as `dtype`."""
         mean, weight, deviation, basis, bits, levels = tables
         codes = _unpacked(packed[..., :-1], bits, self._total(size))
-        values, _ = _levels_of(bits, levels)
+        values, _ = _levels_of(bits, levels[0])
         z = _look_up(values.float(), codes) * _gain(packed[..., -1:]).float() * deviation.float().unsqueeze(-2)
-        x = z @ (basis.float() / _BASIS_STEP).transpose(-1, -2) / weight.float().unsqueeze(-2)
+        x = project(z, (basis.float() / _BASIS_STEP).transpose(-1, -2)) / weight.float().unsqueeze(-2)
         return (x + mean.float().unsqueeze(-2)).to(dtype)
 
 

@@ -22,7 +22,7 @@ _PATTERN = re.compile(r"(?P<fine>.+) over (?P<coarse>.+) top (?P<salient>[1-9]\d
 
 @dataclass(frozen=True)
 class RankedFormat:
-    """Groups of t vectors, n of them in a fine form and the others in a coarse one; as text `int4 g64 over int2 g64 top 16 of 32`.
+    """Groups of t vectors, n of them in a fine form and the others in a coarse one; as text `int4 g64 over int3 g64 top 16 of 32`.
 
     The bytes of a group are its fine vectors in order, then its coarse ones, whatever ranks they have. Which is which is not among
     them: `encode` and `decode` take marks, bool [..., T] with n of every t true, in place of tables.
@@ -44,18 +44,9 @@ class RankedFormat:
         return f"{self.fine} over {self.coarse} top {self.salient} of {self.tokens}"
 
     def width(self, size: int) -> int:
-        """W: bytes of a vector of `size` numbers, on average over its group.
-
-        Raises:
-            FormatError: if t tokens do not take the same number of bytes each.
-        """
+        """W: bytes of a vector of `size` numbers, on average over its group, rounded up: fewer than t bytes of a group are not used."""
         together = self.salient * self.fine.width(size) + (self.tokens - self.salient) * self.coarse.width(size)
-        if together % self.tokens:
-            raise FormatError(
-                f"cache format {self}: expected {self.tokens} tokens that share bytes evenly, got {together} bytes at a head size of "
-                f"{size}; choose another share of fine tokens"
-            )
-        return together // self.tokens
+        return -(-together // self.tokens)
 
     def calibrate(self, x: Tensor, importance: Tensor) -> tuple[Tensor, ...]:
         """No tables."""
@@ -72,15 +63,17 @@ class RankedFormat:
         groups = x.numel() // (self.tokens * x.shape[-1])
         fine = self.fine.encode(x[marks]).view(groups, -1)
         coarse = self.coarse.encode(x[~marks]).view(groups, -1)
-        return torch.cat((fine, coarse), dim=1).view(*x.shape[:-1], -1)
+        unused = fine.new_zeros(groups, self.tokens * self.width(x.shape[-1]) - fine.shape[1] - coarse.shape[1])
+        return torch.cat((fine, coarse, unused), dim=1).view(*x.shape[:-1], -1)
 
     def decode(self, packed: Tensor, size: int, dtype: torch.dtype = torch.float32, tables: Sequence[Tensor] = ()) -> Tensor:
         """Invert `encode` with the same marks: [..., T, D] as `dtype`."""
         marks = self._marks(tables)
         together = packed.reshape(-1, self.tokens * packed.shape[-1])
         border = self.salient * self.fine.width(size)
+        end = border + (self.tokens - self.salient) * self.coarse.width(size)
         result = torch.empty(*packed.shape[:-1], size, dtype=dtype, device=packed.device)
-        for form, part, mine in ((self.fine, together[:, :border], marks), (self.coarse, together[:, border:], ~marks)):
+        for form, part, mine in ((self.fine, together[:, :border], marks), (self.coarse, together[:, border:end], ~marks)):
             result[mine] = form.decode(part.reshape(-1, form.width(size)), size, dtype)
         return result
 

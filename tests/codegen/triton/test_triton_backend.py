@@ -65,6 +65,9 @@ REFUSED = {
     "form: groups of 256 tokens: expected at most 128": settled_specs.settle(1, 64, "int2 t256 asym", Retention(0, 0, 256)),
     "form is 'int8 sym': expected an even number of bytes where 1 tokens lie together, got 65": settled_specs.settle(1, 63, "int8 sym"),
     "group=16: expected a multiple of the 32 tokens": settled_specs.settle(1, 64, "int4 t32 asym", Retention(4, 32, 16)),
+    "groups of 8 tokens: expected 1, or at least 16": settled_specs.attend_settled(
+        2, 1, 64, "m1", ("int4 t8 asym", "int4"), Retention(4, 0, 8)
+    ),
     "group=1: expected a multiple of the 32 tokens": settled_specs.attend_settled(2, 1, 64, "m1", policy=Retention(4, 32, 1)),
     r"first, recent, group = \[0, 0, 0\]: expected whole numbers": settled_specs.retain(1, 64, Retention(0, 0, 0)),
     "keep no token: expected an append to the pages": settled_specs.retain(1, 64, Retention(0, 0, 1)),

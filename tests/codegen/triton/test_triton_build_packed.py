@@ -16,9 +16,9 @@ pytest.importorskip("triton")
 
 CASES: dict[str, tuple[KernelSpec, ...]] = {
     "sm80": (specs.attend_packed(32, 8, 128, "m1"), specs.append_packed(8, 128, specs.KVFP8, specs.KV4, rotated=128)),
-    "sm89": (specs.attend_packed(9, 3, 64, "m1", specs.KV8), specs.attend_packed(32, 8, 128, "m64", specs.KVFP8)),
+    "sm89": (specs.attend_packed(9, 3, 64, "m1", specs.KV8), specs.attend_packed(9, 3, 64, "m64", specs.KVFP8)),
     "sm90": (specs.attend_packed(9, 3, 64, "m1", window=512, sinks="bf16"), specs.attend_packed(32, 8, 128, "m64", specs.KV8)),
-    "sm100": (specs.attend_packed(9, 3, 64, "m64", softcap=30.0), specs.append_packed(3, 64, rotated=64)),
+    "sm100": (specs.attend_packed(9, 3, 64, "m64", specs.KV8, softcap=30.0), specs.append_packed(3, 64, rotated=64)),
 }
 
 

@@ -375,3 +375,11 @@ def test_kernels_of_a_cache_with_rows_get_what_they_assume(stub: Stub) -> None:
     # Two of each a layer, for keys and for values; prompts are read in chunks of 8.
     assert [prefill.count(name) for name in ("with_recent", "settle_", "retain_", "attend_settled", "merge_shares")] == [12, 12, 12, 6, 0]
     assert "merge_shares" in stub.launched()[:before]
+
+
+def test_pages_hold_whole_groups_of_tokens_whatever_is_asked_for(stub: Stub) -> None:
+    parts, _ = compiled("sm90-bf16-kv4-kivi", "llama", triton=True)
+    engine = CudaEngine(parts, max_batch=2, max_context=50, device="cpu", driver=Driver(stub.path))
+    engine.prepare()
+    engine.forward({"input_ids": torch.tensor([[3, 4, 5, 6, 7], [9, 8, 7, 6, 5]])})
+    assert stub.launched().count("settle_") >= 2

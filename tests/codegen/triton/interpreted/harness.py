@@ -49,10 +49,13 @@ def assert_guards(tensor: Tensor, name: str) -> None:
     assert bool(intact.all()), f"{name}: written outside its {tuple(tensor.shape)}"
 
 
+_FOLDER = tempfile.TemporaryDirectory(prefix="qcompile_")
+
+
 def load_source(kernel: Kernel) -> ModuleType:
-    """Import a kernel's source from a file."""
+    """Import a kernel's source from a file, where the interpreter looks for it; it goes with the process."""
     digest = hashlib.sha256(kernel.source.encode()).hexdigest()[:16]
-    path = Path(tempfile.gettempdir()) / f"qcompile_interpreted_{digest}.py"
+    path = Path(_FOLDER.name) / f"interpreted_{digest}.py"
     path.write_text(kernel.source)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None

@@ -14,7 +14,7 @@ KIVI = Retention(4, 8, 16)
 
 FORMS = [
     ("int4 t16 asym", "int4 g32 asym"), ("int2 t16 asym", "int2 g16 asym"), ("int8 t16 sym", "int8 g32 sym"),
-    ("int4 g16 asym", "int4 t16 sym"), ("fp8 g16", "int2 t4 asym"),
+    ("int4 g16 asym", "int4 t16 sym"), ("fp8 t16", "int2 t4 asym"),
 ]  # fmt: skip
 
 
@@ -32,11 +32,13 @@ def test_options(options: dict[str, float]) -> None:
     layer.attend_in_chunks(3, ((80, 9), (1, 1)), **options)
 
 
-@pytest.mark.parametrize("policy", [Retention(0, 0, 32), Retention(4, 0, 1), Retention(40, 1, 64)])
-def test_policies(policy: Retention) -> None:
+@pytest.mark.parametrize(
+    ("policy", "page_tokens"), [(Retention(0, 0, 32), 64), (Retention(4, 0, 1), 64), (Retention(4, 9, 1), 24), (Retention(40, 1, 64), 64)]
+)
+def test_policies_and_pages(policy: Retention, page_tokens: int) -> None:
     torch.manual_seed(0)
     forms = ("int4 t32 asym" if policy.group > 1 else "int4 asym", "int4 g32 asym")
-    layer = Layer(policy, forms, heads=1, size=32, batch=2, page_tokens=64, pages=2, rows_dtype="fp16")
+    layer = Layer(policy, forms, heads=1, size=32, batch=2, page_tokens=page_tokens, pages=128 // page_tokens, rows_dtype="fp16")
     layer.attend_in_chunks(3, ((60, 0), (50, 7), (1, 1)))
 
 
