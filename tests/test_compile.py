@@ -74,7 +74,7 @@ def test_other_families_give_the_same_outputs(family: str) -> None:
 
 @pytest.mark.parametrize(
     "target",
-    ["cpu-int8", "cpu-int4", "cpu-bf16", "cpu-fp32-kv16", "cpu-fp32-kv4", "reference-int8-kv8", "reference-int4", "reference-bf16"],
+    ["cpu-int8", "cpu-int4", "cpu-bf16", "cpu-fp32-kv16", "cpu-fp32-kvfp8", "reference-int8-kv8", "reference-int4", "reference-bf16"],
 )
 def test_every_scheme_agrees_with_its_own_graph(target: str) -> None:
     """What the engine computes is what the graph says, run node by node."""
@@ -86,7 +86,8 @@ def test_every_scheme_agrees_with_its_own_graph(target: str) -> None:
 def test_a_packed_cache_costs_what_it_says_and_stays_close() -> None:
     """Head size 8: 4 bytes of codes, scale and least value at 4 bits; results do not depend on how the prompt was cut."""
     exact = qcompile.compile(tiny("llama"), "reference-fp32", max_context=32)
-    packed = qcompile.compile(tiny("llama"), "reference-fp32-kv4", max_context=32)
+    options = {"cache_keys": "int4 g64 asym", "cache_values": "int4 g64 asym", "cache_sinks": 0, "cache_window": 0}
+    packed = qcompile.compile(tiny("llama"), "reference-fp32-kv4", max_context=32, **options)
     assert exact.kv_bytes_per_token == 2 * 2 * 2 * 8 * 4
     assert packed.kv_bytes_per_token == 2 * 2 * 2 * (4 + 4)
     ids = torch.tensor([PROMPTS[0]])

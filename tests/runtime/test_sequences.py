@@ -21,7 +21,7 @@ from qcompile.runtime.engines.base import PlanEngine
 from qcompile.runtime.prefixes import Beginning, next_parts, shared_beginnings
 from tests.models import tiny
 
-FORMATS = ("kv16", "kv8", "kv4", "kv4-kivi", "kv4-zip")
+FORMATS = ("kv16", "kv8", "kv4-token", "kv4-kivi", "kv4-zip")
 ENGINES = ("reference", "torch_cpu")
 CONTEXT, CHUNK = 120, 16
 TEXT = torch.randint(3, 100, (400,), generator=torch.Generator().manual_seed(7)).tolist()
@@ -30,7 +30,8 @@ TEXT = torch.randint(3, 100, (400,), generator=torch.Generator().manual_seed(7))
 @pytest.fixture(scope="module", params=FORMATS)
 def compiled(request: pytest.FixtureRequest) -> CompiledModel:
     """A tiny model that reads prompts in chunks of sixteen tokens."""
-    return qcompile.compile(tiny("llama"), f"cpu-fp32-{request.param}", recipe="nearest", max_context=CHUNK)
+    options = {"cache_window": 8} if request.param == "kv4-token" else {}  # so that a common beginning fills pages
+    return qcompile.compile(tiny("llama"), f"cpu-fp32-{request.param}", recipe="nearest", max_context=CHUNK, **options)
 
 
 @pytest.fixture(scope="module")
