@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qcompile.codegen.triton import attention
 from qcompile.ir import append_ops, ops
+from qcompile.ir.lowered import item_operand
 from qcompile.quant.scheme import DTYPE_NAMES
 from qcompile.quant.vector_format import vector_format
 from tests.codegen.triton import cache_specs as specs
@@ -26,13 +27,24 @@ def few_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "decode_splits", lambda *_: 4)
 
 
-def packed(values: Tensor, form: str, table: Tensor, positions: Tensor) -> Tensor:
+def tables_of(form: str, key_heads: int, size: int) -> list[Tensor]:
+    """The tables of a form: where channels are sorted, an order for each head."""
+    orders = torch.stack([torch.randperm(size) for _ in range(key_heads)]).to(torch.uint8)
+    return [guarded(orders)] if vector_format(form).tables else []
+
+
+def as_operands(tables: tuple[list[Tensor], ...]) -> dict[str, Tensor]:
+    """Tables by the names that kernels have for them."""
+    return {item_operand(name, 0): part[0] for name, part in zip(("k_tables", "v_tables"), tables, strict=True) if part}
+
+
+def packed(values: Tensor, form: str, table: Tensor, positions: Tensor, tables: list[Tensor]) -> Tensor:
     """Pages uint8 [P, L, R, W] of values [P, L, R, D], every number of which was never written is 255, a scale of which is no number."""
     pages = torch.full((*values.shape[:3], vector_format(form).width(values.shape[3])), 255, dtype=torch.uint8)
     for row, last in enumerate(positions.amax(1).tolist()):
         for token in range(last + 1):
             page, place = table[row, token // values.shape[2]], token % values.shape[2]
-            pages[page, :, place] = vector_format(form).encode(values[page, :, place])
+            pages[page, :, place : place + 1] = vector_format(form).encode(values[page, :, place : place + 1], tables)
     return guarded(pages)
 
 
@@ -60,18 +72,20 @@ def run_attend(
     # Channels differ in size and keys and values have a mean: no code, scale or least value is like its neighbour.
     shape = (batch * pages + 1, heads[1], page_tokens, size)
     k, v = ((torch.randn(shape) * torch.linspace(0.5, 1.5, size) + 0.7) * spread for _ in range(2))
-    keys, values = packed(k, k_form, table, positions), packed(v, v_form, table, positions)
+    tables = tables_of(k_form, heads[1], size), tables_of(v_form, heads[1], size)
+    keys, values = packed(k, k_form, table, positions, tables[0]), packed(v, v_form, table, positions, tables[1])
     query = guarded(torch.randn(batch, sequence, heads[0] + 2, size).to(kind))[:, :, 1 : heads[0] + 1].transpose(1, 2)
     out = result((batch, sequence, heads[0], size), kind).transpose(1, 2)
     operands = {"q": query, "keys": keys, "values": values, "page_table": table, "positions": guarded(positions), "out": out}
+    operands |= as_operands(tables)
     extra = guarded(torch.randn(heads[0])) if sinks else None
     if extra is not None:
         operands["sinks"] = extra
     spec = specs.attend_packed(*heads, size, bucket, k_form, v_form, dtype, window=window, softcap=softcap, sinks="fp32" if sinks else None)
     sizes = {"batch": batch, "sequence": sequence, "rows": batch * sequence, "pages": pages, "page_tokens": page_tokens}
     run_kernel(spec, operands, sizes)
-    parts = ((keys, k_form), (values, v_form))
-    wide = [torch.nan_to_num(vector_format(form).decode(part, size, torch.float64)) for part, form in parts]
+    parts = ((keys, k_form, tables[0]), (values, v_form, tables[1]))
+    wide = [torch.nan_to_num(vector_format(form).decode(part, size, torch.float64, tables)) for part, form, tables in parts]
     expected = ops.cache_attend(
         query.double(), *wide, table, positions, size**-0.5, window, softcap, None if extra is None else extra.double()
     )
@@ -79,8 +93,8 @@ def run_attend(
     assert not bool(out.transpose(1, 2)[positions < 0].any()), "a padding query gives 0"
 
 
-SERVED = [specs.KV8, specs.KVFP8, specs.KV4]
-FORMS = [*SERVED, "int4 g32 sym", "int8 g16 asym", "int2 g32 asym", "fp8"]
+SERVED = [specs.KV8, specs.KVFP8, specs.KV4, specs.SORTED]
+FORMS = [*SERVED, "int4 g32 sym", "int8 g16 asym", "int2 g32 asym", "fp8", specs.BLOCK, "bfp8 g8 sorted", "bfp2 g4", "bfp4"]
 
 
 @pytest.mark.usefixtures("few_shares")
@@ -152,8 +166,11 @@ def run_append(size: int, k_form: str, v_form: str = "", *, dtype: str = "bf16",
     fused[1, 1] = 0
     fused = guarded(fused.to(kind))
     k, v = fused[:, :, :key_heads].transpose(1, 2), fused[:, :, key_heads:].transpose(1, 2)
-    expected = append_ops.append_packed(*pages, k, v, table, positions.where(positions < 15, -1), k_form, v_form, None, rotated)
+    tables = tables_of(k_form, key_heads, size), tables_of(v_form, key_heads, size)
+    stored = positions.where(positions < 15, -1)
+    expected = append_ops.append_packed(*pages, k, v, table, stored, k_form, v_form, None, rotated, *tables)
     operands = {"keys": pages[0], "values": pages[1], "k": k, "v": v, "page_table": table, "positions": guarded(positions)}
+    operands |= as_operands(tables)
     sizes = {"batch": 3, "sequence": 4, "pages": 3, "page_tokens": page_tokens}
     run_kernel(specs.append_packed(key_heads, size, k_form, v_form, dtype, rotated=rotated), operands, sizes)
     return pages, list(expected)
