@@ -31,6 +31,8 @@ from qcompile.quant.vectors.block import BlockFormat
 
 LARGEST_HALF = 65504.0
 """The largest float16."""
+LEAST_COLUMNS = 32
+"""Of a sum: eight for each of four warps, where fewer would be multiplied several times over."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,8 @@ def block_keys(vectors: BlockVectors, kind: str, order: str, name: str = "key", 
 
 def block_values(vectors: BlockVectors, kind: str, order: str, name: str = "value", source: str = "values") -> ValueTile:
     """Values as blocks; sums of sorted ones are stored to the channels that they belong to."""
-    vectors = vectors.in_pairs
+    if vectors.in_pairs.lanes >= LEAST_COLUMNS:
+        vectors = vectors.in_pairs
     parts = list(vectors.all_parts())
     zeros = lane_lines(vectors, name)
     zeros += [f"mixed_{part.place} = tl.zeros([BLOCK_M, {vectors.lanes}], dtype=tl.float32)" for part in parts]

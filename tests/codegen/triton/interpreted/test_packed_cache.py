@@ -59,6 +59,7 @@ def run_attend(
     page_tokens: int = 128,
     dtype: str = "bf16",
     spread: float = 1.0,
+    largest: float = torch.inf,
     window: int = 0,
     softcap: float = 0.0,
     sinks: bool = False,
@@ -71,7 +72,7 @@ def run_attend(
     table = guarded(torch.randperm(batch * pages).view(batch, pages).to(torch.int32) + 1)
     # Channels differ in size and keys and values have a mean: no code, scale or least value is like its neighbour.
     shape = (batch * pages + 1, heads[1], page_tokens, size)
-    k, v = ((torch.randn(shape) * torch.linspace(0.5, 1.5, size) + 0.7) * spread for _ in range(2))
+    k, v = (((torch.randn(shape) * torch.linspace(0.5, 1.5, size) + 0.7) * spread).clamp(-largest, largest) for _ in range(2))
     tables = tables_of(k_form, heads[1], size), tables_of(v_form, heads[1], size)
     keys, values = packed(k, k_form, table, positions, tables[0]), packed(v, v_form, table, positions, tables[1])
     query = guarded(torch.randn(batch, sequence, heads[0] + 2, size).to(kind))[:, :, 1 : heads[0] + 1].transpose(1, 2)
@@ -111,7 +112,10 @@ def test_served_forms(bucket: str, dtype: str, form: str) -> None:
 
 
 @pytest.mark.usefixtures("few_shares")
-@pytest.mark.parametrize(("size", "form"), [*((size, specs.KV4) for size in (32, 80, 96, 128)), (80, specs.KV8), (128, specs.KV8)])
+@pytest.mark.parametrize(
+    ("size", "form"),
+    [*((size, specs.KV4) for size in (32, 80, 96, 128)), *((size, form) for size in (80, 128) for form in (specs.KV8, specs.SORTED))],
+)
 def test_decode_over_head_sizes(size: int, form: str) -> None:
     run_attend("m1", RAGGED, size, form)
 
@@ -130,6 +134,7 @@ OPTIONS = [
     {"page_tokens": 71, "window": 100},
     {"page_tokens": 7, "window": 1, "sinks": True},
     {"v_form": specs.KV8},
+    {"k_form": specs.BLOCK, "v_form": specs.SORTED, "heads": (9, 3), "window": 20},
     {"heads": (9, 3)},
 ]
 
@@ -149,11 +154,21 @@ def test_small_and_large_values(dtype: str, spread: float) -> None:
     run_attend("m1", RAGGED, 64, specs.KV8, dtype=dtype, spread=spread, softcap=2.0)
 
 
+def test_a_float16_ends_before_what_a_block_may_hold() -> None:
+    """The lowest code times the greatest power is -2^16, which float16 has not; it stands for a number that float16 has."""
+    run_attend("m1", RAGGED, 64, specs.BLOCK, dtype="fp16", spread=1e5, largest=65504.0, softcap=2.0)
+
+
 def test_every_share_of_a_long_context() -> None:
     run_attend("m1", torch.tensor([[2300]]), 32, "int4 asym", page_tokens=384)
 
 
-def run_append(size: int, k_form: str, v_form: str = "", *, dtype: str = "bf16", rotated: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+MAGNITUDES = (1e-6, 1e-3, 1.0, 300.0)
+
+
+def run_append(
+    size: int, k_form: str, v_form: str = "", *, dtype: str = "bf16", rotated: int = 0, magnitudes: tuple[float, ...] = MAGNITUDES
+) -> tuple[list[Tensor], list[Tensor]]:
     """Append a ragged batch through a view of a fused matrix; the pages, and what the reference makes of them."""
     torch.manual_seed(0)
     kind, v_form, key_heads, page_tokens = DTYPE_NAMES[dtype], v_form or k_form, 3, 5
@@ -162,7 +177,7 @@ def run_append(size: int, k_form: str, v_form: str = "", *, dtype: str = "bf16",
     fill = 0 if rotated else 255
     widths = [vector_format(form).width(size) for form in (k_form, v_form)]
     pages = [guarded(torch.full((10, key_heads, page_tokens, width), fill, dtype=torch.uint8)) for width in widths]
-    fused = torch.randn(3, 4, 2 * key_heads, size) * torch.tensor([1e-6, 1e-3, 1.0, 300.0]).view(1, 4, 1, 1)
+    fused = torch.randn(3, 4, 2 * key_heads, size) * torch.tensor(magnitudes).view(1, 4, 1, 1)
     fused[1, 1] = 0
     fused = guarded(fused.to(kind))
     k, v = fused[:, :, :key_heads].transpose(1, 2), fused[:, :, key_heads:].transpose(1, 2)
@@ -180,6 +195,7 @@ APPENDED = [
     *((64, form) for form in FORMS),
     *((size, form) for size in (32, 80, 96, 128) for form in (specs.KV4, specs.KV8)),
     (96, "int4 g32 asym"), (96, "fp8 g32 sym"), (33, "int8 sym"), (34, "int4 asym"), (33, "int4 sym"), (33, "int2 asym"),
+    (80, specs.SORTED), (96, "bfp8"),
 ]  # fmt: skip
 
 
@@ -187,6 +203,13 @@ APPENDED = [
 def test_append_packs_the_bytes_of_the_reference(size: int, form: str) -> None:
     for got, want in zip(*run_append(size, form, dtype="fp16" if size == 80 else "bf16"), strict=True):
         assert torch.equal(got, want)
+
+
+def test_append_finds_the_power_of_every_float() -> None:
+    """From numbers below the least normal one, where a power stays what it is, to the largest."""
+    got, want = run_append(64, specs.SORTED, "bfp2 g4", magnitudes=(1e-39, 1e-37, 1e30, 5e37))
+    assert all(map(torch.equal, got, want))
+    assert int(want[0][..., 32:][want[0][..., 32:] != 255].min()) == 1, "the least power"
 
 
 @pytest.mark.parametrize(("size", "rotated"), [(64, 64), (128, 32), (96, 32)])
