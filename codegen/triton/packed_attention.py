@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from qcompile.codegen.triton.attention import emit_decode, emit_prefill, key_range, mix_tile, page_lines, refuses_heads
 from qcompile.codegen.triton.cache_tiles import Tiles
 from qcompile.codegen.triton.contract import FLOATS, HALVES, Operator, same_storage, stored
@@ -11,6 +13,8 @@ from qcompile.codegen.triton.tiles import Architecture, attention_keys
 from qcompile.ir.lowered import BUCKETS, Kernel, KernelSpec
 
 PACKED = ("uint8",)
+MOST_LANES = 32
+"""Of a part, in a step of 128 tokens."""
 
 
 def forms_of(spec: KernelSpec) -> tuple[PackedForm, PackedForm]:
@@ -73,15 +77,24 @@ def packed_step(spec: KernelSpec, tiles: Tiles, *, whole: bool) -> Lines:
 
 def decode_step(spec: KernelSpec) -> int:
     """Tokens of a step of decoding: 128 where they fit into registers, for a third of a step of 64 is not for its tokens."""
-    bits = max(form.bits for form in forms_of(spec))
-    return 128 if bits <= 4 and spec.size("D") <= 128 else 64
+    forms = [form.in_pairs for form in forms_of(spec)]
+    fits = spec.size("D") <= 128 and all(form.bits <= 4 and form.lanes <= MOST_LANES for form in forms)
+    return 128 if fits else 64
+
+
+def prefill_lines(spec: KernelSpec, arch: Architecture) -> int:
+    """Lines of a program of prefill: 64; what warps multiply for themselves spills over heads of more than 128, the more so in groups."""
+    if spec.size("D") <= 128 or arch.matrix != "mma":
+        return 64
+    return 32 if all(form.groups == 1 for form in forms_of(spec)) else 16
 
 
 def emit_attend_packed(spec: KernelSpec, arch: Architecture) -> Kernel:
     """The kernel of the bucket: `m1` is one token of each sequence."""
     if spec.bucket == "m1":
         return emit_decode(spec, arch, packed_tiles(spec, decode_step(spec)), packed_walk)
-    return emit_prefill(spec, arch, packed_tiles(spec, attention_keys(spec.size("D"), arch)), packed_walk)
+    tiles = packed_tiles(spec, attention_keys(spec.size("D"), arch))
+    return emit_prefill(spec, arch, replace(tiles, lines=prefill_lines(spec, arch)), packed_walk)
 
 
 ATTEND_PACKED = Operator(

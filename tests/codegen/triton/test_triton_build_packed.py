@@ -21,7 +21,11 @@ CASES: dict[str, tuple[KernelSpec, ...]] = {
         specs.append_packed(8, 128, specs.KVFP8, specs.KV4, rotated=128),
         specs.attend_packed(9, 3, 64, "m1", specs.BLOCK, dtype="fp16"),
     ),
-    "sm89": (specs.attend_packed(9, 3, 64, "m1", specs.KV8), specs.attend_packed(9, 3, 64, "m64", specs.KVFP8)),
+    "sm89": (
+        specs.attend_packed(9, 3, 64, "m1", specs.KV8),
+        specs.attend_packed(9, 3, 64, "m64", specs.KVFP8),
+        specs.attend_packed(8, 4, 256, "m64", specs.KV4, specs.SORTED),
+    ),
     "sm90": (
         specs.attend_packed(9, 3, 64, "m1", window=512, sinks="bf16"),
         specs.attend_packed(32, 8, 128, "m64", specs.KV8),

@@ -63,6 +63,7 @@ def run_attend(
     window: int = 0,
     softcap: float = 0.0,
     sinks: bool = False,
+    arch: str = "sm90",
 ) -> None:
     """Attend from a view of a fused matrix over shuffled pages; compare with the numbers that the bytes stand for."""
     torch.manual_seed(0)
@@ -84,7 +85,7 @@ def run_attend(
         operands["sinks"] = extra
     spec = specs.attend_packed(*heads, size, bucket, k_form, v_form, dtype, window=window, softcap=softcap, sinks="fp32" if sinks else None)
     sizes = {"batch": batch, "sequence": sequence, "rows": batch * sequence, "pages": pages, "page_tokens": page_tokens}
-    run_kernel(spec, operands, sizes)
+    run_kernel(spec, operands, sizes, arch)
     parts = ((keys, k_form, tables[0]), (values, v_form, tables[1]))
     wide = [torch.nan_to_num(vector_format(form).decode(part, size, torch.float64, tables)) for part, form, tables in parts]
     expected = ops.cache_attend(
@@ -152,6 +153,10 @@ def test_options(bucket: str, options: dict[str, object]) -> None:
 def test_small_and_large_values(dtype: str, spread: float) -> None:
     """Scales down to float16's least: weights times scales keep their digits. Queries that meet large keys would see one of them only."""
     run_attend("m1", RAGGED, 64, specs.KV8, dtype=dtype, spread=spread, softcap=2.0)
+
+
+def test_wide_heads_where_a_program_has_fewer_lines() -> None:
+    run_attend("m64", CHUNK, 256, specs.KV4, specs.SORTED, arch="sm80")
 
 
 def test_a_float16_ends_before_what_a_block_may_hold() -> None:
