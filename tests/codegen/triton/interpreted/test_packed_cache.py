@@ -96,7 +96,7 @@ def run_attend(
 
 
 SERVED = [specs.KV8, specs.KVFP8, specs.KV4, specs.SORTED]
-FORMS = [*SERVED, "int4 g32 sym", "int8 g16 asym", "int2 g32 asym", "fp8", specs.BLOCK, "bfp8 g8 sorted", "bfp2 g4", "bfp4"]
+FORMS = [*SERVED, "int4 g32 sym", "int8 g16 asym", "int2 g32 asym", "fp8", specs.BLOCK, "bfp8 g8 sorted", "bfp2 g4", "bfp4 g2", "bfp4"]
 
 
 @pytest.mark.usefixtures("few_shares")
@@ -122,7 +122,7 @@ def test_decode_over_head_sizes(size: int, form: str) -> None:
 
 
 @pytest.mark.usefixtures("few_shares")
-@pytest.mark.parametrize(("size", "form"), [(33, "int8 sym"), (34, "int4 asym"), (33, "int4 sym"), (36, "int2 g12 asym")])
+@pytest.mark.parametrize(("size", "form"), [(33, "int8 sym"), (34, "int4 asym"), (33, "int4 sym"), (36, "int2 g12 asym"), (33, "bfp4")])
 def test_scales_at_odd_addresses_and_bytes_that_are_not_full(size: int, form: str) -> None:
     run_attend("m1", RAGGED, size, form)
 
@@ -135,7 +135,7 @@ OPTIONS = [
     {"page_tokens": 71, "window": 100},
     {"page_tokens": 7, "window": 1, "sinks": True},
     {"v_form": specs.KV8},
-    {"k_form": specs.BLOCK, "v_form": specs.SORTED, "heads": (9, 3), "window": 20},
+    {"k_form": specs.SORTED, "heads": (9, 3), "window": 20},
     {"heads": (9, 3)},
 ]
 
@@ -200,7 +200,7 @@ APPENDED = [
     *((64, form) for form in FORMS),
     *((size, form) for size in (32, 80, 96, 128) for form in (specs.KV4, specs.KV8)),
     (96, "int4 g32 asym"), (96, "fp8 g32 sym"), (33, "int8 sym"), (34, "int4 asym"), (33, "int4 sym"), (33, "int2 asym"),
-    (80, specs.SORTED), (96, "bfp8"),
+    (80, specs.SORTED), (96, "bfp8"), (33, "bfp4"),
 ]  # fmt: skip
 
 
