@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qcompile.codegen.triton.backend import TritonBackend
 from qcompile.codegen.triton.build import build_kernels, kernel_cache
-from qcompile.codegen.triton.packed_vectors import refuses_packed
+from qcompile.codegen.triton.packed_forms import TABLES, refuses_packed
 from qcompile.codegen.triton.settled_form import refuses_form
 from qcompile.ir.cache_ops import cache_attend_packed
 from qcompile.ir.lowered import KernelSpec
@@ -50,7 +50,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--context", type=int, nargs="+", default=[4096, 32768, 131072], help="tokens of each sequence")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="sequences (default: 1 16)")
-    known = ["kv8", "kvfp8", "int4 g64 asym", "kv4", "kv4-token", "kv4-kivi", "kv2-kivi"]
+    known = ["kv8", "kvfp8", "int4 g64 asym", "kv4", "kv4-token", "kv4-kivi", "kv2-kivi", "kv4-block"]
     parser.add_argument(
         "--formats", nargs="+", default=known, help="caches, or forms that pack every token as it comes (default: %(default)s)"
     )
@@ -85,10 +85,17 @@ class Shape:
         """Vectors of one page of each head, which all pages repeat."""
         return torch.randn(1, *self.page_shape[1:], self.options.size, device="cuda")
 
+    def tables(self, forms: tuple[str, ...]) -> dict[str, Tensor]:
+        """Orders of channels at random for forms that have one, by operand."""
+        size, heads = self.options.size, self.options.key_heads
+        orders = torch.rand(heads, size, device="cuda").argsort(-1).to(torch.uint8)
+        return {name: orders for name, form in zip(TABLES, forms, strict=False) if vector_format(form).tables}
+
     def spec(self, forms: tuple[str, ...], policy: Retention) -> KernelSpec:
         """Decode attention over pages of these forms, none is bfloat16, and over the rows that a policy keeps."""
         stored = "uint8" if forms else "bf16"
         formats = {"keys": stored, "out": "bf16", "page_table": "i32", "positions": "i64", "q": "bf16", "values": stored}
+        formats |= dict.fromkeys(self.tables(forms), "uint8")
         options: dict[str, Any] = {"scale": self.options.size**-0.5, "softcap": 0.0, "window": 0}
         options |= dict(zip(("k_form", "v_form"), forms, strict=False))
         sizes = (("D", self.options.size), ("H", self.options.heads), ("L", self.options.key_heads))
@@ -120,12 +127,14 @@ def launches(spec: KernelSpec, operands: Mapping[str, Tensor], sizes: Mapping[st
 
 def ours(shape: Shape, forms: tuple[str, ...], stream: torch.cuda.Stream, policy: Retention) -> tuple[Run, int, dict[str, Tensor]]:
     """Our kernel over pages of these forms and what a policy keeps, the bytes it reads, and its operands."""
-    pages = []
-    for form in forms or ("", ""):
-        page = vector_format(form).encode(shape.numbers()) if form else shape.numbers().bfloat16()
+    pages, tables = [], shape.tables(forms)
+    for form, name in zip(forms or ("", ""), TABLES, strict=True):
+        own = [tables[name]] if name in tables else []
+        page = vector_format(form).encode(shape.numbers(), own) if form else shape.numbers().bfloat16()
         pages.append(page.expand(shape.page_shape[0], -1, -1, -1).contiguous())
     out = torch.empty(shape.batch, 1, shape.options.heads, shape.options.size, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
     operands = {"q": shape.q, "page_table": shape.table, "positions": shape.positions, "keys": pages[0], "values": pages[1], "out": out}
+    operands |= tables
     kept = shape.context
     if policy.rows:
         kept = policy.page_slot(policy.settled(shape.context))
@@ -178,11 +187,12 @@ def error_of(operands: Mapping[str, Tensor], forms: tuple[str, ...], policy: Ret
     torch.cuda.synchronize()
     exact = ("exact_keys", "exact_values") if policy.rows else ()
     tensors = [operands[name] for name in ("q", "keys", "values", *exact, "page_table", "positions")]
+    k_tables, v_tables = ([operands[name]] if name in operands else None for name in TABLES)
     scale = operands["q"].shape[-1] ** -0.5
     if policy.rows:
         expected = attend_settled(*tensors, *forms, policy.first, policy.recent, policy.group, scale).float()
     else:
-        expected = cache_attend_packed(*tensors, *forms, scale).float()
+        expected = cache_attend_packed(*tensors, *forms, scale, k_tables=k_tables, v_tables=v_tables).float()
     return float((operands["out"].float() - expected).abs().max() / expected.abs().max())
 
 

@@ -18,7 +18,8 @@ qcompile = torch.ops.qcompile
 class FuseCacheAppend(Pass):
     """`cache_append` of two `pack_vectors`, and the `hadamard` of the keys before, become append_packed.
 
-    What something else reads too stays, and so does a rotation with a matrix (heads of 80 or 96): one program has the butterflies only.
+    What something else reads too stays, and so does a rotation with a matrix (heads of 80 or 96): one program has the butterflies only. So
+    does one before a form with tables, which may be an order that channels are read in.
     """
 
     name: ClassVar[str] = "fuse-cache-append"
@@ -45,17 +46,21 @@ def _objection(append: fx.Node, packed: tuple[object, ...]) -> str | None:
         assert isinstance(part, fx.Node)
         if set(part.users) != {append}:
             return f"{part.name} is read by {next(user.name for user in part.users if user is not append)} too"
-        if len(part.args) != 2 or part.kwargs:
-            return f"{part.name} packs by tables, which no fused operator takes"
     return None
 
 
 def _fuse(graph: Graph, append: fx.Node, keys: fx.Node, values: fx.Node) -> None:
-    k, size = _before_rotation(keys)
+    tables = {name: _tables(part) for name, part in (("k_tables", keys), ("v_tables", values)) if _tables(part)}
+    k, size = (keys.args[0], 0) if "k_tables" in tables else _before_rotation(keys)
     args = (*append.args[:2], k, values.args[0], *append.args[4:6], keys.args[1], values.args[1])
     rotation = (None, size) if size else ()
-    graph.replace(append, graph.insert(append, qcompile.append_packed.default, (*args, *rotation), source=append))
+    graph.replace(append, graph.insert(append, qcompile.append_packed.default, (*args, *rotation), tables, source=append))
     graph.remove_dead()
+
+
+def _tables(packed: fx.Node) -> object:
+    """The tables of a form, None or empty for most."""
+    return packed.args[2] if len(packed.args) > 2 else packed.kwargs.get("tables")
 
 
 def _before_rotation(packed: fx.Node) -> tuple[fx.Node, int]:

@@ -14,7 +14,7 @@ from qcompile.ir import fused_activation_ops as _fused_activation_ops  # noqa: F
 from qcompile.ir import fused_asymmetric_ops as _fused_asymmetric_ops  # noqa: F401  registers their asymmetric twins
 from qcompile.ir import retention_ops as _retention_ops  # noqa: F401  registers operators of caches that keep some tokens as they came
 from qcompile.ir.graph import Graph
-from qcompile.ir.lowered import BUCKETS, KernelSpec
+from qcompile.ir.lowered import BUCKETS, KernelSpec, item_operand
 from qcompile.passes.raise_patterns import activation_name
 from qcompile.quant.scheme import dtype_name
 
@@ -146,9 +146,11 @@ def kernel_specs(graph: Graph, node: fx.Node) -> dict[str, KernelSpec]:
 
 
 def _unnamed(node: fx.Node, names: tuple[str, ...]) -> dict[str, fx.Node]:
-    """Tensors that the table has no name for, by the schema's: a kernel refuses what it does not know."""
+    """Tensors that the table has no name for, by the schema's, also those of a list: a kernel refuses what it does not know."""
     named = {place for place, operand in enumerate(names) if operand}
-    found = {key: value for place, (key, value) in enumerate(_given(node).items()) if place not in named}
+    given = [(key, value) for place, (key, value) in enumerate(_given(node).items()) if place not in named]
+    lists = [(key, value) for key, value in given if isinstance(value, list | tuple)]
+    found = dict(given) | {item_operand(key, place): item for key, items in lists for place, item in enumerate(items)}
     return {key: value for key, value in found.items() if isinstance(value, fx.Node) and isinstance(value.meta["val"], Tensor)}
 
 
@@ -223,10 +225,6 @@ def _options(node: fx.Node, name: str) -> dict[str, Any]:
         return {"eps": node.args[4] if len(node.args) > 4 else 1e-5}
     given = {key: value for key, value in _given(node).items() if value is not None}
     options = {_RENAMED.get((name, key), key): given[key] for key in _OPTIONS.get(name, ()) if key in given}
-    # Lists of tensors, such as a form's tables, are counted: a kernel that has no option of that name refuses them.
-    options |= {
-        key: len(value) for key, value in given.items() if isinstance(value, list | tuple) and isinstance(next(iter(value), 0), fx.Node)
-    }
     if name in ("integer_linear", "float8_linear"):
         # One scale for every row is a constant [1]; scales of their own have the axes of the rows.
         options["static"] = given["scale"].meta["val"].dim() == 1

@@ -288,11 +288,15 @@ def alignment(spec: KernelSpec) -> int:
     return 16 if spec.size("D") % 16 == 0 else 1
 
 
+CACHED = ("keys", "values", "k_tables_0", "v_tables_0", "exact_keys", "exact_values")
+"""What keys and values are read from and by, where it is there."""
+
+
 def inputs(spec: KernelSpec) -> list[Parameter]:
     """Queries, cache, page table and positions."""
     return [
         pointer("q", stored(spec, "q"), alignment(spec)),
-        *(pointer(name, stored(spec, name)) for name in ("keys", "values", "exact_keys", "exact_values") if spec.format(name)),
+        *(pointer(name, stored(spec, name)) for name in CACHED if spec.format(name)),
         pointer("page_table", "i32"),
         pointer("positions", "i64"),
     ]

@@ -1,15 +1,18 @@
-"""Packing a vector as `qcompile/quant/vector_format.py` defines it, bit for bit: the other side of `packed_vectors.py`."""
+"""Packing a vector as its form defines it (`packed_forms.py`), bit for bit."""
 
 from __future__ import annotations
 
 import torch
 
+from qcompile.codegen.triton.block_vectors import BlockVectors
+from qcompile.codegen.triton.packed_forms import PackedForm
 from qcompile.codegen.triton.packed_vectors import PackedVectors
 from qcompile.codegen.triton.quantize import FLOAT8_LARGEST, round_lines
 from qcompile.codegen.triton.source import Lines
 from qcompile.codegen.triton.tiles import power_of_two
 from qcompile.quant.element import FP8
 from qcompile.quant.vector_format import VectorFormat
+from qcompile.quant.vectors.block import BlockFormat
 
 LEAST_SCALE = torch.finfo(torch.float16).tiny
 """Nothing is divided by less."""
@@ -17,29 +20,28 @@ FLOAT8_LEAST = 2.0**-6
 """The least normal float8 (e4m3)."""
 
 
-def refuses_pack(vectors: PackedVectors) -> str | None:
+def refuses_pack(vectors: PackedForm) -> str | None:
     """Groups that no reshape cuts out of a padded vector."""
-    if vectors.groups > 1 and vectors.group & (vectors.group - 1):
-        return f"{vectors.form}: expected groups of a power of two to pack, got {vectors.group} of {vectors.size} numbers"
+    if vectors.share < vectors.size and vectors.share & (vectors.share - 1):
+        return f"{vectors.form}: expected groups of a power of two to pack, got {vectors.share} of {vectors.size} numbers"
     return None
 
 
-def held(vectors: PackedVectors) -> int:
+def held(vectors: PackedForm) -> int:
     """Numbers of a vector, padded."""
     return power_of_two(vectors.size)
 
 
-def pack_lines(vectors: PackedVectors, numbers: str, pages: str, cell: str, present: str) -> Lines:
+def pack_lines(vectors: PackedForm, numbers: str, pages: str, cell: str, present: str) -> Lines:
     """Store the vector `numbers`, float32 [held], at the pointer `pages` + `cell` if `present`; `dim` is 0 to held - 1."""
-    group = held(vectors) if vectors.groups == 1 else vectors.group
+    group = held(vectors) if vectors.share == vectors.size else vectors.share
     return [
         f"grouped = tl.reshape({numbers}, [{held(vectors) // group}, {group}])",
         f"inside = tl.reshape(dim, [{held(vectors) // group}, {group}]) < {vectors.size}",
-        *round_groups(vectors.form),
+        *(round_blocks(vectors.form) if isinstance(vectors, BlockVectors) else round_groups(vectors.form)),
         *_code_stores(vectors, pages, cell, present),
         f"group = tl.arange(0, {held(vectors) // group})",
-        *_half_stores(vectors, "scale", pages, f"{cell} + {vectors.body}", present),
-        *(_half_stores(vectors, "least", pages, f"{cell} + {vectors.body + 2 * vectors.groups}", present) if vectors.has_middle else []),
+        *_size_stores(vectors, pages, cell, present),
     ]
 
 
@@ -47,6 +49,18 @@ def round_groups(form: VectorFormat) -> Lines:
     """Codes of `grouped`, float32 [groups, numbers], where `inside`, else 0: `codes` int32, `scale` and `least` float16 [groups]."""
     ranges = _signed_range(form) if form.symmetric else _unsigned_range(form)
     return [*ranges, "codes = tl.where(inside, codes, 0)"]
+
+
+def round_blocks(form: BlockFormat) -> Lines:
+    """Codes of `grouped`, float32 [blocks, numbers], where `inside`, else 0: `codes` int32, `exponent` int32 [blocks] of the power."""
+    half = 1 << (form.bits - 1)
+    return [
+        "greatest = tl.max(tl.where(inside, tl.abs(grouped), 0.0), axis=1)",
+        f"exponent = tl.maximum((greatest.to(tl.int32, bitcast=True) >> 23) - {form.bits - 2}, 1)",
+        "step = (exponent << 23).to(tl.float32, bitcast=True)[:, None]",
+        *round_lines("codes", "tl.div_rn(grouped, step)", -half, half - 1),
+        f"codes = tl.where(inside, codes + {half}, 0)",
+    ]
 
 
 def _usable(spread: str) -> Lines:
@@ -88,7 +102,7 @@ def _float8_lines(scaled: str) -> Lines:
     ]
 
 
-def _code_stores(vectors: PackedVectors, pages: str, cell: str, present: str) -> Lines:
+def _code_stores(vectors: PackedForm, pages: str, cell: str, present: str) -> Lines:
     if vectors.per_byte == 1:
         flat = f"tl.reshape(codes, [{held(vectors)}]).to(tl.uint8)"
         return [f"tl.store({pages} + {cell} + dim, {flat}, mask=(dim < {vectors.size}) & {present})"]
@@ -98,6 +112,18 @@ def _code_stores(vectors: PackedVectors, pages: str, cell: str, present: str) ->
         f"packed = tl.sum(tl.reshape(codes, [{count}, {vectors.per_byte}]) << shift[None, :], axis=1).to(tl.uint8)",
         f"byte = tl.arange(0, {count})",
         f"tl.store({pages} + {cell} + byte, packed, mask=(byte < {vectors.body}) & {present})",
+    ]
+
+
+def _size_stores(vectors: PackedForm, pages: str, cell: str, present: str) -> Lines:
+    """What gives the codes their size: powers, or scales and least values."""
+    at = f"{cell} + {vectors.body}"
+    if isinstance(vectors, BlockVectors):
+        return [f"tl.store({pages} + {at} + group, exponent.to(tl.uint8), mask=(group < {vectors.blocks}) & {present})"]
+    least = f"{cell} + {vectors.body + 2 * vectors.groups}"
+    return [
+        *_half_stores(vectors, "scale", pages, at, present),
+        *(_half_stores(vectors, "least", pages, least, present) if vectors.has_middle else []),
     ]
 
 

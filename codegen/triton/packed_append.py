@@ -5,6 +5,7 @@ from __future__ import annotations
 from qcompile.codegen.triton.contract import HALVES, TRITON_TYPES, Operator, integer, kernel, pointer, same_storage, stored, strides
 from qcompile.codegen.triton.pack import pack_lines, refuses_pack
 from qcompile.codegen.triton.packed_attention import PACKED, forms_of, refuses_forms
+from qcompile.codegen.triton.packed_forms import KEY_ORDER, TABLES, VALUE_ORDER
 from qcompile.codegen.triton.rotation import butterflies
 from qcompile.codegen.triton.source import Lines, constants, function
 from qcompile.codegen.triton.tiles import Architecture, power_of_two, row_warps
@@ -14,12 +15,14 @@ WIDEST_VECTOR = 1024
 
 
 def refuses_append_packed(spec: KernelSpec) -> str | None:
-    """Forms that no kernel packs, and rotations that are no power of two."""
+    """Forms that no kernel packs, and rotations that are no power of two, or of keys that are read in an order of their own."""
     size, rotated = spec.size("D"), int(spec.option("hadamard_size", 0))
     if size > WIDEST_VECTOR:
         return f"D={size}: expected a head size of at most {WIDEST_VECTOR}"
     if rotated < 0 or rotated & (rotated - 1) or (rotated and size % rotated):
         return f"hadamard_size={rotated}: expected a power of two that divides D={size}, or 0"
+    if rotated and spec.format(KEY_ORDER) is not None:
+        return f"hadamard_size={rotated}: expected keys that are rotated before, as they are read in the order of {KEY_ORDER}"
     unread = refuses_forms(spec) or same_storage(spec, "k", "v")
     return unread or next((reason for form in forms_of(spec) if (reason := refuses_pack(form))), None)
 
@@ -37,16 +40,19 @@ def numbers_of(spec: KernelSpec) -> dict[str, tuple[int | float, str]]:
     }
 
 
-def vector_lines(name: str, source: str) -> Lines:
-    """The vector of the program's token and head, float32."""
+def vector_lines(name: str, source: str, order: str = "") -> Lines:
+    """The vector of the program's token and head, float32, its channels by the table `order` where there is one."""
     at = " + ".join(f"{index} * {source}_stride_{place}" for place, index in enumerate(("batch", "head", "token")))
-    return [f"{name} = tl.load({source} + {at} + dim, mask=dim < D, other=0.0).to(tl.float32)"]
+    ordered = [f"{name}_channel = tl.load({order} + head * D + dim, mask=dim < D, other=0).to(tl.int32)"] if order else []
+    place = f"{name}_channel" if order else "dim"
+    return [*ordered, f"{name} = tl.load({source} + {at} + {place}, mask=dim < D, other=0.0).to(tl.float32)"]
 
 
 def emit_append_packed(spec: KernelSpec, arch: Architecture) -> Kernel:
     """Store k, v [B, L, S, D], packed, at `positions` [B, S] of keys, values uint8 [P, L, R, W]."""
     keys, values = forms_of(spec)
     numbers = numbers_of(spec)
+    ordered = [name for name in TABLES if spec.format(name) is not None]
     # The operator rounds what it has rotated to the model's type, and packs that.
     turn = [f"key = (butterflies(key, BLOCK_D, BITS) * NORM).to({TRITON_TYPES[stored(spec, 'k')]}).to(tl.float32)"]
     body = [
@@ -61,10 +67,10 @@ def emit_append_packed(spec: KernelSpec, arch: Architecture) -> Kernel:
         "real = (position >= 0) & (page_slot < pages)",
         "page = tl.load(page_table + batch * pages + page_slot, mask=real, other=0).to(tl.int64)",
         "slot = (page * L + head) * page_tokens + position % page_tokens",
-        *vector_lines("key", "k"),
+        *vector_lines("key", "k", KEY_ORDER if KEY_ORDER in ordered else ""),
         *(turn if "BITS" in numbers else []),
         *pack_lines(keys, "key", "keys", f"slot * {keys.width}", "real"),
-        *vector_lines("value", "v"),
+        *vector_lines("value", "v", VALUE_ORDER if VALUE_ORDER in ordered else ""),
         *pack_lines(values, "value", "values", f"slot * {values.width}", "real"),
     ]
     aligned = 16 if spec.size("D") % 16 == 0 else 1
@@ -73,6 +79,7 @@ def emit_append_packed(spec: KernelSpec, arch: Architecture) -> Kernel:
         pointer("values", stored(spec, "values")),
         pointer("k", stored(spec, "k"), aligned),
         pointer("v", stored(spec, "v"), aligned),
+        *(pointer(name, stored(spec, name)) for name in ordered),
         pointer("page_table", "i32"),
         pointer("positions", "i64"),
         integer("sequence"),
@@ -89,7 +96,16 @@ def emit_append_packed(spec: KernelSpec, arch: Architecture) -> Kernel:
 
 APPEND_PACKED = Operator(
     emit=emit_append_packed,
-    operands={"keys": PACKED, "values": PACKED, "k": HALVES, "v": HALVES, "page_table": ("i32",), "positions": ("i64",)},
+    operands={
+        "keys": PACKED,
+        "values": PACKED,
+        "k": HALVES,
+        "v": HALVES,
+        **dict.fromkeys(TABLES, PACKED),
+        "page_table": ("i32",),
+        "positions": ("i64",),
+    },
+    optional=frozenset(TABLES),
     sizes=("D", "L"),
     options=("k_form", "v_form", "hadamard_size"),
     required=("k_form", "v_form"),

@@ -1,26 +1,40 @@
-"""Attention over a cache packed token by token: the tiles of `packed_vectors.py` in the kernels of `attention.py`."""
+"""Attention over a cache packed token by token: the tiles of `packed_forms.py` in the kernels of `attention.py`."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from qcompile.codegen.triton.attention import emit_decode, emit_prefill, key_range, mix_tile, page_lines, refuses_heads
 from qcompile.codegen.triton.cache_tiles import Tiles
 from qcompile.codegen.triton.contract import FLOATS, HALVES, Operator, same_storage, stored
-from qcompile.codegen.triton.packed_vectors import PackedVectors, packed_keys, packed_values, packed_vectors, refuses_packed
+from qcompile.codegen.triton.packed_forms import TABLES, PackedForm, key_tile, packed_form, refuses_packed, value_tile
 from qcompile.codegen.triton.source import Lines, loop
 from qcompile.codegen.triton.tiles import Architecture, attention_keys
 from qcompile.ir.lowered import BUCKETS, Kernel, KernelSpec
 
 PACKED = ("uint8",)
+MOST_LANES = 32
+"""Of a part, in a step of 128 tokens."""
 
 
-def forms_of(spec: KernelSpec) -> tuple[PackedVectors, PackedVectors]:
+def forms_of(spec: KernelSpec) -> tuple[PackedForm, PackedForm]:
     """How keys and how values are packed."""
-    return packed_vectors(spec.option("k_form"), spec.size("D")), packed_vectors(spec.option("v_form"), spec.size("D"))
+    return packed_form(spec.option("k_form"), spec.size("D")), packed_form(spec.option("v_form"), spec.size("D"))
 
 
 def refuses_forms(spec: KernelSpec) -> str | None:
-    """Forms that kernels do not read."""
-    return next((reason for name in ("k_form", "v_form") if (reason := refuses_packed(spec.option(name), spec.size("D")))), None)
+    """Forms that kernels do not read, and tables that are not the form's."""
+    reasons = (refuses_packed(spec.option(name), spec.size("D")) for name in ("k_form", "v_form"))
+    return next(filter(None, reasons), None) or refuses_tables(spec)
+
+
+def refuses_tables(spec: KernelSpec) -> str | None:
+    """An order of channels for a form that has none, or none for one that has."""
+    for name, vectors in zip(TABLES, forms_of(spec), strict=True):
+        wanted = bool(vectors.form.tables)
+        if wanted != (spec.format(name) is not None):
+            return f"{vectors.form}: expected {'the table' if wanted else 'no table'} {name}, got {'none' if wanted else 'one'}"
+    return None
 
 
 def refuses_attend_packed(spec: KernelSpec) -> str | None:
@@ -32,7 +46,7 @@ def packed_tiles(spec: KernelSpec, step: int) -> Tiles:
     """Keys and values of a specification, `step` tokens at a time."""
     keys, values = forms_of(spec)
     kind = stored(spec, "q")
-    return Tiles(packed_keys(keys, kind), packed_values(values, kind), step)
+    return Tiles(key_tile(keys, kind), value_tile(values, kind), step)
 
 
 def packed_walk(spec: KernelSpec, tiles: Tiles, split: bool) -> tuple[Lines, Lines]:
@@ -63,21 +77,39 @@ def packed_step(spec: KernelSpec, tiles: Tiles, *, whole: bool) -> Lines:
 
 def decode_step(spec: KernelSpec) -> int:
     """Tokens of a step of decoding: 128 where they fit into registers, for a third of a step of 64 is not for its tokens."""
-    bits = max(form.bits for form in forms_of(spec))
-    return 128 if bits <= 4 and spec.size("D") <= 128 else 64
+    forms = [form.in_pairs for form in forms_of(spec)]
+    fits = spec.size("D") <= 128 and all(form.bits <= 4 and form.lanes <= MOST_LANES for form in forms)
+    return 128 if fits else 64
+
+
+def prefill_lines(spec: KernelSpec, arch: Architecture) -> int:
+    """Lines of a program of prefill: 64; what warps multiply for themselves spills over heads of more than 128, the more so in groups."""
+    if spec.size("D") <= 128 or arch.matrix != "mma":
+        return 64
+    return 32 if all(form.groups == 1 for form in forms_of(spec)) else 16
 
 
 def emit_attend_packed(spec: KernelSpec, arch: Architecture) -> Kernel:
     """The kernel of the bucket: `m1` is one token of each sequence."""
     if spec.bucket == "m1":
         return emit_decode(spec, arch, packed_tiles(spec, decode_step(spec)), packed_walk)
-    return emit_prefill(spec, arch, packed_tiles(spec, attention_keys(spec.size("D"), arch)), packed_walk)
+    tiles = packed_tiles(spec, attention_keys(spec.size("D"), arch))
+    return emit_prefill(spec, arch, replace(tiles, lines=prefill_lines(spec, arch)), packed_walk)
 
 
 ATTEND_PACKED = Operator(
     emit=emit_attend_packed,
-    operands={"q": HALVES, "keys": PACKED, "values": PACKED, "page_table": ("i32",), "positions": ("i64",), "sinks": FLOATS, "out": HALVES},
-    optional=frozenset({"sinks"}),
+    operands={
+        "q": HALVES,
+        "keys": PACKED,
+        "values": PACKED,
+        **dict.fromkeys(TABLES, PACKED),
+        "page_table": ("i32",),
+        "positions": ("i64",),
+        "sinks": FLOATS,
+        "out": HALVES,
+    },
+    optional=frozenset({"sinks", *TABLES}),
     sizes=("D", "H", "L"),
     options=("k_form", "v_form", "scale", "window", "softcap"),
     required=("k_form", "v_form", "scale"),

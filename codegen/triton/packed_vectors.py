@@ -1,56 +1,33 @@
-"""Vectors that a cache packs token by token (`qcompile/quant/vector_format.py`), as attention reads them.
+"""Vectors that a cache packs token by token with scales (`qcompile/quant/vector_format.py`), as attention reads them.
 
-A *part* of a group is what one place of its items holds, which are bytes or pairs of bytes: every channel of 8-bit codes, every second or
-fourth of 4-bit ones, every fourth of 2-bit ones. Each part is multiplied by itself, with queries or into sums that hold the same channels,
-so that nothing moves between lanes. Scales belong to a token and a group: they multiply scores and weights, never a tile of codes.
+Scales belong to a token and a group: they multiply scores and weights, never a tile of codes.
 
 Codes are centred, -2^(b-1) and up, and `middle` = least + 2^(b-1) · scale stands for the least value: x = middle + code · scale. So a
 weight's rounding to 16 bits costs what it costs with symmetric codes.
 
-The walk over a cache leaves `first_slot`, a number of a place in all pages, and `row` [BLOCK_T], how far from there a token's place is; and
-`present`, which tokens are there. Variables of a group g and a part p of it are called `NAME_scale_g`, `NAME_middle_g`, `NAME_g_p`.
+Variables of a group g are called `NAME_scale_g`, `NAME_middle_g`; the others are those of `packed_codes.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from qcompile.codegen.triton.cache_tiles import KeyTile, Sum, ValueTile
 from qcompile.codegen.triton.contract import TRITON_TYPES
-from qcompile.codegen.triton.elements import element_float32
+from qcompile.codegen.triton.packed_codes import WHOLE_BITS, PackedCodes, cell_lines, channel, item_lines, lane_lines, number_lines, within
 from qcompile.codegen.triton.source import Lines, load
-from qcompile.codegen.triton.tiles import power_of_two
-from qcompile.errors import FormatError
 from qcompile.quant.element import FP8
-from qcompile.quant.vector_format import VectorFormat, vector_format
+from qcompile.quant.vector_format import VectorFormat
 
-LEAST_LANES = 16
-"""The narrowest side of a matrix product."""
 MOST_PARTS = 16
 """Products of a step: each takes registers of its own."""
-WHOLE_BITS = (2, 4, 8)
-"""Codes that no byte cuts."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """Channels `first`, `first` + `step` … (`count` of them) of group `group`: those at `place` in its bytes."""
-
-    group: int
-    place: int
-    first: int
-    step: int
-    count: int
-
-
-@dataclass(frozen=True)
-class PackedVectors:
-    """Vectors of `size` numbers in a form with scales per token, whose codes are loaded `item` bytes at a time."""
+class PackedVectors(PackedCodes):
+    """Vectors in a form with scales per token."""
 
     form: VectorFormat
-    size: int
-    item: int = 1
 
     @property
     def bits(self) -> int:
@@ -58,158 +35,37 @@ class PackedVectors:
         return self.form.element.bits
 
     @property
-    def per_byte(self) -> int:
-        """Codes in a byte."""
-        return 8 // self.bits
-
-    @property
-    def per_item(self) -> int:
-        """Codes in an item."""
-        return self.per_byte * self.item
-
-    @property
     def groups(self) -> int:
         """Scales of a token."""
         return self.form.groups(self.size)
 
     @property
-    def group(self) -> int:
-        """Numbers of a group."""
-        return self.size // self.groups
+    def share(self) -> int:
+        """Numbers of a group share a scale."""
+        return self.group
 
     @property
-    def group_bytes(self) -> int:
-        """Bytes of a group's codes."""
-        return -(-self.group // self.per_byte)
-
-    @property
-    def group_items(self) -> int:
-        """Items of a group's codes."""
-        return self.group_bytes // self.item
-
-    @property
-    def lanes(self) -> int:
-        """The items of a group's codes, padded to what a product takes."""
-        return max(LEAST_LANES, power_of_two(self.group_items))
-
-    @property
-    def in_pairs(self) -> PackedVectors:
-        """Codes of 4 bits two bytes at a time, as wide as the numbers they become, where addresses allow it and no lane is wasted."""
-        fits = self.even and self.group_bytes % 2 == 0 and self.group_bytes >= 2 * LEAST_LANES
-        return replace(self, item=2) if self.bits == 4 and fits else self
-
-    @property
-    def body(self) -> int:
-        """Bytes of a token's codes: scales begin behind them."""
-        return -(-self.size * self.bits // 8)
-
-    @property
-    def width(self) -> int:
-        """W, bytes of a token."""
-        return self.form.width(self.size)
-
-    @property
-    def even(self) -> bool:
-        """Whether every scale lies at an even address."""
-        return self.body % 2 == 0 and self.width % 2 == 0
+    def is_float(self) -> bool:
+        """Whether codes are floats of 8 bits."""
+        return self.form.element == FP8
 
     @property
     def has_middle(self) -> bool:
         """Whether there are least values."""
         return not self.form.symmetric
 
-    def parts(self, group: int) -> list[Part]:
-        """The parts of a group."""
-        step = self.per_item
-        return [Part(group, place, group * self.group + place, step, -(-(self.group - place) // step)) for place in range(step)]
 
-    def all_parts(self) -> Iterator[Part]:
-        """The parts of every group."""
-        for group in range(self.groups):
-            yield from self.parts(group)
-
-
-def packed_vectors(form: str, size: int) -> PackedVectors:
-    """How vectors of `size` numbers in the form called `form` are read."""
-    read = vector_format(form)
-    assert isinstance(read, VectorFormat)
-    return PackedVectors(read, size)
-
-
-def refuses_packed(form: object, size: int) -> str | None:
+def refuses_vectors(form: VectorFormat, size: int) -> str | None:
     """Why kernels do not read vectors of `size` numbers in this form, or None."""
-    try:
-        read = vector_format(str(form))
-    except FormatError as error:
-        return str(error)
-    if not isinstance(read, VectorFormat):
-        return f"{form}: expected a form whose scales stand beside its codes"
-    vectors = PackedVectors(read, size)
+    vectors = PackedVectors(form, size)
     if vectors.form.tokens > 1:
-        return f"{form}: expected scales per token, got {vectors.form.tokens} tokens encoded together"
+        return f"expected scales per token, got {vectors.form.tokens} tokens encoded together"
     if vectors.bits not in WHOLE_BITS:
-        return f"{form}: expected codes of 2, 4 or 8 bits"
+        return "expected codes of 2, 4 or 8 bits"
     if vectors.groups > 1 and vectors.group % vectors.per_byte:
-        return f"{form}: expected groups of whole bytes, a multiple of {vectors.per_byte} channels"
+        return f"expected groups of whole bytes, a multiple of {vectors.per_byte} channels"
     count = vectors.groups * vectors.per_byte
-    return f"{form}: expected at most {MOST_PARTS // vectors.per_byte} groups in {size} numbers" if count > MOST_PARTS else None
-
-
-def lane_lines(vectors: PackedVectors, name: str) -> Lines:
-    """`NAME_lane`: the items of a group."""
-    return [f"{name}_lane = tl.arange(0, {vectors.lanes})"]
-
-
-def channel(part: Part, name: str) -> str:
-    """The channel of each lane of a part, given `NAME_lane`."""
-    times = f"{part.step} * " if part.step > 1 else ""
-    return f"{times}{name}_lane{f' + {part.first}' if part.first else ''}"
-
-
-def within(vectors: PackedVectors, part: Part, name: str) -> str:
-    """Which lanes of a part are channels; empty where all are."""
-    return "" if part.count == vectors.lanes else f"{name}_lane < {part.count}"
-
-
-def cell_lines(vectors: PackedVectors, name: str, source: str) -> Lines:
-    """`NAME_page`, a pointer, and `NAME_cell`, the bytes [BLOCK_T] from there to each token."""
-    return [f"{name}_page = {source} + first_slot * {vectors.width}", f"{name}_cell = row * {vectors.width}"]
-
-
-def item_lines(vectors: PackedVectors, group: int, name: str, *, turned: bool) -> Lines:
-    """`NAME_items_g`, [BLOCK_T, lanes], or [lanes, BLOCK_T] if turned, of the tokens at `NAME_cell` where `present`."""
-    token, lane = ("[None, :]", "[:, None]") if turned else ("[:, None]", "[None, :]")
-    item = f"({name}_lane + {group * vectors.group_items})" if group else f"{name}_lane"
-    mask = f"present{token}"
-    if vectors.group_items < vectors.lanes:
-        mask += f" & ({name}_lane < {vectors.group_items}){lane}"
-    if vectors.item == 1:
-        return load(f"{name}_items_{group}", f"{name}_page + {name}_cell{token} + {item}{lane}", mask, "0")
-    return load(f"{name}_items_{group}", f"({name}_page + {name}_cell{token}).to(tl.pointer_type(tl.uint16)) + {item}{lane}", mask, "0")
-
-
-def number_lines(vectors: PackedVectors, part: Part, name: str, kind: str) -> Lines:
-    """`NAME_g_p`, the centred codes of a part as the 16-bit type `kind` (bf16, fp16), which holds each of them exactly."""
-    packed = f"{name}_items_{part.group}"
-    mask = (1 << vectors.bits) - 1
-    code = packed if vectors.bits == 8 else f"({packed} & {mask})" if part.place == 0 else f"({packed} >> {part.place * vectors.bits})"
-    if 0 < part.place < vectors.per_item - 1:
-        code = f"({code} & {mask})"
-    return [f"{name}_{part.group}_{part.place} = {numbers(vectors, code, kind)}"]
-
-
-def numbers(vectors: PackedVectors, code: str, kind: str) -> str:
-    """The number of a code, an unsigned tensor, in the 16-bit type `kind`: exact, and no conversion instruction where bits will do."""
-    half, tl_kind = 1 << (vectors.bits - 1), TRITON_TYPES[kind]
-    if vectors.form.element == FP8:
-        if kind == "fp16":
-            return f"((({code}.to(tl.uint16) & 127) << 7) | (({code}.to(tl.uint16) & 128) << 8)).to(tl.float16, bitcast=True) * 256.0"
-        return f"({element_float32('fp8', f'{code}.to(tl.uint32)')}).to({tl_kind})"
-    if vectors.bits <= 4 and kind == "bf16":
-        return f"({code}.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True) - {128.0 + half}"
-    if kind == "fp16":
-        return f"({code}.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - {1024.0 + half}"
-    return f"(({code}.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True) - {float((1 << 23) + half)}).to({tl_kind})"
+    return f"expected at most {MOST_PARTS // vectors.per_byte} groups in {size} numbers" if count > MOST_PARTS else None
 
 
 def half_lines(vectors: PackedVectors, targets: list[str], name: str) -> Lines:

@@ -57,7 +57,7 @@ class Parameter:
     Attributes:
         name: as in the source.
         kind: "pointer" (value names an operand, a result or a workspace) or "i32" (value is a size expression).
-        value: an operand name (`x`, `codes`, `out`, `out1` …, a workspace's name) or a size expression.
+        value: an operand name (`x`, `codes`, `out`, `out1` …, `k_tables_0` of a list, a workspace's name) or a size expression.
         dtype: Triton's type of a pointer's elements (`bf16`, `fp16`, `fp32`, `u8`, `i32`, `i64`), or `i32`.
         divisible_by: what the binary assumes of the address in bytes, or of the integer; 1 assumes nothing.
     """
@@ -181,6 +181,11 @@ class Plan:
 
     entries: dict[str, Entry]
     kernels: tuple[str, ...] = ()
+
+
+def item_operand(argument: str, place: int) -> str:
+    """The operand that an item of a list of tensors is to kernels and engines: `k_tables_0`."""
+    return f"{argument}_{place}"
 
 
 class Backend(Protocol):

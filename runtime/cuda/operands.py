@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, dtype
 
+from qcompile.ir.lowered import item_operand
+
 _FIRST_IS_X = {"self": "x", "input": "x", "other": "y"}
 RENAMED: dict[str, dict[str, str]] = {"aten.argmax.default": {"self": "logits"}, "aten.topk.default": {"self": "logits"}}
 """Operator -> schema argument -> operand name, where that is neither its own name nor x (self, input) or y (other)."""
@@ -71,6 +73,13 @@ def bind_arguments(name: str, operator: Callable[..., Any], args: Sequence[Any],
     given = dict(zip(names, args, strict=False)) | dict(kwargs)
     renamed: dict[str, str] = RENAMED.get(name, _FIRST_IS_X)
     return {renamed.get(key, key): value for key, value in given.items()}
+
+
+def named_tensors(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors among arguments by the names of operands: those of a list are `k_tables_0`, `k_tables_1` and so on."""
+    lists = {name: value for name, value in arguments.items() if isinstance(value, list | tuple)}
+    items = {item_operand(name, place): item for name, value in lists.items() for place, item in enumerate(value)}
+    return {name: value for name, value in {**arguments, **items}.items() if isinstance(value, Tensor)}
 
 
 def output_name(index: int) -> str:

@@ -18,7 +18,7 @@ from qcompile.runtime.cuda.driver import Driver
 from qcompile.runtime.cuda.launch import FrozenLaunch, stride_axes
 from qcompile.runtime.cuda.memory import allocate, planned_for
 from qcompile.runtime.cuda.modules import Modules
-from qcompile.runtime.cuda.operands import Operand, bind_arguments, bucket_count, is_dense, local_sizes, output_name
+from qcompile.runtime.cuda.operands import Operand, bind_arguments, bucket_count, is_dense, local_sizes, named_tensors, output_name
 from qcompile.runtime.cuda.steps import Clear, Copy, TorchStep, bind_value, results
 
 Action = Callable[[], None]
@@ -169,7 +169,7 @@ class Program:
     def _bind_kernel(self, step: Step, operator: Callable[..., Any], kernel: Kernel) -> None:
         values = self._operands(step, operator, dict(kernel.layouts))
         sizes = local_sizes(step.operator, values, self.sizes)
-        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        tensors = named_tensors(values)
         for launch in kernel.launches:
             tensors |= self._copies(step, launch, tensors)
         operands = {name: Operand.of(tensor) for name, tensor in tensors.items()} | self._workspaces(kernel, sizes)

@@ -15,6 +15,7 @@ from qcompile.ir.layouts import apply_layout
 from qcompile.ir.lowered import KernelSpec
 from qcompile.ir.size import evaluate
 from qcompile.passes.base import PassContext
+from qcompile.passes.calibration import make_calibration
 from qcompile.passes.manager import run_pipeline
 from qcompile.passes.pipelines import default_pipeline
 from qcompile.runtime.artifact import ArtifactContents
@@ -37,7 +38,9 @@ def small_llama(target: str, max_context: int) -> ArtifactContents:
     goal = parse_target(target)
     model = tiny("llama", hidden_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=64, intermediate_size=192)
     loaded = frontend.load(model)
-    ctx = PassContext(goal, backend_for(goal), max_batch=4, max_context=max_context, prefill_chunk=16)
+    tokens = torch.randint(0, 100, (4, 64), generator=torch.Generator().manual_seed(1))
+    calibration = make_calibration(tokens, loaded.assets)
+    ctx = PassContext(goal, backend_for(goal), max_batch=4, max_context=max_context, prefill_chunk=16, calibration=calibration)
     run_pipeline(loaded.graph, default_pipeline(goal), ctx)
     kernels, binaries = build(ctx.products["kernels"], goal)
     return ArtifactContents(loaded.graph, ctx.products["plan"], kernels, binaries, loaded.assets, str(goal), "")

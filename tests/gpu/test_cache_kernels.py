@@ -12,7 +12,8 @@ from tests.codegen.triton.interpreted.settled_layer import Layer, chunk_position
 from tests.gpu.launching import architecture_at_hand, run_from_cpu, small_llama
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU with a driver")]
-FORMATS = ["kv", "kv16", "kv8", "kvfp8", "kv4", "kv4-token", "kv4-kivi", "kv2-kivi"]
+CALIBRATED = ("kv4-block",)
+FORMATS = ["kv", "kv16", "kv8", "kvfp8", "kv4", "kv4-token", "kv4-kivi", "kv2-kivi", *CALIBRATED]
 """Those that kernels serve."""
 PROMPTS = [list(range(3, 75)), [40, 41, 42], [7]]
 """The first has settled in part when it has been read, the others settle while they are decoded."""

@@ -24,6 +24,17 @@ def operands(size: int, k_form: str, v_form: str) -> tuple[list[Tensor], list[Te
     return pages, [torch.randn(2, 2, 5, size, generator=generator).bfloat16() for _ in range(2)]
 
 
+def test_tables_go_to_the_forms_that_have_them() -> None:
+    forms = ("bfp4 g4 sorted", "int8 sym")
+    pages, (k, v) = operands(8, *forms)
+    order = [torch.tensor([[5, 2, 7, 0, 1, 3, 4, 6], [0, 3, 1, 2, 6, 5, 4, 7]], dtype=torch.uint8)]
+    expected = cache_append(*pages, pack_vectors(k, forms[0], order), pack_vectors(v, forms[1]), TABLE, POSITIONS)
+    got = append_packed(*pages, k, v, TABLE, POSITIONS, *forms, k_tables=order)
+    assert all(map(torch.equal, got, expected))
+    torch.ops.qcompile.append_packed_(*pages, k, v, TABLE, POSITIONS, *forms, k_tables=order)
+    assert all(map(torch.equal, pages, expected))
+
+
 @pytest.mark.parametrize(("size", "rotated"), [(8, 0), (8, 8), (8, 4), (12, 12)])
 def test_it_is_rotating_packing_and_appending(size: int, rotated: int) -> None:
     k_form, v_form = "int4 g4 asym", "fp8"

@@ -15,7 +15,9 @@ from qcompile.codegen.triton.tiles import ARCHITECTURES
 from qcompile.frontend import load
 from qcompile.ir.graph import Graph
 from qcompile.ir.memory import buffers_in
+from qcompile.ir.records import Assets
 from qcompile.passes.base import PassContext
+from qcompile.passes.calibration import make_calibration
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.fuse_cache_append import FuseCacheAppend
 from qcompile.passes.lower_to_kernels import LowerToKernels
@@ -33,8 +35,9 @@ qcompile = torch.ops.qcompile
 HEADS = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
-FORMS = {"kv8": "int8 g64 sym", "kvfp8": "fp8 sym", "kv4": "int4 g64 asym"}
+FORMS = {"kv8": "int8 g64 sym", "kvfp8": "fp8 sym", "kv4": "int4 g64 asym", "kv4-block": "bfp4 g16 sorted"}
 """Each token packed as it comes."""
+CALIBRATION = make_calibration(torch.randint(0, 100, (4, 32), generator=torch.Generator().manual_seed(1)), Assets())
 
 
 def target_for(name: str, arch: str = "sm90") -> Target:
@@ -51,14 +54,14 @@ def prepared(name: str, head_dim: int = 16) -> Graph:
     graph = load(tiny("llama", **HEADS, head_dim=head_dim)).graph
     pipeline = default_pipeline(goal, "best", calibrated=False)
     names_of = [step.name for step in pipeline]
-    run_pipeline(graph, pipeline[: names_of.index("fuse-cache-append")], PassContext(goal, backend_for(goal)))
+    run_pipeline(graph, pipeline[: names_of.index("fuse-cache-append")], PassContext(goal, backend_for(goal), calibration=CALIBRATION))
     return graph
 
 
 def lowered(name: str, arch: str) -> PassContext:
     """What the prepared graph gives on a GPU from this pass on."""
     goal = target_for(name, arch)
-    ctx = PassContext(goal, backend_for(goal))
+    ctx = PassContext(goal, backend_for(goal), calibration=CALIBRATION)
     run_pipeline(prepared(name).clone(), [FuseCacheAppend(), LowerToKernels(), PlanMemory()], ctx)
     return ctx
 
@@ -95,6 +98,29 @@ def test_a_rotation_with_a_matrix_stays_outside() -> None:
     assert all(map(torch.equal, before, appended(graph)))
 
 
+def test_tables_go_along() -> None:
+    graph = prepared("kv4-block", 32).clone()
+    before = appended(graph)
+    changed, _, after = fused(graph)
+    graph.verify()
+    assert changed
+    assert (after["append_packed"], after["cache_append"], after["pack_vectors"]) == (2, 0, 0)
+    assert all(map(torch.equal, before, appended(graph)))
+    for append, attend in zip(graph.calls(qcompile.append_packed.default), graph.calls(qcompile.cache_attend_packed.default), strict=True):
+        tables = {name: list(append.kwargs[name]) for name in ("k_tables", "v_tables")}  # type: ignore[call-overload]
+        assert tables == {name: list(attend.kwargs[name]) for name in tables}  # type: ignore[call-overload]
+
+
+def test_a_rotation_before_a_form_with_tables_stays_outside() -> None:
+    graph = prepared("kv4", 32).clone()
+    packed: Any = graph.calls(qcompile.cache_append.default)[0].args[2]
+    order = graph.add_constant("order", torch.randperm(32).expand(2, 32).to(torch.uint8).contiguous(), source=packed)
+    packed.args = (packed.args[0], "bfp4 g16 sorted", [order])
+    _, _, after = fused(graph)
+    assert (after["append_packed"], after["hadamard"]) == (2, 3)
+    assert graph.calls(qcompile.append_packed.default)[0].args[2].target is qcompile.hadamard.default  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("shared", ["pack_vectors", "hadamard"])
 def test_what_something_else_reads_too_stays(shared: str) -> None:
     graph = prepared("kv4").clone()
@@ -124,7 +150,7 @@ def test_packed_caches_have_kernels_on_every_gpu(cache: str) -> None:
     for arch in ARCHITECTURES:
         rows = [row for row in lowered(cache, arch).coverage if row.operator in ("append_packed", "cache_attend_packed")]
         assert Counter(row.operator for row in rows) == {"append_packed": 2, "cache_attend_packed": 2}
-        assert [row.reason for row in rows] == [""] * 4
+        assert [row.reason for row in rows] == [""] * 4, arch
         assert {row.format for row in rows if row.operator == "append_packed"} == {str(vector_format(FORMS[cache]))}
         assert all(row.kernel.startswith(row.operator) for row in rows)
 

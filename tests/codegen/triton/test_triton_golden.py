@@ -31,6 +31,8 @@ CASES: dict[str, tuple[str, KernelSpec]] = {
     "append": ("sm90", specs.append(3, 64)),
     "decode": ("sm90", specs.attend(9, 3, 64, "m1")),
     "decode_packed": ("sm90", cache_specs.attend_packed(9, 3, 64, "m1")),
+    "decode_block": ("sm90", cache_specs.attend_packed(9, 3, 64, "m1", cache_specs.SORTED, cache_specs.BLOCK)),
+    "append_block": ("sm90", cache_specs.append_packed(3, 64, cache_specs.SORTED, cache_specs.BLOCK)),
     "append_packed": ("sm90", cache_specs.append_packed(3, 64, cache_specs.KV4, cache_specs.KVFP8, rotated=64)),
     "prefill_window_softcap_sinks": ("sm100", specs.attend(8, 4, 96, "m64", window=512, softcap=50.0, sinks="bf16")),
     "with_recent": ("sm90", settled_specs.with_recent(3, 64)),

@@ -141,6 +141,29 @@ def test_attention_over_the_cache_is_chosen_by_tokens_per_sequence(stub: Stub, d
     assert second == (2, 16, 7, 84, 4, 12)
 
 
+def test_tensors_of_a_list_are_operands_of_their_own(stub: Stub, driver: Driver) -> None:
+    orders = {name: torch.randperm(4).to(torch.uint8).view(1, 4) for name in ("of_keys", "of_values")}
+    pointers = [pointer(name, "u8") for name in ("keys", "k_tables_0", "v_tables_0")]
+    kernels = {"append": kernel("append", "append_packed_", launch("append", *pointers, integer("tokens", "sequence")))}
+    new = ("batch", 1, "sequence", 4)
+    buffers = [
+        *(buffer(name, "state", ("pages", 1, "page_tokens", 4), "uint8") for name in ("keys_0", "values_0")),
+        *(buffer(name, "input", new) for name in ("k", "v")),
+        buffer("t", "input", ("batch", "pages_per_sequence"), "int32"),
+        buffer("p", "input", ("batch", "sequence"), "int64"),
+        *(buffer(name, "constant", (1, 4), "uint8") for name in orders),
+    ]
+    call = step("qcompile.append_packed_.default", "keys_0", "values_0", "k", "v", "t", "p", kernels={"": "append"})
+    tables = {"k_tables": [{"buffer": "of_keys"}], "v_tables": [{"buffer": "of_values"}]}
+    call = replace(call, args=(*call.args, "bfp4 g2 sorted", "bfp4 g2 sorted"), kwargs=tables)
+    states = {name: torch.zeros(5, 1, 16, 4, dtype=torch.uint8) for name in ("keys_0", "values_0")}
+    made, _ = context(driver, kernels, orders)
+    sizes = {"batch": 2, "sequence": 3, "pages": 5, "pages_per_sequence": 2, "page_tokens": 16}
+    Program(made, entry(buffers, [call], ()), sizes, states).run()
+    addresses = [states["keys_0"].data_ptr(), *(made.constants.get(name).data_ptr() for name in orders)]
+    assert struct.unpack_from("<3Qi", stub.calls("cuLaunchKernel")[0].packed) == (*addresses, 3)
+
+
 def test_a_layout_is_applied_once_and_the_stored_form_is_not_uploaded(stub: Stub, driver: Driver) -> None:
     codes = torch.randint(0, 255, (8, 64), dtype=torch.uint8)
     reads: list[str] = []
