@@ -119,9 +119,12 @@ def number_lines(vectors: BlockVectors, part: Part, name: str, kind: str) -> Lin
 
 
 def place_lines(part: Part, target: str, name: str, order: str, there: str) -> Lines:
-    """`target`, the channel that stands at the place of each lane of a part, by the table at the pointer `order`."""
+    """`target`, the channel that stands at the place of each lane of a part, by the table at the pointer `order`.
+
+    Tables come with an artifact: the remainder keeps a wrong one within the head.
+    """
     mask = f", mask={there}, other=0" if there else ""
-    return [f"{target} = tl.load({order} + head * D + {channel(part, name)}{mask}).to(tl.int32)"]
+    return [f"{target} = tl.load({order} + head * D + {channel(part, name)}{mask}).to(tl.int32) % D"]
 
 
 def block_keys(vectors: BlockVectors, kind: str, order: str, name: str = "key", source: str = "keys") -> KeyTile:

@@ -43,7 +43,7 @@ def numbers_of(spec: KernelSpec) -> dict[str, tuple[int | float, str]]:
 def vector_lines(name: str, source: str, order: str = "") -> Lines:
     """The vector of the program's token and head, float32, its channels by the table `order` where there is one."""
     at = " + ".join(f"{index} * {source}_stride_{place}" for place, index in enumerate(("batch", "head", "token")))
-    ordered = [f"{name}_channel = tl.load({order} + head * D + dim, mask=dim < D, other=0).to(tl.int32)"] if order else []
+    ordered = [f"{name}_channel = tl.load({order} + head * D + dim, mask=dim < D, other=0).to(tl.int32) % D"] if order else []
     place = f"{name}_channel" if order else "dim"
     return [*ordered, f"{name} = tl.load({source} + {at} + {place}, mask=dim < D, other=0.0).to(tl.float32)"]
 
