@@ -165,7 +165,7 @@ def measure(entry: Entry, model: Path, calibration: Path | None, reference: Floa
 def form(layers: Sequence[CacheLayer]) -> str:
     """Formats of keys and values, run by run of equal layers."""
     runs = [(name, _form(layer)) for name, layer in folded(layers)]
-    if len(runs) == 1:
+    if len({text for _, text in runs}) == 1:
         return runs[0][1]
     left_out = [f"and {len(runs) - _RUNS} more"] if len(runs) > _RUNS else []
     return "; ".join([*(f"{name}: {text}" for name, text in runs[:_RUNS]), *left_out])
