@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from qcompile.errors import SourceError
 from qcompile.ir.graph import Graph
+from qcompile.passes.cache_tables import ATTEND_OPTIONS, option
 from qcompile.passes.calibration import Calibration, batches
 from qcompile.quant.cache_format import CacheFormat, Pair
 from qcompile.quant.vector_format import vector_format
@@ -19,12 +20,6 @@ aten = torch.ops.aten
 qcompile = torch.ops.qcompile
 _LOGITS_AT_ONCE = 1 << 27
 """Numbers: half a GiB."""
-_OPTIONS = ((5, "scale", 1.0), (7, "window", 0), (8, "softcap", 0.0), (9, "sinks", None))
-
-
-def option(node: fx.Node, index: int, name: str, default: Any) -> Any:
-    """An argument of a call by place or by name."""
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
 def losses(
@@ -75,7 +70,7 @@ def _run_to(graph: Graph, wanted: Sequence[Any], leaves: Sequence[Tensor]) -> li
 
 def _attend(node: fx.Node, q: Tensor, k: Tensor, v: Tensor, cache: CacheFormat, pair: Pair | None, graph: Graph) -> Tensor:
     """What the attention gives over a cache whose tokens have settled in these forms; without forms, exactly."""
-    scale, window, softcap, sinks = (option(node, place, name, default) for place, name, default in _OPTIONS)
+    scale, window, softcap, sinks = (option(node, place, name, default) for place, name, default in ATTEND_OPTIONS)
     constant = graph.constant(sinks)
     options = (scale, window, softcap, None if constant is None else constant.materialize())
     if pair is None:
@@ -112,8 +107,8 @@ def _divergences(graph: Graph, layers: Sequence[fx.Node], errors: Sequence[Tenso
         for row, layer in enumerate(part):
             _disturb(program, named[layers[layer].name], errors[layer], row + 1, len(part) + 1)
         (results,) = program.run([leaf.expand(len(part) + 1, *leaf.shape[1:]).contiguous() for leaf in leaves])
-        log = results.log_softmax(-1)
-        found += [(log[0].exp() * (log[0] - other)).sum(-1).mean().double().clamp(min=0) for other in log[1:]]
+        exact = results[0].double().log_softmax(-1)
+        found += [(exact.exp() * (exact - other.double().log_softmax(-1))).sum(-1).mean().clamp(min=0) for other in results[1:]]
     return torch.stack(found)
 
 

@@ -25,20 +25,30 @@ _VIEWS = (
     aten.contiguous.default,
     aten.view.default,
 )
+ATTEND_OPTIONS = ((5, "scale", 1.0), (7, "window", 0), (8, "softcap", 0.0), (9, "sinks", None))
+"""What attention over a cache takes over from attention without one: place, name, default."""
 _UNUSUAL = 8.0
 """Tokens of so many times the median norm are attention sinks, which caches of few bits keep as they came: tables ignore them."""
 
 
 @dataclass(frozen=True)
 class CachedPair:
-    """The keys and values [B, L, S, D] of one attention as they are stored, its queries [B, H, S, D], and the forms of both as text."""
+    """The keys and values [B, L, S, D] of one attention as they are stored, its queries [B, H, S, D], and the forms of both as text.
+
+    Without forms they are stored as numbers.
+    """
 
     attention: fx.Node
     queries: fx.Node
     keys: fx.Node
     values: fx.Node
-    forms: tuple[str, str]
+    forms: tuple[str, ...]
     before_positions: bool
+
+
+def option(node: fx.Node, index: int, name: str, default: Any) -> Any:
+    """An argument of a call by place or by name."""
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
 def make_tables(graph: Graph, pairs: Sequence[CachedPair], ctx: PassContext) -> list[tuple[list[fx.Node], list[fx.Node]]]:

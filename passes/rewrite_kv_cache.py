@@ -17,7 +17,7 @@ from qcompile.ir.structure import template_of
 from qcompile.ir.verify import where
 from qcompile.passes.assign_kv_formats import assigned_forms
 from qcompile.passes.base import Pass, PassContext
-from qcompile.passes.cache_tables import CachedPair, make_tables
+from qcompile.passes.cache_tables import ATTEND_OPTIONS, CachedPair, make_tables, option
 from qcompile.passes.rematerialize_kv import Rematerialized, plan_rematerialized
 from qcompile.quant.cache_format import CacheFormat
 from qcompile.quant.vector_format import vector_format
@@ -68,17 +68,13 @@ class RewriteKvCache(Pass):
         return True
 
 
-def _option(node: fx.Node, index: int, name: str, default: Any) -> Any:
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
-
-
 def _require_cacheable(node: fx.Node) -> None:
-    if not _option(node, 6, "causal", False):
+    if not option(node, 6, "causal", False):
         raise UnsupportedModelError(
             f"rewrite-kv-cache: {where(node)}: expected causal attention in a language model, got attention in both "
             "directions; compile the module with example_inputs instead"
         )
-    if _option(node, 4, "bias", None) is not None:
+    if option(node, 4, "bias", None) is not None:
         raise UnsupportedModelError(
             f"rewrite-kv-cache: {where(node)}: expected causal, window and padding masks only, got an additive bias; such a "
             "cache is not served yet, use a target on the module with example_inputs"
@@ -127,8 +123,7 @@ def _stored_pair(attention: fx.Node, index: int, cache: CacheFormat) -> CachedPa
     assert isinstance(queries, fx.Node)
     assert isinstance(keys, fx.Node)
     assert isinstance(values, fx.Node)
-    forms = assigned_forms(attention) or cache.forms(index) or ("int8", "int8")  # a cache of numbers has no forms, and asks for no tables
-    return CachedPair(attention, queries, keys, values, (forms[0], forms[1]), cache.before_positions)
+    return CachedPair(attention, queries, keys, values, assigned_forms(attention) or cache.forms(index), cache.before_positions)
 
 
 def _turning(attention: fx.Node) -> fx.Node:
@@ -175,7 +170,7 @@ class _Layer:
 
     def rewrite(self, ctx: PassContext) -> States:
         """Let the attention read the cache; what it is stored in, by name, as it is afterwards."""
-        options = tuple(_option(self.node, place, name, default) for place, name, default in _ATTEND_OPTIONS)
+        options = tuple(option(self.node, place, name, default) for place, name, default in ATTEND_OPTIONS)
         if isinstance(self.made, Rematerialized):
             (attend, args, states), on_read = self.sources(self.made), self.made.on_read()
         elif self.shared.cache.is_ranked:
@@ -222,7 +217,7 @@ class _Layer:
     def stored(self) -> tuple[Any, tuple[Any, ...], States]:
         """Every token goes into the pages as it comes, packed or not: the operator that attends, its first arguments, the new states."""
         k, v = self.pair.keys, self.pair.values
-        forms = self.pair.forms if self.shared.cache.is_packed else ()
+        forms = self.pair.forms
         if forms:
             k, v = (
                 self._call(qcompile.pack_vectors.default, part, form, *_given(tables))
@@ -280,9 +275,6 @@ class _Layer:
 def _given(tables: list[fx.Node]) -> tuple[list[fx.Node], ...]:
     """As the last argument; none where there are no tables."""
     return (tables,) if tables else ()
-
-
-_ATTEND_OPTIONS = ((5, "scale", 1.0), (7, "window", 0), (8, "softcap", 0.0), (9, "sinks", None))
 
 
 def _replace_positions(graph: Graph, positions: fx.Node) -> None:
