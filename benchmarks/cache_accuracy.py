@@ -16,7 +16,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import qcompile
 from benchmarks.accuracy import run_json
 from benchmarks.accuracy_model import write_directory
 from benchmarks.accuracy_peers import read
-from benchmarks.cache_figure import KL, draw
+from benchmarks.cache_figure import KL, Measure, draw
 from benchmarks.cache_peers import PEERS
 from benchmarks.cache_scores import FloatModel, score
 from qcompile.compiled import CompiledModel
@@ -89,14 +89,21 @@ def _value(text: str) -> Any:
 def main() -> None:
     """Measure what was asked for, or show what was measured."""
     options = _options()
+    tell(options, HEADER, line, KL, _measured(options))
+
+
+def tell(
+    options: argparse.Namespace, header: str, line: Callable[[Mapping[str, Any]], str], measure: Measure, measured: Iterable[dict[str, Any]]
+) -> None:  # fmt: skip
+    """Show the rows of a file and draw them by `measure`, or print and keep each row as soon as it is measured."""
     if options.rows is not None:
         rows = read_rows(options.rows)
-        print("\n".join(untimed(text) for text in (*HEADER.split("\n"), *map(line, rows))))
+        print("\n".join(untimed(text) for text in (*header.split("\n"), *map(line, rows))))
         if options.figure is not None:
-            options.figure.write_text(draw(rows, KL), encoding="utf-8")
+            options.figure.write_text(draw(rows, measure), encoding="utf-8")
         return
-    print(HEADER, flush=True)
-    for row in _measured(options):
+    print(header, flush=True)
+    for row in measured:
         print(line(row), flush=True)
         append(options.out, row)
 

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from benchmarks.cache_accuracy import Entry, append, form, format_of, read_rows, untimed
-from benchmarks.cache_figure import RECALL, draw
+from benchmarks.cache_accuracy import Entry, form, format_of, tell
+from benchmarks.cache_figure import RECALL
 from qcompile.errors import QCompileError
 from qcompile.evaluation import LogitsFunction, logits_of, tokenizer_of
 from qcompile.frontend.pinned import smollm2_path
@@ -131,16 +131,7 @@ def line(row: Mapping[str, Any]) -> str:
 def main() -> None:
     """Ask every format, or show what was found."""
     options = _options()
-    if options.rows is not None:
-        rows = read_rows(options.rows)
-        print("\n".join(untimed(text) for text in (*HEADER.split("\n"), *map(line, rows))))
-        if options.figure is not None:
-            options.figure.write_text(draw(rows, RECALL), encoding="utf-8")
-        return
-    print(HEADER, flush=True)
-    for row in _measured(options):
-        print(line(row), flush=True)
-        append(options.out, row)
+    tell(options, HEADER, line, RECALL, _measured(options))
 
 
 def _measured(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
