@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
-from qcompile.errors import UnsupportedModelError
+from qcompile.errors import FormatError, UnsupportedModelError
 from qcompile.ir.graph import CACHE_STATES, Graph, Interface
 from qcompile.ir.ranked_ops import marks_width
 from qcompile.ir.structure import template_of
@@ -55,6 +55,7 @@ class RewriteKvCache(Pass):
         for node in layers:
             _require_cacheable(node)
         cache = ctx.target.scheme.cache
+        _require_room(cache, ctx.max_context)
         pairs = [_stored_pair(node, index, cache) for index, node in enumerate(layers)]
         made = plan_rematerialized(graph, layers, ctx) if cache.rematerialized else [""] * len(layers)
         tables = make_tables(graph, pairs, ctx)  # before inputs change: the data is that of a model without a cache
@@ -66,6 +67,17 @@ class RewriteKvCache(Pass):
         _new_interface(graph, states)
         graph.remove_dead()
         return True
+
+
+def _require_room(cache: CacheFormat, tokens: int) -> None:
+    """A cache that packs nothing would take more room than one of numbers."""
+    policy = cache.retention
+    if cache.is_packed and policy.settled(tokens) <= policy.first:
+        raise FormatError(
+            f"rewrite-kv-cache: cache {cache.name}: expected max_context of at least {policy.first + policy.recent + policy.group}, got "
+            f"{tokens}, in which no token would be packed: the first {policy.first} and the last {policy.recent} stay in 16 bits, and "
+            f"{policy.group} are packed at once; raise it, lower cache_sinks or cache_window, or choose kv16 or kv8"
+        )
 
 
 def _require_cacheable(node: fx.Node) -> None:

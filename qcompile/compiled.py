@@ -73,7 +73,7 @@ class CompiledModel:
 
     @property
     def target(self) -> Target:
-        """What it was compiled for."""
+        """The preset it was compiled for; what options changed shows in `cache_layers`, `coverage` and `pipeline`."""
         return parse_target(self.contents.target)
 
     @property

@@ -11,7 +11,7 @@ from typing import Any, Unpack
 from qcompile import frontend
 from qcompile.codegen.select import backend_for, build
 from qcompile.compiled import CompiledModel
-from qcompile.errors import CoverageError
+from qcompile.errors import CapacityError, CoverageError
 from qcompile.ir.lowered import Instrument
 from qcompile.ir.records import CoverageRow
 from qcompile.passes.base import Pass, PassContext
@@ -47,6 +47,7 @@ def compile(  # noqa: A001  the name is the product's
     max_seq_length: int | None = None,
     max_batch: int = 1,
     max_context: int | None = None,
+    prefill_chunk: int = 512,
     kv_bytes: int | None = None,
     page_tokens: int | None = None,
     fuel: int | None = None,
@@ -76,6 +77,7 @@ def compile(  # noqa: A001  the name is the product's
         max_seq_length: tokens of a window at most; by default those of an array, 512 of text.
         max_batch: sequences that plans and caches are made for.
         max_context: tokens per sequence that the cache holds; by default what the model was made for, at most 2048.
+        prefill_chunk: tokens of a prompt that are read at once at most; the memory of intermediates grows with it.
         kv_bytes: size of the cache in bytes, page tables included, whose pages sequences of any lengths share.
         page_tokens: tokens of a page of the cache, rounded up to whole groups of its format.
         fuel: stop after this many rewrites, to find a wrong one by bisection.
@@ -112,6 +114,8 @@ def compile(  # noqa: A001  the name is the product's
         QCompileError: one subclass per kind of mistake (`qcompile.errors`); nothing is half-written.
     """
     goal = _goal(target, scheme, options)
+    if prefill_chunk < 1:
+        raise CapacityError(f"prefill_chunk={prefill_chunk}: expected at least one token; leave it out for 512")
     choose_passes(goal, recipe, passes, disable)  # a wrong pipeline is an error before a model is read
     loaded = frontend.load(
         model, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, revision=revision, trust_remote_code=trust_remote_code
@@ -120,7 +124,9 @@ def compile(  # noqa: A001  the name is the product's
     calibrated = calibration is not None or (loaded.graph.interface.kind == "causal_lm" and "tokenizer.json" in loaded.assets.files)
     pipeline = choose_passes(goal, recipe, passes, disable, calibrated=calibrated)
     context = max_context or min(loaded.assets.max_positions or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
-    ctx = PassContext(goal, backend_for(goal), max_batch, context, min(context, 512), fuel, calibration=data, work=WorkStore(program_key()))
+    ctx = PassContext(
+        goal, backend_for(goal), max_batch, context, min(context, prefill_chunk), fuel, calibration=data, work=WorkStore(program_key())
+    )
     writer = _dump_instruments(dump or os.environ.get("QCOMPILE_DUMP"))
     wants_check = check if check is not None else os.environ.get("QCOMPILE_CHECK") == "1"
     with _progress(instruments) as ctx.report:

@@ -235,6 +235,8 @@ def test_strict_accepts_choices_and_refuses_what_had_to_be_left_alone() -> None:
     ({"target": "cpu-fp32", "group_size": 64}, FormatError, "scheme fp32: expected quantized weights for group_size"),
     ({"target": "cpu-int4", "activation_static": True}, FormatError, "expected quantized activations for activation_static"),
     ({"target": "cpu-w8a8", "activation_clip": 2.0}, FormatError, "clip=2.0: expected a share of the range"),
+    ({"target": "cpu-fp32-kv4", "max_context": 95}, FormatError, "cache kv4: expected max_context of at least 96, got 95"),
+    ({"target": "cpu-fp32", "prefill_chunk": 0}, CapacityError, "prefill_chunk=0: expected at least one token"),
     ({"target": "cpu-int4", "weight_format": "int4"}, FormatError, "expected a format like 'int4 g64 sym fp16', got 'int4'"),
     ({"target": "cpu-int4", "ignore": "down_proj"}, OptionError, "ignore='down_proj': expected a list of names"),
     ({"target": "cpu-int4", "recipes": "best"}, OptionError, "option 'recipes': expected a parameter of the function, or one of weight"),

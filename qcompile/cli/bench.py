@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 import qcompile
-from qcompile.cli.output import ContextOption, EngineOption, JsonOption, NativeOption, emit
+from qcompile.cli.output import BytesOption, ContextOption, EngineOption, JsonOption, NativeOption, PageOption, emit
 from qcompile.dump.tables import readable, value_table
 
 
@@ -19,6 +19,8 @@ def bench(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's.")] = None,
     engine: EngineOption = None,
     max_context: ContextOption = None,
+    kv_bytes: BytesOption = None,
+    page_tokens: PageOption = None,
     allow_native: NativeOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -29,7 +31,9 @@ def bench(
         import torch
 
         torch.set_num_threads(threads)
-    model = qcompile.load(artifact, engine=engine, max_context=max_context, allow_native=allow_native)
+    model = qcompile.load(
+        artifact, engine=engine, max_context=max_context, kv_bytes=kv_bytes, page_tokens=page_tokens, allow_native=allow_native
+    )
     values: dict[str, Any] = {"target": str(model.target), **speed(model, prompt_tokens=prompt_tokens, new_tokens=new_tokens)}
     values |= {"peak_memory_bytes": peak_memory(), "weight_bytes": model.weight_bytes, "bits_per_weight": model.bits_per_weight}
     emit(values, [value_table(readable(values))], as_json=as_json)

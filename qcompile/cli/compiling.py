@@ -84,6 +84,7 @@ def compile_model(
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with a checkpoint.")] = False,
     max_batch: Annotated[int, typer.Option(help="Sequences that plans and caches are made for.")] = 1,
     max_context: Annotated[int | None, typer.Option(help="Tokens per sequence that the cache holds.")] = None,
+    prefill_chunk: Annotated[int, typer.Option(min=1, help="Tokens of a prompt that are read at once at most.")] = 512,
     as_json: JsonOption = False,
 ) -> None:
     """Compile MODEL for a target into a self-contained artifact."""
@@ -103,7 +104,7 @@ def compile_model(
             cache_before_positions=cache_before_positions, cache_bits=cache_bits,
             calibration=None if calibration is None else Path(calibration),
             num_calibration_samples=num_calibration_samples, max_seq_length=max_seq_length, max_batch=max_batch, max_context=max_context,
-            revision=revision, trust_remote_code=trust_remote_code, instruments=[StatusInstrument(status)],
+            prefill_chunk=prefill_chunk, revision=revision, trust_remote_code=trust_remote_code, instruments=[StatusInstrument(status)],
         )  # fmt: skip
         status.update(f"writing {out}")
         compiled.save(out, overwrite=overwrite)

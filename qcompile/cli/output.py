@@ -16,6 +16,8 @@ _PIPE_WIDTH = 160
 
 EngineOption = Annotated[str | None, typer.Option("--engine", help="Engine in place of the target's own, such as reference.")]
 ContextOption = Annotated[int | None, typer.Option("--max-context", min=1, help="Tokens that the cache holds; default: at most 2048.")]
+BytesOption = Annotated[int | None, typer.Option("--kv-bytes", min=1, help="Bytes of the cache; default: room for --max-context tokens.")]
+PageOption = Annotated[int | None, typer.Option("--page-tokens", min=1, help="Tokens of a page of the cache.")]
 NativeOption = Annotated[bool, typer.Option("--allow-native", help="Run kernels that were not built on this machine.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
 

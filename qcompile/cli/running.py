@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import qcompile
-from qcompile.cli.output import ContextOption, EngineOption, NativeOption
+from qcompile.cli.output import BytesOption, ContextOption, EngineOption, NativeOption, PageOption
 
 
 def run(
@@ -25,10 +25,14 @@ def run(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
     engine: EngineOption = None,
     max_context: ContextOption = None,
+    kv_bytes: BytesOption = None,
+    page_tokens: PageOption = None,
     allow_native: NativeOption = False,
 ) -> None:
     """Generate text from an artifact, printed as it comes."""
-    model = qcompile.load(artifact, engine=engine, max_context=max_context, allow_native=allow_native)
+    model = qcompile.load(
+        artifact, engine=engine, max_context=max_context, kv_bytes=kv_bytes, page_tokens=page_tokens, allow_native=allow_native
+    )
     content = [{"role": "user", "content": prompt}] if chat else prompt
     pieces = model.generate(
         content, max_new_tokens=count, stream=True, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,

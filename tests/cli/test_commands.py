@@ -29,7 +29,7 @@ def test_compile_hands_every_option_on(model: FakeModel, invoke: Invoke, tmp_pat
         "--max-context", "64", "--calibration", "c.npy", "--num-calibration-samples", "5", "--max-seq-length", "7",
         "--weight-format", "nf4 g36 sym int8", "--activation-group-size", "-1", "--activation-asymmetric", "--activation-static",
         "--activation-clip", "0.9", "--cache-keys", "int4 t32", "--cache-values", "int4", "--cache-sinks", "3", "--cache-window", "16",
-        "--cache-before-positions", "--cache-bits", "3.5",
+        "--cache-before-positions", "--cache-bits", "3.5", "--prefill-chunk", "96",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     instruments = model.asked.pop("instruments")
@@ -40,7 +40,7 @@ def test_compile_hands_every_option_on(model: FakeModel, invoke: Invoke, tmp_pat
         "max_context": 64, "revision": "v1", "trust_remote_code": True, "weight_format": "nf4 g36 sym int8", "activation_group_size": -1,
         "activation_symmetric": False, "activation_static": True, "activation_clip": 0.9,
         "cache_keys": "int4 t32", "cache_values": "int4", "cache_sinks": 3, "cache_window": 16,
-        "cache_before_positions": True, "cache_bits": 3.5,
+        "cache_before_positions": True, "cache_bits": 3.5, "prefill_chunk": 96,
     }  # fmt: skip
     assert [type(item).__name__ for item in instruments] == ["StatusInstrument"]
     assert (tmp_path / "out" / "manifest.json").exists()
@@ -77,11 +77,12 @@ def test_status_is_quiet_in_a_pipe(model: FakeModel, invoke: Invoke, tmp_path: P
 
 
 def test_run_streams_text(model: FakeModel, invoke: Invoke) -> None:
-    options = ("-n", "5", "--temperature", "0.5", "--stop", "x", "--engine", "reference", "--max-context", "64", "--allow-native")
+    engine = ("--engine", "reference", "--kv-bytes", "4096", "--page-tokens", "8", "--allow-native")
+    options = ("-n", "5", "--temperature", "0.5", "--stop", "x", *engine)
     result = invoke("run", "out", "--prompt", "The capital of France is", *options)
     assert result.stdout == "Paris\n"
     assert model.asked == {
-        "arguments": (Path("out"),), "engine": "reference", "max_context": 64, "allow_native": True,
+        "arguments": (Path("out"),), "engine": "reference", "max_context": None, "kv_bytes": 4096, "page_tokens": 8, "allow_native": True,
         "prompt": "The capital of France is", "max_new_tokens": 5, "stream": True,
         "temperature": 0.5, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": None, "stop": ("x",),
     }  # fmt: skip

@@ -88,4 +88,4 @@ def test_each_layer_says_its_forms_and_the_budget_holds() -> None:
 
 def test_text_in_which_nothing_settles_is_refused() -> None:
     with pytest.raises(SourceError, match=r"windows of at least 36 tokens, in which a group settles, got 20"):
-        qcompile.compile(tiny("llama"), "cpu-fp32-kv-mixed", calibration=CALIBRATION[:, :20], max_context=64, cache_bits=7.0)
+        qcompile.compile(tiny("llama"), "cpu-fp32-kv-mixed", calibration=CALIBRATION[:, :20], max_context=128, cache_bits=7.0)

@@ -25,7 +25,7 @@ WIDE = {"hidden_size": 256, "head_dim": 64}
 
 
 def compiled(model: nn.Module, target: str, **options: str) -> CompiledModel:
-    return qcompile.compile(model, target, calibration=CALIBRATION, max_context=64, max_batch=2, **options)
+    return qcompile.compile(model, target, calibration=CALIBRATION, max_context=128, max_batch=2, **options)
 
 
 def logits(model: CompiledModel) -> Tensor:

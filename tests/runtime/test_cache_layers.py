@@ -16,7 +16,7 @@ LAYER = CacheLayer(0, "int4 g64 asym", "int4 g64 asym", 0, 0, 128, 72, 0, 0, "re
 
 def test_bytes_are_those_of_the_formula() -> None:
     """Two heads of 8: 32 keys of a channel share 4 bytes, a value of a head has its own; 4 + 32 + 31 rows of 16 bits."""
-    compiled = qcompile.compile(tiny("llama"), "cpu-fp32-kv4-kivi", max_context=64)
+    compiled = qcompile.compile(tiny("llama"), "cpu-fp32-kv4-kivi", max_context=128)
     first, second = compiled.cache_layers
     assert second == replace(first, layer=1)
     assert (first.keys, first.values, first.sinks, first.window) == ("int4 t32 asym", "int4 g32 asym", 4, 32)
@@ -29,7 +29,7 @@ def test_bytes_are_those_of_the_formula() -> None:
 
 def test_options_of_the_cache_reach_it() -> None:
     options = {"cache_keys": "int3 t16 asym", "cache_values": "int2", "cache_sinks": 2, "cache_window": 48}
-    layer = qcompile.compile(tiny("llama"), "cpu-fp32-kv4-kivi", max_context=64, **options).cache_layers[1]
+    layer = qcompile.compile(tiny("llama"), "cpu-fp32-kv4-kivi", max_context=128, **options).cache_layers[1]
     assert (layer.keys, layer.values, layer.sinks, layer.window) == ("int3 t16 asym", "int2 asym", 2, 48)
     assert layer.bytes_per_token == 2 * ((16 * 8 * 3 // 8 + 4 * 8) // 16 + (2 + 4))
     assert layer.bytes_per_sequence == 2 * 2 * (2 + 48 + 15) * 8 * 2

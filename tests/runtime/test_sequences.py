@@ -31,7 +31,7 @@ TEXT = torch.randint(3, 100, (400,), generator=torch.Generator().manual_seed(7))
 def compiled(request: pytest.FixtureRequest) -> CompiledModel:
     """A tiny model that reads prompts in chunks of sixteen tokens."""
     options = {"cache_window": 8} if request.param == "kv4-token" else {}  # so that a common beginning fills pages
-    return qcompile.compile(tiny("llama"), f"cpu-fp32-{request.param}", recipe="nearest", max_context=CHUNK, **options)
+    return qcompile.compile(tiny("llama"), f"cpu-fp32-{request.param}", recipe="nearest", prefill_chunk=CHUNK, **options)
 
 
 @pytest.fixture(scope="module")
@@ -43,17 +43,17 @@ def wide(compiled: CompiledModel) -> CompiledModel:
     scheme = compiled.target.scheme
     scheme = scheme.with_options(cache_window=8) if scheme.cache.name == "kv4-token" else scheme
     scheme = replace(scheme, cache=replace(scheme.cache, dtype=torch.float32))
-    return qcompile.compile(tiny("llama"), "cpu-fp32", scheme=scheme, recipe="nearest", max_context=CHUNK)
+    return qcompile.compile(tiny("llama"), "cpu-fp32", scheme=scheme, recipe="nearest", prefill_chunk=CHUNK)
 
 
 @pytest.fixture(scope="module")
 def kivi() -> CompiledModel:
-    return qcompile.compile(tiny("llama"), "cpu-fp32-kv4-kivi", recipe="nearest", max_context=CHUNK)
+    return qcompile.compile(tiny("llama"), "cpu-fp32-kv4-kivi", recipe="nearest", prefill_chunk=CHUNK)
 
 
 @pytest.fixture(scope="module")
 def plain() -> CompiledModel:
-    return qcompile.compile(tiny("llama"), "cpu-fp32", recipe="nearest", max_context=CHUNK)
+    return qcompile.compile(tiny("llama"), "cpu-fp32", recipe="nearest", prefill_chunk=CHUNK)
 
 
 def engine_of(compiled: CompiledModel, name: str, **options: Any) -> PlanEngine:
@@ -190,7 +190,7 @@ def test_nobody_begins_with_attention_that_others_paid() -> None:
     model = tiny("llama")
     for layer in model.model.layers:  # type: ignore[union-attr]
         layer.self_attn.q_proj.weight.data *= 8  # so that queries differ in what they look at
-    ranked = qcompile.compile(model, "cpu-fp32-kv4-zip", recipe="nearest", max_context=CHUNK)
+    ranked = qcompile.compile(model, "cpu-fp32-kv4-zip", recipe="nearest", prefill_chunk=CHUNK)
     engine = engine_of(ranked, "reference", max_batch=2, share_prefixes=True)
     row, _ = engine.join(TEXT[:66])
     assert [engine.cache.shareable(row, length) for length in (65, 66)] == [0, 66]
