@@ -96,7 +96,7 @@ def _position_arithmetic(graph: Graph) -> set[fx.Node]:
 _CACHE_OPERATORS = (
     torch.ops.qcompile.pack_vectors.default, torch.ops.qcompile.settle.default, torch.ops.qcompile.cache_attend_packed.default,
     torch.ops.qcompile.attend_settled.default, torch.ops.qcompile.attend_ranked.default,
-    torch.ops.qcompile.attend_rematerialized.default,
+    torch.ops.qcompile.attend_rematerialized.default, torch.ops.qcompile.attend_settled_sources.default,
 )  # fmt: skip
 _LEARNED = (torch.ops.aten.linear.default, torch.ops.aten.embedding.default, torch.ops.aten.conv2d.default)
 

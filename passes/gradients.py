@@ -118,6 +118,16 @@ def attend_rematerialized(
     return rematerialize_ops.attend_over(q, numbers, positions, *options, **on_read)
 
 
+def attend_settled_sources(
+    q: Tensor, sources: Tensor, exact: Tensor, page_table: Tensor, positions: Tensor, form: str, first: int, recent: int, group: int,
+    *options: Any, **on_read: Any,
+) -> Tensor:  # fmt: skip
+    """`qcompile::attend_settled_sources` as if nothing had settled."""
+    del first, recent, group
+    stored = cache_store(sources, exact, page_table, positions)
+    return attend_rematerialized(q, stored, page_table, positions, form, *options, **on_read)
+
+
 def straight_vectors(x: Tensor, form: str, tables: Sequence[Tensor] | None = None) -> Tensor:
     """What is read back of `qcompile::pack_vectors(x, form, tables)`, with the gradient of x."""
     with torch.no_grad():
@@ -163,6 +173,7 @@ DIFFERENTIABLE: dict[Any, Any] = {
     torch.ops.qcompile.attend_ranked.default: attend_ranked,
     torch.ops.qcompile.cache_store.default: cache_store,
     torch.ops.qcompile.attend_rematerialized.default: attend_rematerialized,
+    torch.ops.qcompile.attend_settled_sources.default: attend_settled_sources,
     torch.ops.aten.linear.default: linear,
 }
 """Operator -> a function of the same arguments that passes gradients."""

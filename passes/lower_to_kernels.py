@@ -26,8 +26,8 @@ COVERED = (
     qcompile.hadamard.default, qcompile.dequantize_activation.default, *PRODUCERS,
     qcompile.append_packed.default, qcompile.with_recent.default, qcompile.settle.default, qcompile.retain.default,
     qcompile.attention.default, qcompile.cache_attend.default, qcompile.cache_attend_packed.default, qcompile.attend_settled.default,
-    qcompile.attend_ranked.default, qcompile.attend_rematerialized.default, qcompile.moe_experts.default,
-    aten.scaled_dot_product_attention.default,
+    qcompile.attend_ranked.default, qcompile.attend_rematerialized.default, qcompile.attend_settled_sources.default,
+    qcompile.moe_experts.default, aten.scaled_dot_product_attention.default,
 )  # fmt: skip
 _WITHOUT_WEIGHT = (*PRODUCERS, qcompile.hadamard.default, qcompile.dequantize_activation.default)
 _UNPACKING = (qcompile.dequantize.default, aten.reshape.default, aten.to.dtype)

@@ -15,9 +15,9 @@ from qcompile.ir.graph import Graph, fake_value, real_tensors
 from qcompile.ir.verify import where
 from qcompile.passes.base import PassContext
 from qcompile.passes.statistics import Request
-from qcompile.quant.cache_format import CacheFormat
 from qcompile.quant.latents import shared_latent
 from qcompile.quant.vector_format import vector_format
+from qcompile.target import Target
 
 aten = torch.ops.aten
 qcompile = torch.ops.qcompile
@@ -26,6 +26,8 @@ _VIEWS = (
     aten.slice.Tensor, aten.select.int, aten.expand.default, aten.flatten.using_ints, aten.unflatten.int, aten.narrow.default,
     aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.contiguous.default, operator.getitem,
 )  # fmt: skip
+_CONTEXT = 4096
+"""Tokens of the sequence whose bytes are compared, as in the cache table."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Rematerialized:
     scaling: float
 
     def on_read(self) -> dict[str, Any]:
-        """What attend_rematerialized takes besides weights."""
+        """What attend_rematerialized and attend_settled_sources take besides weights."""
         given = {name: bias for name, bias in zip(("k_bias", "v_bias"), self.biases, strict=True) if bias is not None}
         return given | ({} if self.inv_freq is None else {"inv_freq": self.inv_freq, "scaling": self.scaling})
 
@@ -88,12 +90,11 @@ def plan_rematerialized(graph: Graph, layers: Sequence[fx.Node], ctx: PassContex
     Raises:
         UnsupportedModelError: naming the node that stands between a projection and its attention.
     """
-    cache = ctx.target.scheme.cache
     origins = [find_origin(graph, node) for node in layers]
-    wide = [not _saves(origin, cache, index, int(fake_value(origin.value).shape[-1])) for index, origin in enumerate(origins)]
+    wide = [not _saves(origin, ctx.target, index, int(fake_value(origin.value).shape[-1])) for index, origin in enumerate(origins)]
     moments = _moments(graph, [origin for origin, is_wide in zip(origins, wide, strict=True) if is_wide], ctx)
     return [
-        _latent(graph, origin, cache, index, moments.get(origin.value)) if is_wide else _direct(graph, origin, index)
+        _latent(graph, origin, ctx.target, index, moments.get(origin.value)) if is_wide else _direct(graph, origin, index)
         for index, (origin, is_wide) in enumerate(zip(origins, wide, strict=True))
     ]
 
@@ -158,14 +159,19 @@ def _projection(graph: Graph, attention: fx.Node, part: Any) -> Projection:
     return Projection(node, outputs[0, :, 0])
 
 
-def _saves(origin: Origin, cache: CacheFormat, index: int, numbers: int) -> bool:
-    """Whether so many numbers take fewer bytes than keys and values in the same cache."""
-    forms = cache.forms(index)
+def _saves(origin: Origin, target: Target, index: int, numbers: int) -> bool:
+    """Whether so many numbers take fewer bytes than keys and values in the same cache, tokens in 16 bits included."""
+    forms = target.scheme.cache.forms(index)
     packed = sum(
-        part.outputs.shape[0] * vector_format(form).width(part.outputs.shape[1])
+        part.outputs.shape[0] * _bytes(target, form, part.outputs.shape[1])
         for part, form in zip((origin.keys, origin.values), forms, strict=True)
     )
-    return vector_format(forms[0]).width(numbers) < packed
+    return _bytes(target, forms[0], numbers) < packed
+
+
+def _bytes(target: Target, form: str, numbers: int) -> int:
+    """What vectors of so many numbers take in a sequence of `_CONTEXT` tokens: pages, and rows of those that are kept as they came."""
+    return _CONTEXT * vector_format(form).width(numbers) + target.scheme.cache.retention.rows * numbers * target.cache_dtype.itemsize
 
 
 def _moments(graph: Graph, origins: Sequence[Origin], ctx: PassContext) -> Mapping[fx.Node, Tensor]:
@@ -186,12 +192,12 @@ def _direct(graph: Graph, origin: Origin, index: int) -> Rematerialized:
     return _made(graph, origin, index, origin.value, (weights[0], weights[1]))
 
 
-def _latent(graph: Graph, origin: Origin, cache: CacheFormat, index: int, moment: Tensor | None) -> Rematerialized | str:
+def _latent(graph: Graph, origin: Origin, target: Target, index: int, moment: Tensor | None) -> Rematerialized | str:
     """A low-rank vector that both are made from."""
     read = [_materialized(graph, part.linear.args[1], part) for part in (origin.keys, origin.values)]
-    latent = shared_latent(read[0], read[1], moment, vector_format(cache.forms(index)[0]))
+    latent = shared_latent(read[0], read[1], moment, vector_format(target.scheme.cache.forms(index)[0]))
     rank = len(latent.down)
-    if not _saves(origin, cache, index, rank):
+    if not _saves(origin, target, index, rank):
         return f"keys and values are cached: what they are made from takes {rank} numbers, and no fewer bytes"
     names = zip(("down", "keys", "values"), (latent.down, latent.keys, latent.values), strict=True)
     down, keys, values = (graph.add_constant(f"cache.{index}.latent.{name}", part, source=origin.attention) for name, part in names)

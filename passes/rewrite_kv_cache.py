@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -37,8 +38,8 @@ class RewriteKvCache(Pass):
     int32 [B, pages], and per layer `keys_i`, `values_i` [P, L, R, D] (uint8 [P, L, R, W] where the format packs them), and returns
     logits and the new keys and values. Where the format keeps tokens in 16 bits, with_recent, settle, retain and attend_settled take the
     place of both, with `slots` int32 [B] and per layer `recent_keys_i`, `recent_values_i` [C, L, N, D] (`qcompile/ir/retention_ops.py`);
-    where it ranks tokens, attend_ranked packs them too (`qcompile/ir/ranked_ops.py`). `sources_i` [P, 1, R, W] stands for keys and values
-    that are rematerialized (`passes/rematerialize_kv.py`).
+    where it ranks tokens, attend_ranked packs them too (`qcompile/ir/ranked_ops.py`). `sources_i` [P, 1, R, W], and
+    `recent_sources_i` [C, 1, N, K], stand for keys and values that are rematerialized (`passes/rematerialize_kv.py`).
     """
 
     name: ClassVar[str] = "rewrite-kv-cache"
@@ -202,27 +203,31 @@ class _Layer:
         return states
 
     def sources(self, made: Rematerialized) -> tuple[Any, tuple[Any, ...], States]:
-        """What keys and values are made from goes into the pages, as one head."""
+        """What keys and values are made from goes into the pages, as one head: as in `stored`, or as in `kept`."""
         places, form = (self.shared.page_table, self.shared.positions), self.pair.forms[0]
-        packed = self._call(qcompile.pack_vectors.default, self._call(torch.ops.aten.unsqueeze.default, made.stored, 1), form)
+        x = self._call(torch.ops.aten.unsqueeze.default, made.stored, 1)
+        if self.shared.cache.retention.rows:
+            exact, states = self._keep("sources", x, form)
+            args = (self.pair.queries, states["sources"], exact, *places, form, *self._policy, *made.weights)
+            return qcompile.attend_settled_sources.default, args, states
+        packed = self._call(qcompile.pack_vectors.default, x, form)
         pages = self._pages("sources", packed, packed.meta["val"].shape[3], torch.uint8)
         stored = self._call(qcompile.cache_store.default, pages, packed, *places)
         return qcompile.attend_rematerialized.default, (self.pair.queries, stored, *places, form, *made.weights), {"sources": stored}
 
     def ranked(self) -> tuple[Any, tuple[Any, ...], States]:
         """As `kept`, but the operator that attends is the one that packs, by what it sees; its new states are its results."""
-        shared, policy = self.shared, self.shared.cache.retention
-        options, heads = (policy.first, policy.recent, policy.group), int(self.pair.keys.meta["val"].shape[1])
+        shared, options, heads = self.shared, self._policy, int(self.pair.keys.meta["val"].shape[1])
         exact, states, pages = [], {}, []
         for name, part, text in zip(("keys", "values"), (self.pair.keys, self.pair.values), self.pair.forms, strict=True):
-            rows = self._rows(f"recent_{name}", part, policy.rows)
+            rows = self._rows(f"recent_{name}", part, shared.cache.retention.rows)
             exact.append(self._call(qcompile.with_recent.default, rows, part, shared.slots))
             pages.append(self._pages(name, part, vector_format(text).width(int(part.meta["val"].shape[3])), torch.uint8))
             retained = (rows, exact[-1], shared.slots, shared.positions, *options)
             states[f"recent_{name}"] = self._call(qcompile.retain.default, *retained)
         symbols = shared.symbols
         pages.append(self._state("marks", (symbols["pages"], 1, symbols["page_tokens"], marks_width(heads)), torch.uint8))
-        pages.append(self._state("recent_saliency", (symbols["sequences"], heads, policy.rows, 1), torch.float32))
+        pages.append(self._state("recent_saliency", (symbols["sequences"], heads, shared.cache.retention.rows, 1), torch.float32))
         places = (shared.slots, shared.page_table, shared.positions)
         return qcompile.attend_ranked.default, (self.pair.queries, *pages, *exact, *places, *self.pair.forms, *options), states
 
@@ -245,19 +250,30 @@ class _Layer:
 
     def kept(self) -> tuple[Any, tuple[Any, ...], States]:
         """Tokens settle in the pages once their time has come, others are kept as they came."""
-        shared, policy, states = self.shared, self.shared.cache.retention, {}
-        options, places = (policy.first, policy.recent, policy.group), (shared.page_table, shared.positions)
-        exact = []
+        states, exact, places = States(), [], (self.shared.page_table, self.shared.positions)
         parts = zip(("keys", "values"), (self.pair.keys, self.pair.values), self.pair.forms, self.tables, strict=True)
-        for name, part, text, tables in parts:
-            rows = self._rows(f"recent_{name}", part, policy.rows)
-            exact.append(self._call(qcompile.with_recent.default, rows, part, shared.slots))
-            pages = self._pages(name, part, vector_format(text).width(int(part.meta["val"].shape[3])), torch.uint8)
-            settled = (pages, exact[-1], *places, text, *options, *_given(tables))
-            states[name] = self._call(qcompile.settle.default, *settled)
-            states[f"recent_{name}"] = self._call(qcompile.retain.default, rows, exact[-1], shared.slots, shared.positions, *options)
-        args = (self.pair.queries, states["keys"], states["values"], *exact, *places, *self.pair.forms, *options)
+        for name, part, form, tables in parts:
+            found, changed = self._keep(name, part, form, tables)
+            exact.append(found)
+            states |= changed
+        args = (self.pair.queries, states["keys"], states["values"], *exact, *places, *self.pair.forms, *self._policy)
         return qcompile.attend_settled.default, args, states
+
+    def _keep(self, name: str, part: Any, form: str, tables: Sequence[fx.Node] = ()) -> tuple[fx.Node, States]:
+        """One kind of vector [B, L, S, D]: what `with_recent` gives, and its pages and rows as they are afterwards."""
+        shared = self.shared
+        rows = self._rows(f"recent_{name}", part, shared.cache.retention.rows)
+        exact = self._call(qcompile.with_recent.default, rows, part, shared.slots)
+        pages = self._pages(name, part, vector_format(form).width(int(part.meta["val"].shape[3])), torch.uint8)
+        settled = (pages, exact, shared.page_table, shared.positions, form, *self._policy, *_given(tables))
+        retained = (rows, exact, shared.slots, shared.positions, *self._policy)
+        states = {name: self._call(qcompile.settle.default, *settled), f"recent_{name}": self._call(qcompile.retain.default, *retained)}
+        return exact, states
+
+    @property
+    def _policy(self) -> tuple[int, int, int]:
+        policy = self.shared.cache.retention
+        return policy.first, policy.recent, policy.group
 
     def _on_read(self) -> dict[str, Any]:
         """What an operator that reads packed vectors needs besides."""
@@ -284,9 +300,9 @@ class _Layer:
         return _placeholder(self.graph, f"{name}_{self.index}", value)
 
 
-def _given(tables: list[fx.Node]) -> tuple[list[fx.Node], ...]:
+def _given(tables: Sequence[fx.Node]) -> tuple[list[fx.Node], ...]:
     """As the last argument; none where there are no tables."""
-    return (tables,) if tables else ()
+    return (list(tables),) if tables else ()
 
 
 def _replace_positions(graph: Graph, positions: fx.Node) -> None:

@@ -28,6 +28,7 @@ _FORWARD_ONLY = (
     qcompile.attend_settled.default,
     qcompile.attend_ranked.default,
     qcompile.attend_rematerialized.default,
+    qcompile.attend_settled_sources.default,
     qcompile.moe_experts.default,
 )
 

@@ -29,7 +29,7 @@ _VIEWS = (
 )  # fmt: skip
 _TOKEN_MAJOR = (
     qcompile.cache_attend.default, qcompile.cache_attend_packed.default, qcompile.attend_settled.default, qcompile.attention.default,
-    qcompile.attend_rematerialized.default,
+    qcompile.attend_rematerialized.default, qcompile.attend_settled_sources.default,
 )  # fmt: skip
 _APPENDS = {
     qcompile.cache_append.default: qcompile.cache_append_.default,

@@ -58,6 +58,7 @@ quantize_activation_asym
 quantize_static dequantize_activation integer_linear integer_conv2d float8_linear norm_quantize add_norm_quantize gated_quantize
 hadamard_quantize norm_quantize_asym add_norm_quantize_asym gated_quantize_asym hadamard_quantize_asym with_recent settle settle_ retain
 retain_ attend_settled attend_ranked attend_ranked_ cache_store cache_store_ attend_rematerialized
+attend_settled_sources
 """
 _PYTHON = (
     operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg, operator.getitem, operator.pow,

@@ -22,7 +22,7 @@ from qcompile.ir.structure import Template, flatten, unflatten
 Operator = Callable[..., Any]
 
 
-CACHE_STATES = ("keys_", "values_", "sources_", "marks_", "recent_keys_", "recent_values_", "recent_saliency_")
+CACHE_STATES = ("keys_", "values_", "sources_", "marks_", "recent_keys_", "recent_values_", "recent_sources_", "recent_saliency_")
 """What the names of the placeholders begin with that are a cache: pages of keys and values, of what they are made from and of how they
 are packed, then rows of tokens that are kept as they came and of the attention they receive."""
 

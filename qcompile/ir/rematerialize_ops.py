@@ -1,7 +1,7 @@
 """Caches of what keys and values are made from: both are projected anew whenever they are read (XQuant, arXiv:2508.10395).
 
 Shape letters: B batch, S tokens of this call, T tokens of a sequence, H query heads, L key/value heads, D head size, K numbers that a
-token's keys and values are made from, P pages, R tokens in a page, W bytes of a packed vector.
+token's keys and values are made from, P pages, R tokens in a page, W bytes of a packed vector, N rows of unsettled tokens.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qcompile.ir.cache_ops import turned, unpack_vectors
-from qcompile.ir.ops import define, masked_attention, slots, working_dtype
+from qcompile.ir.cache_ops import unpack_vectors
+from qcompile.ir.ops import define, masked_attention, rope, rotary_table, slots, working_dtype
+from qcompile.ir.retention_ops import POLICY, as_stored, sequences, visible
+from qcompile.quant.retention import Retention
 
 
 def _store(pages: Tensor, x: Tensor, page_table: Tensor, positions: Tensor) -> None:
@@ -34,19 +36,26 @@ def cache_store_(pages: Tensor, x: Tensor, page_table: Tensor, positions: Tensor
     _store(pages, x, page_table, positions)
 
 
+_MAKING = "Tensor? k_bias=None, Tensor? v_bias=None, Tensor? inv_freq=None, float scaling=1.0"
+"""What keys and values are made with besides weights."""
+
+
 def _fake_attend_rematerialized(
     q: Tensor, sources: Tensor, page_table: Tensor, positions: Tensor, form: str, k_weight: Tensor, v_weight: Tensor,
     *_: object, **__: object,
 ) -> Tensor:  # fmt: skip
     del sources, page_table, positions, form
+    return _fake_out(q, k_weight, v_weight)
+
+
+def _fake_out(q: Tensor, k_weight: Tensor, v_weight: Tensor) -> Tensor:
     size = v_weight.shape[0] * q.shape[3] // k_weight.shape[0]
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], size)).transpose(1, 2)
 
 
 @define(
     "attend_rematerialized(Tensor q, Tensor sources, Tensor page_table, Tensor positions, str form, Tensor k_weight, Tensor v_weight, "
-    "float scale, int window=0, float softcap=0.0, Tensor? sinks=None, Tensor? k_bias=None, Tensor? v_bias=None, "
-    "Tensor? inv_freq=None, float scaling=1.0) -> Tensor",
+    f"float scale, int window=0, float softcap=0.0, Tensor? sinks=None, {_MAKING}) -> Tensor",
     _fake_attend_rematerialized,
 )
 def attend_rematerialized(
@@ -76,22 +85,65 @@ def attend_over(
 ) -> Tensor:  # fmt: skip
     """`attend_rematerialized` over numbers x [B, 1, T, K] of the positions 0 to T - 1, without pages."""
     work, heads = working_dtype(q.dtype), k_weight.shape[0] // q.shape[3]
-    size = v_weight.shape[0] // heads
-    result = [q.new_zeros(q.shape[2], q.shape[1], size) for _ in range(q.shape[0])]
+    result = [q.new_zeros(q.shape[2], q.shape[1], v_weight.shape[0] // heads) for _ in range(q.shape[0])]
     for row, places in enumerate(positions):
         real = (places >= 0).nonzero().squeeze(-1)
         if not real.numel():
             continue
-        x, mine = sources[row, :, : int(places.max()) + 1].to(work), places[real].unsqueeze(1)
-        k, v = (
-            functional.linear(x, weight.to(work), None if bias is None else bias.to(work))
-            .view(1, -1, heads, len(weight) // heads)
-            .transpose(1, 2)
-            for weight, bias in ((k_weight, k_bias), (v_weight, v_bias))
-        )
-        column = torch.arange(x.shape[1], device=q.device)
+        x, mine = sources[row, 0, : int(places.max()) + 1].to(work), places[real].unsqueeze(1)
+        column = torch.arange(len(x), device=q.device)
+        k, v = _made(x, column, heads, (k_weight, v_weight), (k_bias, v_bias), inv_freq, scaling)
         keep = (column <= mine) & (column > mine - window) if window else column <= mine
         queries = q[row : row + 1, :, real].contiguous()
-        mixed = masked_attention(queries, turned(k, inv_freq, scaling), v, keep[None, None], None, scale, softcap, sinks)
+        mixed = masked_attention(queries, k, v, keep[None, None], None, scale, softcap, sinks)
         result[row] = result[row].index_put((real,), mixed[0].transpose(0, 1))
     return torch.stack(result).transpose(1, 2)
+
+
+def _made(
+    x: Tensor, places: Tensor, heads: int, weights: tuple[Tensor, Tensor], biases: tuple[Tensor | None, Tensor | None],
+    inv_freq: Tensor | None, scaling: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Keys, turned to their positions `places` [T], and values [1, L, T, D] of numbers x [T, K]."""
+    k, v = (
+        functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)).view(1, len(x), heads, -1).transpose(1, 2)
+        for weight, bias in zip(weights, biases, strict=True)
+    )
+    return k if inv_freq is None else rope(k, *rotary_table(places.unsqueeze(0), inv_freq, scaling, k.dtype)), v
+
+
+def _fake_attend_settled_sources(
+    q: Tensor, sources: Tensor, exact: Tensor, page_table: Tensor, positions: Tensor, form: str, first: int, recent: int, group: int,
+    k_weight: Tensor, v_weight: Tensor, *_: object, **__: object,
+) -> Tensor:  # fmt: skip
+    del sources, exact, page_table, positions, form, first, recent, group
+    return _fake_out(q, k_weight, v_weight)
+
+
+@define(
+    "attend_settled_sources(Tensor q, Tensor sources, Tensor exact, Tensor page_table, Tensor positions, str form, "
+    f"{POLICY}, Tensor k_weight, Tensor v_weight, float scale, int window=0, float softcap=0.0, Tensor? sinks=None, {_MAKING}) -> Tensor",
+    _fake_attend_settled_sources,
+)
+def attend_settled_sources(
+    q: Tensor, sources: Tensor, exact: Tensor, page_table: Tensor, positions: Tensor, form: str, first: int, recent: int, group: int,
+    k_weight: Tensor, v_weight: Tensor, scale: float, window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None,
+    k_bias: Tensor | None = None, v_bias: Tensor | None = None, inv_freq: Tensor | None = None, scaling: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """`attend_rematerialized` where each query sees x as it stands at its own step: tokens that have settled by then packed.
+
+    sources uint8 [P, 1, R, W] is what `settle` gave, exact [B, 1, N + S, K] what `with_recent` gave (`qcompile/ir/retention_ops.py`).
+    Only what some query sees is projected.
+    """
+    policy, heads = Retention(first, recent, group), k_weight.shape[0] // q.shape[3]
+    result = torch.zeros(q.shape[0], q.shape[2], q.shape[1], v_weight.shape[0] // heads, dtype=q.dtype, device=q.device)
+    for sequence in sequences(positions):
+        row = sequence.row
+        stored = as_stored(sources, exact[row], page_table[row], form, None, sequence, policy, q.dtype)[0, 0]
+        keep = visible(policy, sequence, window, q.device)
+        seen = keep[0, 0].any(0).nonzero().squeeze(-1)
+        k, v = _made(stored[seen], seen % sequence.end, heads, (k_weight, v_weight), (k_bias, v_bias), inv_freq, scaling)
+        queries = q[row : row + 1, :, sequence.places].contiguous()
+        mixed = masked_attention(queries, k, v, keep[..., seen], None, scale, softcap, sinks)
+        result[row, sequence.places] = mixed[0].transpose(0, 1)
+    return result.transpose(1, 2)

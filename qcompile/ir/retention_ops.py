@@ -21,7 +21,8 @@ from qcompile.ir.ops import define, masked_attention, working_dtype
 from qcompile.quant.retention import Retention
 from qcompile.quant.vector_format import vector_format
 
-_POLICY = "int first, int recent, int group"
+POLICY = "int first, int recent, int group"
+"""Arguments that say which tokens settle."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def page_rows(table: Tensor, policy: Retention, positions: range, page_tokens: i
 
 
 @define(
-    f"settle(Tensor pages, Tensor exact, Tensor page_table, Tensor positions, str form, {_POLICY}, Tensor[]? tables=None) -> Tensor",
+    f"settle(Tensor pages, Tensor exact, Tensor page_table, Tensor positions, str form, {POLICY}, Tensor[]? tables=None) -> Tensor",
     _like_first,
 )
 def settle(
@@ -95,7 +96,7 @@ def settle(
 
 
 @define(
-    f"settle_(Tensor(a!) pages, Tensor exact, Tensor page_table, Tensor positions, str form, {_POLICY}, Tensor[]? tables=None) -> ()",
+    f"settle_(Tensor(a!) pages, Tensor exact, Tensor page_table, Tensor positions, str form, {POLICY}, Tensor[]? tables=None) -> ()",
     lambda *_: None,
 )
 def settle_(
@@ -113,7 +114,7 @@ def _retain(rows: Tensor, exact: Tensor, slots: Tensor, positions: Tensor, polic
         mine[:, [policy.row(position) for position in kept]] = exact[sequence.row][:, sequence.rows(policy, kept)]
 
 
-@define(f"retain(Tensor rows, Tensor exact, Tensor slots, Tensor positions, {_POLICY}) -> Tensor", _like_first)
+@define(f"retain(Tensor rows, Tensor exact, Tensor slots, Tensor positions, {POLICY}) -> Tensor", _like_first)
 def retain(rows: Tensor, exact: Tensor, slots: Tensor, positions: Tensor, first: int, recent: int, group: int) -> Tensor:
     """The rows [C, L, N, D] with the new tokens that do not settle in this call."""
     rows = rows.clone()
@@ -121,7 +122,7 @@ def retain(rows: Tensor, exact: Tensor, slots: Tensor, positions: Tensor, first:
     return rows
 
 
-@define(f"retain_(Tensor(a!) rows, Tensor exact, Tensor slots, Tensor positions, {_POLICY}) -> ()", lambda *_: None)
+@define(f"retain_(Tensor(a!) rows, Tensor exact, Tensor slots, Tensor positions, {POLICY}) -> ()", lambda *_: None)
 def retain_(rows: Tensor, exact: Tensor, slots: Tensor, positions: Tensor, first: int, recent: int, group: int) -> None:
     """`retain` in place."""
     _retain(rows, exact, slots, positions, Retention(first, recent, group))
@@ -133,7 +134,7 @@ def _fake_attend_settled(q: Tensor, *_: object, **__: object) -> Tensor:
 
 @define(
     "attend_settled(Tensor q, Tensor keys, Tensor values, Tensor exact_keys, Tensor exact_values, Tensor page_table, Tensor positions, "
-    f"str k_form, str v_form, {_POLICY}, float scale, int window=0, float softcap=0.0, Tensor? sinks=None, {ON_READ}) -> Tensor",
+    f"str k_form, str v_form, {POLICY}, float scale, int window=0, float softcap=0.0, Tensor? sinks=None, {ON_READ}) -> Tensor",
     _fake_attend_settled,
 )
 def attend_settled(
@@ -153,7 +154,7 @@ def attend_settled(
     for sequence in sequences(positions):
         stored = ((keys, exact_keys, k_form, k_tables), (values, exact_values, v_form, v_tables))
         k, v = (
-            _as_stored(pages, exact[sequence.row], page_table[sequence.row], form, tables, sequence, policy, q.dtype)
+            as_stored(pages, exact[sequence.row], page_table[sequence.row], form, tables, sequence, policy, q.dtype)
             for pages, exact, form, tables in stored
         )
         k = torch.cat([turned(part, inv_freq, scaling) for part in k.chunk(2, dim=2)], dim=2) if inv_freq is not None else k
@@ -163,7 +164,7 @@ def attend_settled(
     return result
 
 
-def _as_stored(
+def as_stored(
     pages: Tensor, exact: Tensor, table: Tensor, form: str, tables: Sequence[Tensor] | None, sequence: Arrivals, policy: Retention,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip

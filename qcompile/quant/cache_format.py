@@ -49,8 +49,8 @@ class CacheFormat:
         """Refuse what no cache holds.
 
         Raises:
-            FormatError: for a negative number of tokens, keys but not values that are ranked, or nothing to rank them by; for tokens
-                in 16 bits, or a form that is not per token or has tables, in a cache of what keys and values are made from.
+            FormatError: for a negative number of tokens, keys but not values that are ranked, or nothing to rank them by; for ranked
+                forms, or ones with tables, in a cache of what keys and values are made from.
         """
         for name in ("sinks", "window"):
             if getattr(self, name) < 0:
@@ -62,10 +62,10 @@ class CacheFormat:
             )
         forms = [form for form in (self.keys, self.values, *map(vector_format, itertools.chain(*self.layers))) if form is not None]
         self._require_ranks(forms)
-        if self.rematerialized and (self.retention.rows or any(form.tokens > 1 or form.tables for form in forms)):
+        if self.rematerialized and any(form.tables or isinstance(form, RankedFormat) for form in forms):
             raise FormatError(
-                f"cache {self.name}: expected forms per token without tables, and cache_sinks=0 and cache_window=0, for what keys and "
-                f"values are made from, got {self.keys}, {self.values}, {self.sinks} and {self.window}; choose int4 g64 asym"
+                f"cache {self.name}: expected forms without tables, and none that are ranked, for what keys and values are made from, got "
+                f"{', '.join(map(str, forms))}; choose int4 g64 asym"
             )
 
     def _require_ranks(self, forms: Sequence[VectorForm]) -> None:
@@ -135,7 +135,7 @@ CACHES = {
     "kv4": _packed("kv4", "int4 t64 asym", "int4 g64 sym", sinks=4, window=28),
     "kv4-token": _packed("kv4-token", "int4 g64 sym", sinks=4, window=56),
     "kv4-kivi": _packed("kv4-kivi", "int4 t32 asym", "int4 g32 asym", sinks=4, window=32),
-    "kv4-xquant": replace(_packed("kv4-xquant", "int4 g64 asym"), rematerialized=True),
+    "kv4-xquant": replace(_packed("kv4-xquant", "int4 g64 asym", sinks=4), rematerialized=True),
     "kv4-zip": _packed("kv4-zip", "int4 g64 asym over int3 g64 asym top 16 of 32", sinks=4, window=32),
     "kv-mixed": replace(_packed("kv-mixed", "int4 t32 asym", "int4 g32 asym", sinks=4, window=32), bits=4.0),
     "kv2": _packed("kv2", "klt2", sinks=4, window=116, before_positions=True),

@@ -64,7 +64,8 @@ def _mixed(basis: Tensor, group: int) -> Tensor:
 def _rounding(form: VectorForm, mixed: Tensor, basis: Tensor, variances: Tensor) -> float:
     """The mean squared error of vectors of these variances along `basis` that are stored, mixed, in a form."""
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(_SAMPLES, len(variances), generator=generator, dtype=torch.float64) * variances.sqrt()
+    samples = -(-_SAMPLES // form.tokens) * form.tokens
+    drawn = torch.randn(samples, len(variances), generator=generator, dtype=torch.float64) * variances.sqrt()
     stored = drawn @ (basis.T @ mixed)
     read = form.decode(form.encode(stored.unsqueeze(0)), stored.shape[1], torch.float64)[0]
     return float((read - stored).square().sum(1).mean())

@@ -26,6 +26,12 @@ HOST_SYNCHRONISING = frozenset(
         "qcompile.settle_.default",
         "qcompile.retain_.default",
         "qcompile.attend_settled.default",
+        "qcompile.attend_ranked_.default",
+        "qcompile.attend_ranked.default",
+        "qcompile.cache_store_.default",
+        "qcompile.cache_store.default",
+        "qcompile.attend_rematerialized.default",
+        "qcompile.attend_settled_sources.default",
         "qcompile.moe_experts.default",
     }
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from qcompile.frontend import load
 from qcompile.passes.base import PassContext
 from qcompile.passes.manager import run_pipeline
 from qcompile.passes.pipelines import default_pipeline
+from qcompile.quant.vector_format import vector_format
 from qcompile.target import parse_target
 from tests.models import tiny
 
@@ -24,7 +27,7 @@ INT4 = {"cache_keys": "int4 g64 asym", "cache_values": "int4 g64 asym"}
 WIDE = {"hidden_size": 256, "head_dim": 64}
 
 
-def compiled(model: nn.Module, target: str, **options: str) -> CompiledModel:
+def compiled(model: nn.Module, target: str, **options: Any) -> CompiledModel:
     return qcompile.compile(model, target, calibration=CALIBRATION, max_context=128, max_batch=2, **options)
 
 
@@ -45,7 +48,12 @@ def require_decoding(model: CompiledModel) -> None:
 
 
 def states(model: CompiledModel) -> list[str]:
-    return [node.name for node in model.contents.graph.states]
+    """Those of a cache that keeps tokens in 16 bits have rows for them beside their pages."""
+    names = [node.name for node in model.contents.graph.states]
+    rows = {name for name in names if name.startswith("recent_")}
+    pages = [name for name in names if name not in rows]
+    assert rows == ({f"recent_{name}" for name in pages} if model.kv_bytes_per_sequence else set())
+    return pages
 
 
 def grouped(low_rank: tuple[int, ...] = ()) -> nn.Module:
@@ -65,8 +73,59 @@ def test_with_as_many_heads_a_token_takes_half_the_bytes_of_keys_and_values() ->
     plain, sources = compiled(model, "cpu-fp32-kv8", **INT4), compiled(model, "cpu-fp32-kv4-xquant")
     assert plain.kv_bytes_per_token == 2 * 2 * 4 * 36
     assert sources.kv_bytes_per_token == plain.kv_bytes_per_token // 2
+    assert sources.kv_bytes_per_sequence == 2 * 4 * 256 * 2, "the first four tokens of two layers in 16 bits"
     assert states(sources) == ["sources_0", "sources_1"]
     require_decoding(sources)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache_sinks": 0},
+        {"cache_sinks": 0, "cache_window": 9},
+        {"cache_window": 5},
+        {"cache_window": 3, "cache_keys": "int4 t8 asym"},
+        {"cache_sinks": 0, "cache_keys": "gear16 r2 s1 int2 t16 asym"},
+    ],
+)
+def test_sinks_windows_and_groups_are_those_of_any_cache(options: dict[str, Any]) -> None:
+    """Bytes by the formula, decoding as reading at once, and the rows of a ragged batch bit for bit as each is alone."""
+    model = compiled(tiny("llama", num_key_value_heads=4), "cpu-fp32-kv4-xquant", **options)
+    cache = parse_target("cpu-fp32-kv4-xquant").scheme.with_options(**options).cache
+    assert states(model) == ["sources_0", "sources_1"]
+    assert model.kv_bytes_per_token == 2 * vector_format(cache.forms()[0]).width(32)
+    assert model.kv_bytes_per_sequence == 2 * cache.retention.rows * 32 * 2
+    assert {(layer.sinks, layer.window) for layer in model.cache_layers} == {(cache.sinks, cache.window)}
+    require_decoding(model)
+    both = CompiledModel(model.contents, max_batch=2, max_context=64, engine="reference").engine
+    prompts = [TEXT[0, :21].tolist(), TEXT[0, 5:12].tolist()]
+    together = [both.prefill(prompts), *(both.decode([token, token]) for token in TEXT[0, 21:30].tolist())]
+    for row, prompt in enumerate(prompts):
+        alone = CompiledModel(model.contents, max_batch=1, max_context=64, engine="reference").engine
+        expected = [alone.prefill([prompt]), *(alone.decode([token]) for token in TEXT[0, 21:30].tolist())]
+        assert all(torch.equal(found[row], one[0]) for found, one in zip(together, expected, strict=True))
+
+
+def test_tokens_in_16_bits_lose_only_what_16_bits_lose() -> None:
+    """A window over the whole text: what rounding to float16 leaves, where 4 bits leave a hundred times as much."""
+    model = tiny("llama")
+    exact = logits(compiled(model, "cpu-fp32"))
+    packed, kept = (logits(compiled(model, "cpu-fp32-kv4-xquant", cache_window=window)) for window in (0, 40))
+    assert (kept - exact).norm() < 2e-3 * exact.norm()
+    assert (kept - exact).norm() < 0.01 * (packed - exact).norm()
+
+
+@pytest.mark.parametrize(("window", "as_they_are"), [(0, True), (4000, False)])
+def test_rows_count_where_bytes_are_compared(window: int, as_they_are: bool) -> None:
+    """64 numbers take 36 bytes as one vector, 40 of them 60 as ten heads of 4; but of 4004 tokens in 16 bits 40 take less."""
+    model = tiny("llama", hidden_size=64, head_dim=4, num_attention_heads=10, num_key_value_heads=5)
+    found = compiled(model, "cpu-fp32-kv4-xquant", cache_window=window)
+    assert states(found) == ["sources_0", "sources_1"]
+    rows = [node.meta["val"].shape for node in found.contents.graph.states if node.name.startswith("recent_")]
+    assert all(shape[1:3] == (1, 4 + window) for shape in rows)
+    assert all(shape[3] == 64 if as_they_are else shape[3] <= 40 for shape in rows)
+    assert found.kv_bytes_per_token == sum(vector_format("int4 g64 asym").width(int(shape[3])) for shape in rows)
+    assert found.kv_bytes_per_sequence == sum((4 + window) * int(shape[3]) * 2 for shape in rows)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
@@ -87,13 +146,15 @@ def test_shared_heads_cache_a_latent_where_it_takes_fewer_bytes_and_keys_and_val
     assert states(model) == ["keys_0", "values_0", "sources_1"]
     assert model.kv_bytes_per_token == 2 * 36 + 36  # a latent of 64 numbers
     attentions = {row.operator: row for row in model.coverage if "attend" in row.operator}
-    left = attentions["cache_attend_packed"]
+    left = attentions["attend_settled"]
     assert "what they are made from takes 128 numbers, and no fewer bytes" in left.reason
     assert left.chosen
-    assert not attentions["attend_rematerialized"].reason
+    assert not attentions["attend_settled_sources"].reason
+    assert model.kv_bytes_per_sequence == 4 * (128 + 64) * 2, "four tokens of a key and a value of 64 numbers, and of the latent"
     require_decoding(model)
     cache = CompiledModel(model.contents, max_batch=2, max_context=64).engine.cache  # type: ignore[attr-defined]
-    assert sum(tensor.nbytes for tensor in cache.tensors.values()) == 2 * 64 * model.kv_bytes_per_token
+    allocated = sum(tensor.nbytes for tensor in cache.tensors.values())
+    assert allocated == cache.nbytes == 2 * (64 * model.kv_bytes_per_token + model.kv_bytes_per_sequence)
 
 
 def test_a_latent_gives_what_keys_and_values_of_the_same_bits_give() -> None:
@@ -124,7 +185,7 @@ def test_keys_and_values_of_different_inputs_are_refused() -> None:
         run_pipeline(graph, default_pipeline(goal), PassContext(goal))
 
 
-@pytest.mark.parametrize(("name", "operator"), [("kv4-xquant", "attend_rematerialized"), ("kv4-zip", "attend_ranked")])
+@pytest.mark.parametrize(("name", "operator"), [("kv4-xquant", "attend_settled_sources"), ("kv4-zip", "attend_ranked")])
 def test_gpus_serve_them_by_reference_and_say_so(name: str, operator: str) -> None:
     goal = parse_target(f"sm90-bf16-{name}")
     ctx = PassContext(goal, backend_for(goal))
@@ -135,11 +196,13 @@ def test_gpus_serve_them_by_reference_and_say_so(name: str, operator: str) -> No
 
 
 def test_projections_that_are_read_with_the_cache_keep_their_precision_and_strict_says_so() -> None:
-    with pytest.raises(CoverageError, match=r"attend_rematerialized .*: the weights of its keys and values are read as numbers, not codes"):
+    with pytest.raises(
+        CoverageError, match=r"attend_settled_sources .*: the weights of its keys and values are read as numbers, not codes"
+    ):
         qcompile.compile(tiny("llama"), "cpu-int4-kv4-xquant", recipe="nearest", strict=True, max_context=64)
 
 
-@pytest.mark.parametrize("name", ["kv4-xquant", "kv4-zip"])
-def test_low_bit_weights_are_tuned_through_them(name: str) -> None:
-    model = compiled(tiny("llama"), f"cpu-int4-{name}")
+@pytest.mark.parametrize(("name", "sinks"), [("kv4-xquant", 4), ("kv4-xquant", 0), ("kv4-zip", 4)])
+def test_low_bit_weights_are_tuned_through_them(name: str, sinks: int) -> None:
+    model = compiled(tiny("llama"), f"cpu-int4-{name}", cache_sinks=sinks)
     require_decoding(model)

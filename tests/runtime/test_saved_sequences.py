@@ -30,7 +30,7 @@ def model_of(cache: str) -> CompiledModel:
     return qcompile.compile(tiny("llama"), f"cpu-fp32-{cache}", recipe="nearest", prefill_chunk=32)
 
 
-@pytest.fixture(scope="module", params=["kv16", "kv8", "kv4-kivi", "kv4-zip"])
+@pytest.fixture(scope="module", params=["kv16", "kv8", "kv4-kivi", "kv4-zip", "kv4-xquant"])
 def compiled(request: pytest.FixtureRequest) -> CompiledModel:
     return model_of(request.param)
 

@@ -21,7 +21,7 @@ from qcompile.runtime.engines.base import PlanEngine
 from qcompile.runtime.prefixes import Beginning, next_parts, shared_beginnings
 from tests.models import tiny
 
-FORMATS = ("kv16", "kv8", "kv4-token", "kv4-kivi", "kv4-zip")
+FORMATS = ("kv16", "kv8", "kv4-token", "kv4-kivi", "kv4-zip", "kv4-xquant")
 ENGINES = ("reference", "torch_cpu")
 CONTEXT, CHUNK = 120, 16
 TEXT = torch.randint(3, 100, (400,), generator=torch.Generator().manual_seed(7)).tolist()

@@ -68,7 +68,9 @@ def test_a_cache_ranks_keys_and_values_alike_and_by_attention(options: dict[str,
         CACHES["kv4-zip"].with_options(options)
 
 
-@pytest.mark.parametrize("options", [{"cache_window": 3}, {"cache_keys": "int4 t32"}, {"cache_values": "int8 static"}])
-def test_a_cache_of_sources_packs_each_token_as_it_comes(options: dict[str, str | int]) -> None:
-    with pytest.raises(FormatError, match="cache kv4-xquant: expected forms per token without tables, and cache_sinks=0"):
+@pytest.mark.parametrize("options", [{"cache_keys": TEXT, "cache_values": TEXT, "cache_window": 3}, {"cache_values": "int8 static"}])
+def test_a_cache_of_sources_has_no_tables_and_ranks_nothing(options: dict[str, str | int]) -> None:
+    with pytest.raises(
+        FormatError, match=r"cache kv4-xquant: expected forms without tables, and none that are ranked, .*; choose int4 g64"
+    ):
         CACHES["kv4-xquant"].with_options(options)

@@ -43,6 +43,15 @@ def test_head_sizes(size: int) -> None:
     layer.step(chunk_positions([33], [12]))
 
 
+def test_one_wide_vector_a_token() -> None:
+    """What keys and values are made from, in `kv4-xquant`."""
+    torch.manual_seed(0)
+    forms = ("int4 g64 asym", "int4 t4 asym")
+    layer = Layer(Retention(4, 0, 4), forms, heads=1, size=576, batch=2, page_tokens=16, pages=3, kernels=True)
+    for counts in ((20, 3), (1, 1)):
+        layer.step(chunk_positions(layer.lengths, counts))
+
+
 def test_padding_may_stand_anywhere() -> None:
     torch.manual_seed(0)
     layer = Layer(KIVI, ("int4 t16 asym", "int4 g32 asym"), heads=2, size=32, batch=2, page_tokens=48, pages=3, kernels=True)
