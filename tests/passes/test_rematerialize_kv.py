@@ -28,7 +28,7 @@ WIDE = {"hidden_size": 256, "head_dim": 64}
 
 
 def compiled(model: nn.Module, target: str, **options: Any) -> CompiledModel:
-    return qcompile.compile(model, target, calibration=CALIBRATION, max_context=128, max_batch=2, **options)
+    return qcompile.compile(model, target, calibration=CALIBRATION, max_batch=2, **{"max_context": 128, **options})
 
 
 def logits(model: CompiledModel) -> Tensor:
@@ -119,7 +119,7 @@ def test_tokens_in_16_bits_lose_only_what_16_bits_lose() -> None:
 def test_rows_count_where_bytes_are_compared(window: int, as_they_are: bool) -> None:
     """64 numbers take 36 bytes as one vector, 40 of them 60 as ten heads of 4; but of 4004 tokens in 16 bits 40 take less."""
     model = tiny("llama", hidden_size=64, head_dim=4, num_attention_heads=10, num_key_value_heads=5)
-    found = compiled(model, "cpu-fp32-kv4-xquant", cache_window=window)
+    found = compiled(model, "cpu-fp32-kv4-xquant", cache_window=window, max_context=4096)
     assert states(found) == ["sources_0", "sources_1"]
     rows = [node.meta["val"].shape for node in found.contents.graph.states if node.name.startswith("recent_")]
     assert all(shape[1:3] == (1, 4 + window) for shape in rows)
