@@ -76,5 +76,9 @@ class SourceError(QCompileError):
     """A model file, directory or token array that cannot be read."""
 
 
+class ExportError(QCompileError):
+    """A graph that another system's format does not express, or a file that does not compute what the graph does."""
+
+
 class EngineError(QCompileError):
     """A device or driver that cannot run what it was given."""

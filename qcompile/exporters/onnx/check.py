@@ -1,0 +1,132 @@
+"""What was written, read again by onnx's checker and run by onnxruntime beside the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor
+
+from qcompile.errors import ExportError
+from qcompile.exporters.onnx.model import LARGEST_OPSET, LEAST_OPSET
+from qcompile.ir.graph import Graph
+
+Arrays = dict[str, Any]
+EXACT, ROUNDED = 1e-3, 5e-2
+"""How far results may lie apart, relative to the largest: where floats are multiplied, and where rounded activations can turn to the next code."""
+
+
+def newest_opset() -> int:
+    """The newest opset that this exporter writes and the installed onnxruntime serves."""
+    for opset in range(min(LARGEST_OPSET, onnx.defs.onnx_opset_version()), LEAST_OPSET, -1):
+        value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+        node = onnx.helper.make_node("Identity", ["x"], ["y"])
+        graph = onnx.helper.make_graph([node], "probe", [value], [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])])
+        model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=10)
+        try:
+            session(model.SerializeToString())
+        except Exception:  # whatever onnxruntime says: it does not serve this one
+            continue
+        return opset
+    return LEAST_OPSET
+
+
+def session(model: str | bytes, *, threads: int = 0) -> Any:
+    """An onnxruntime session on the CPU that multiplies packed weights with float activations."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    # Without this a fused product rounds activations to 8 bits, which the graph does not.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def check_file(path: Path) -> None:
+    """Hold a file against the standard.
+
+    Raises:
+        ExportError: if onnx's checker refuses it.
+    """
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"export_onnx: {path}: expected a valid file, got: {str(error).splitlines()[0]}; report this") from error
+
+
+def compare(path: Path, graph: Graph) -> tuple[float | None, str]:
+    """The greatest difference from the graph's own result, relative to the greatest of these; None and why if it could not be run."""
+    try:
+        run = session(str(path))
+    except Exception as error:  # an operator or type that this onnxruntime does not serve: the file may be right all the same
+        return None, str(error).strip().splitlines()[0]
+    pairs = _cached(run, graph) if graph.interface.kind == "cached_lm" else _plain(run, graph)
+    worst = 0.0
+    for found, expected in pairs:
+        if not bool(torch.isfinite(found).all()):
+            return float("inf"), ""
+        worst = max(worst, float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12)))
+    return worst, ""
+
+
+def _plain(run: Any, graph: Graph) -> list[tuple[Tensor, Tensor]]:
+    examples = graph.interface.examples
+    expected = graph(*[examples[node.name] for node in graph.placeholders])
+    found = run.run(None, {name: tensor.numpy() for name, tensor in examples.items()})
+    return [(_tensor(array), tensor.double()) for array, tensor in zip(found, expected, strict=True) if tensor.numel()]
+
+
+def _tensor(array: Any) -> Tensor:
+    return torch.from_numpy(np.asarray(array, dtype=np.float64))
+
+
+def _cached(run: Any, graph: Graph) -> list[tuple[Tensor, Tensor]]:
+    """Example tokens as one prompt, then all but the last as a prompt and the last behind them."""
+    examples = graph.interface.examples
+    expected = graph(*[examples[node.name] for node in graph.placeholders])[0].double()
+    ids, real = examples["input_ids"], examples["positions"] >= 0
+    mask = real.long()
+    whole = step(run, ids, mask, empty_past(run, len(ids)))[0]
+    before = step(run, ids[:, :-1], mask[:, :-1], empty_past(run, len(ids)))
+    behind = step(run, ids[:, -1:], mask, before[1])[0]
+    last = real[:, -1]
+    return [(whole[real], expected[real]), (behind[:, 0][last], expected[:, -1][last])]
+
+
+def empty_past(run: Any, batch: int) -> Arrays:
+    """No tokens: what every input of the past is at first."""
+    kinds = {
+        "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8,
+    }  # fmt: skip
+    past = [given for given in run.get_inputs() if given.name.startswith("past_key_values.")]
+    return {given.name: _empty(given, [batch, given.shape[1], 0, given.shape[3]], kinds) for given in past}
+
+
+def _empty(given: Any, shape: list[int], kinds: Mapping[str, Any]) -> Any:
+    import onnxruntime
+
+    if given.type in kinds:
+        return onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, kinds[given.type]))
+    code = {"tensor(float8e4m3fn)": onnx.TensorProto.FLOAT8E4M3FN, "tensor(bfloat16)": onnx.TensorProto.BFLOAT16}[given.type]
+    wide = np.uint8 if "float8" in given.type else np.uint16
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(np.zeros(shape, wide), code)
+
+
+def step(run: Any, ids: Tensor, mask: Tensor, past: Arrays) -> tuple[Tensor, Arrays]:
+    """Logits [B, S, V] after tokens [B, S] behind a past, and the past that comes next; mask [B, P + S]."""
+    import onnxruntime
+
+    given = {name: onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy()) for name, tensor in (("input_ids", ids), ("attention_mask", mask))}
+    names = [output.name for output in run.get_outputs()]
+    logits, *present = run.run_with_ort_values(names, {**given, **past})
+    return _tensor(logits.numpy()), {_past(name): value for name, value in zip(names[1:], present, strict=True)}
+
+
+def _past(name: str) -> str:
+    """The input that an output of the present becomes."""
+    return name.replace("present.", "past_key_values.", 1)
