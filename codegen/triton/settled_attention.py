@@ -9,8 +9,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qcompile.codegen.triton.attention import emit_decode, emit_prefill, mix_tile, page_lines, refuses_heads
-from qcompile.codegen.triton.cache_tiles import Tiles, plain_tiles
-from qcompile.codegen.triton.contract import FLOATS, HALVES, TRITON_TYPES, Operator, same_storage, stored
+from qcompile.codegen.triton.block_vectors import BlockVectors
+from qcompile.codegen.triton.cache_tiles import Tiles
+from qcompile.codegen.triton.contract import FLOATS, HALVES, Operator, same_storage, stored
+from qcompile.codegen.triton.packed_attention import decode_step
+from qcompile.codegen.triton.packed_forms import PACKED, TABLES, refuses_tables
 from qcompile.codegen.triton.retained import (
     POLICY,
     policy_constants,
@@ -20,8 +23,8 @@ from qcompile.codegen.triton.retained import (
     sequence_range,
     settled,
 )
-from qcompile.codegen.triton.settled_form import Packed, packed, refuses_form
-from qcompile.codegen.triton.settled_tiles import settled_tiles
+from qcompile.codegen.triton.settled_form import SettledForm, refuses_form, settled_form
+from qcompile.codegen.triton.settled_tiles import kept_tiles, settled_tiles
 from qcompile.codegen.triton.source import Lines, constants, loop
 from qcompile.codegen.triton.tiles import Architecture, attention_keys
 from qcompile.ir.lowered import BUCKETS, Kernel, KernelSpec
@@ -31,20 +34,20 @@ LEAST_STEP = 16
 FORMS = (("k_form", "KEY"), ("v_form", "VALUE"))
 
 
-def forms_of(spec: KernelSpec) -> tuple[Packed, Packed]:
+def forms_of(spec: KernelSpec) -> tuple[SettledForm, SettledForm]:
     """How keys and how values are packed."""
-    keys, values = (packed(spec.option(option), spec.size("D"), name) for option, name in FORMS)
+    keys, values = (settled_form(spec.option(option), spec.size("D"), name) for option, name in FORMS)
     return keys, values
 
 
 def settled_walk(spec: KernelSpec, tiles: Tiles, split: bool) -> tuple[Lines, Lines]:
     """The pages, then the rows and the new tokens."""
-    kind = TRITON_TYPES[stored(spec, "q")]
-    came = plain_tiles(kind, tiles.step, ("exact_keys", "exact_values"), f".to({kind})")
-    kept = loop("for start in range(0, columns, BLOCK_T)", kept_step(spec, came))
+    forms = forms_of(spec)
+    came = kept_tiles(*forms, stored(spec, "q"), tiles.step)
+    kept = [*came.channels, *loop("for start in range(0, columns, BLOCK_T)", kept_step(spec, came))]
     numbers: dict[str, tuple[int | float, str]] = {**policy_constants(policy_of(spec)), **scan_constants()}
-    for form in forms_of(spec):
-        numbers |= form.constants()
+    for form in forms:
+        numbers |= {} if isinstance(form, BlockVectors) else form.constants()
     return [*constants(numbers), *sequence_range(), *walk_range(spec, split)], [*settled_loop(spec, tiles), *kept]
 
 
@@ -86,14 +89,15 @@ def settled_step(spec: KernelSpec, tiles: Tiles, *, whole: bool) -> Lines:
         "first_slot = (page * L + head) * page_tokens + start % page_tokens",
         "row = tl.arange(0, BLOCK_T)",
     ]
-    several = tiles.together > 1
+    together = tiles.together > 1
+    masked = not together or any(isinstance(form, BlockVectors) for form in forms_of(spec))
     return [
         *(["start = tl.multiple_of(start, BLOCK_T)"] if whole else []),
         "place = start + tl.arange(0, BLOCK_T)",
         "key = place + FIRST",
-        *([] if several else ["present = place < last"]),
+        *(["present = place < last"] if masked else []),
         *(place if whole else [*page_lines("place"), "first_slot = 0", "row = slot"]),
-        *mix_tile(spec, tiles, f"{'' if several else 'present[None, :] & '}(key[None, :] < border[:, None])"),
+        *mix_tile(spec, tiles, f"{'' if together else 'present[None, :] & '}(key[None, :] < border[:, None])"),
     ]
 
 
@@ -119,7 +123,11 @@ def emit_attend_settled(spec: KernelSpec, arch: Architecture) -> Kernel:
     most = attention_keys(spec.size("D"), arch)
     forms = forms_of(spec)
     together = max(form.form.tokens for form in forms)
-    tiles = settled_tiles(*forms, TRITON_TYPES[stored(spec, "q")], min(most, together) if together > 1 else most)
+    step = min(most, together) if together > 1 else most
+    blocks = [form for form in forms if isinstance(form, BlockVectors)]
+    if spec.bucket == "m1" and len(blocks) == len(forms):
+        step = decode_step(spec, blocks)
+    tiles = settled_tiles(*forms, stored(spec, "q"), step)
     # Where a wide head leaves registers for few keys, numbers made of codes take those of half the lines too.
     tiles = replace(tiles, lines=min(64, most))
     emit = emit_decode if spec.bucket == "m1" else emit_prefill
@@ -132,6 +140,7 @@ def refuses_attend_settled(spec: KernelSpec) -> str | None:
     size = spec.size("D")
     form = next((reason for option, _ in FORMS if (reason := refuses_form(option, spec.option(option), size))), None)
     reason = refuses_heads(spec) or mixed or form or refuses_policy(spec)
+    reason = reason or refuses_tables(spec, zip(TABLES, forms_of(spec), strict=True))
     if reason is None:
         torn = [packed.form.tokens for packed in forms_of(spec) if policy_of(spec).group % packed.form.tokens]
         reason = f"group={spec.option('group')}: expected a multiple of the {torn[0]} tokens that are packed together" if torn else None
@@ -148,8 +157,9 @@ ATTEND_SETTLED = Operator(
     emit=emit_attend_settled,
     operands={
         "q": HALVES,
-        "keys": ("uint8",),
-        "values": ("uint8",),
+        "keys": PACKED,
+        "values": PACKED,
+        **dict.fromkeys(TABLES, PACKED),
         "exact_keys": HALVES,
         "exact_values": HALVES,
         "page_table": ("i32",),
@@ -157,7 +167,7 @@ ATTEND_SETTLED = Operator(
         "sinks": FLOATS,
         "out": HALVES,
     },
-    optional=frozenset({"sinks"}),
+    optional=frozenset({"sinks", *TABLES}),
     sizes=("D", "H", "L"),
     options=("k_form", "v_form", *POLICY, "scale", "window", "softcap"),
     required=("k_form", "v_form", *POLICY, "scale"),
