@@ -29,6 +29,8 @@ from qcompile.codegen.triton.source import Lines, constants, loop
 from qcompile.codegen.triton.tiles import Architecture, attention_keys
 from qcompile.ir.lowered import BUCKETS, Kernel, KernelSpec
 
+KEPT_STEP = 32
+"""Kept tokens of a step beside blocks: they are gathered number by number, and more addresses than that do not fit into registers."""
 LEAST_STEP = 16
 """Tokens that a matrix instruction adds up over."""
 FORMS = (("k_form", "KEY"), ("v_form", "VALUE"))
@@ -43,9 +45,12 @@ def forms_of(spec: KernelSpec) -> tuple[SettledForm, SettledForm]:
 def settled_walk(spec: KernelSpec, tiles: Tiles, split: bool) -> tuple[Lines, Lines]:
     """The pages, then the rows and the new tokens."""
     forms = forms_of(spec)
-    came = kept_tiles(*forms, stored(spec, "q"), tiles.step)
-    kept = [*came.channels, *loop("for start in range(0, columns, BLOCK_T)", kept_step(spec, came))]
+    blocks = any(isinstance(form, BlockVectors) for form in forms)
+    came = kept_tiles(*forms, stored(spec, "q"), KEPT_STEP if blocks else tiles.step)
+    block = "BLOCK_R" if blocks else "BLOCK_T"
+    kept = [*came.channels, *loop(f"for start in range(0, columns, {block})", kept_step(spec, came, block))]
     numbers: dict[str, tuple[int | float, str]] = {**policy_constants(policy_of(spec)), **scan_constants()}
+    numbers |= {"BLOCK_R": (came.step, "kept tokens of a step")} if blocks else {}
     for form in forms:
         numbers |= {} if isinstance(form, BlockVectors) else form.constants()
     return [*constants(numbers), *sequence_range(), *walk_range(spec, split)], [*settled_loop(spec, tiles), *kept]
@@ -101,10 +106,10 @@ def settled_step(spec: KernelSpec, tiles: Tiles, *, whole: bool) -> Lines:
     ]
 
 
-def kept_step(spec: KernelSpec, tiles: Tiles) -> Lines:
-    """One step over BLOCK_T columns of what `with_recent` gave: rows, of which each held one position before the call, then new tokens."""
+def kept_step(spec: KernelSpec, tiles: Tiles, block: str) -> Lines:
+    """One step over `block` columns of what `with_recent` gave: rows, of which each held one position before the call, then new tokens."""
     return [
-        "column = start + tl.arange(0, BLOCK_T)",
+        f"column = start + tl.arange(0, {block})",
         # Rows are written in turn: each holds the latest position that falls to it.
         "row_key = tl.where(column < FIRST, column, held - 1 - (held - 1 - column + TURNING) % TURNING)",
         f"waits = (row_key < held) & ((column < FIRST) | (row_key >= {settled('held')}))",

@@ -10,10 +10,32 @@ from qcompile.codegen.triton import gates
 from qcompile.codegen.triton.backend import TritonBackend
 from qcompile.codegen.triton.build import build_kernels
 from qcompile.codegen.triton.tiles import ARCHITECTURES
+from qcompile.quant.retention import Retention
 from tests.codegen.triton import settled_specs as specs
 
 pytest.importorskip("triton")
 KV2 = ("int2 t32 asym", "int2 g32 asym")
+
+
+SORTED, BLOCK = "bfp4 g16 sorted", "bfp4 g16"
+SINKS = Retention(4, 0, 1)
+"""What `kv4-block` keeps."""
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_kernels_of_blocks_build_and_pass_the_gates(arch: str) -> None:
+    emit = TritonBackend(arch).emit
+    decode = emit(specs.attend_settled(32, 8, 128, "m1", (SORTED, SORTED), SINKS))
+    # Tokens of 72 bytes allow copies of 8 that no register holds.
+    decode = replace(decode, expects=("mma", "cp.async"))
+    prefill = emit(specs.attend_settled(9, 3, 64, "m64", (SORTED, BLOCK), SINKS))
+    beside = emit(specs.attend_settled(8, 4, 256, "m64", (SORTED, "int4 g64 asym"), Retention(4, 28, 1), dtype="fp16"))
+    settling = [emit(specs.settle(8, 128, form, SINKS)) for form in (SORTED, "bfp8")]
+    kernels, _ = build_kernels([decode, prefill, beside, *settling], arch)
+    for launch in (launch for kernel in kernels for launch in kernel.launches):
+        assert 0 < launch.registers <= gates.MOST_REGISTERS
+        assert launch.shared_bytes <= ARCHITECTURES[arch].shared_bytes
+    assert kernels[0].launches[0].num_warps == 4, "decode fits without more warps"
 
 
 @pytest.mark.parametrize("arch", ["sm80", "sm90"])

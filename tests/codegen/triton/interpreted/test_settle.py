@@ -34,6 +34,31 @@ def test_formats_per_token(values: str, policy: Retention) -> None:
         layer.step(chunk_positions(layer.lengths, counts))
 
 
+SINKS, WAITING = Retention(4, 0, 1), Retention(2, 3, 4)
+"""What `kv4-block` keeps, and groups that settle at once."""
+BLOCKS = [
+    ("bfp4 g16 sorted", 64, SINKS), ("bfp4 g16 sorted", 64, WAITING), ("bfp4 g16", 64, SINKS), ("bfp8 g8 sorted", 80, WAITING),
+    ("bfp2 g4", 16, WAITING), ("bfp4", 80, SINKS), ("bfp4 sorted", 33, WAITING), ("bfp4 g64 sorted", 256, WAITING),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "size", "policy"), BLOCKS)
+def test_blocks(form: str, size: int, policy: Retention) -> None:
+    """The channels of each head in an order of their own, and keys in another than values."""
+    torch.manual_seed(0)
+    layer = Layer(policy, (form, form), heads=2, size=size, batch=2, page_tokens=7, pages=10, rows_dtype="fp16", kernels=True)
+    for counts in ((37, 3), (1, 14), (2, 1)):
+        layer.step(chunk_positions(layer.lengths, counts))
+
+
+@pytest.mark.parametrize(("spread", "centre"), [(0.0, 1.0), (1e-39, 0.0), (1e37, 0.0)])
+def test_powers_of_every_float(spread: float, centre: float) -> None:
+    """Tokens that are all alike, numbers below the least normal one, where a power stays what it is, and the largest."""
+    torch.manual_seed(0)
+    layer = Layer(SINKS, ("bfp4 g16 sorted", "bfp2 g4"), heads=1, size=32, batch=1, page_tokens=32, pages=1, kernels=True)
+    layer.step(chunk_positions([0], [20]), spread, centre)
+
+
 @pytest.mark.parametrize("size", [8, 80, 128])
 def test_head_sizes(size: int) -> None:
     torch.manual_seed(0)
