@@ -12,14 +12,13 @@ from qcompile.codegen.triton.build import build_kernels
 from qcompile.codegen.triton.tiles import ARCHITECTURES
 from qcompile.quant.retention import Retention
 from tests.codegen.triton import settled_specs as specs
+from tests.codegen.triton.cache_specs import BLOCK, SORTED
+from tests.codegen.triton.settled_specs import SINKS
 
 pytest.importorskip("triton")
 KV2 = ("int2 t32 asym", "int2 g32 asym")
 
 
-SORTED, BLOCK = "bfp4 g16 sorted", "bfp4 g16"
-SINKS = Retention(4, 0, 1)
-"""What `kv4-block` keeps."""
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -7,6 +7,7 @@ import torch
 
 from qcompile.quant.retention import Retention
 from tests.codegen.triton.interpreted.settled_layer import Layer, chunk_positions
+from tests.codegen.triton.settled_specs import SINKS
 
 KIVI = Retention(4, 8, 16)
 """The shape of `kv4-kivi`, smaller."""
@@ -34,8 +35,8 @@ def test_formats_per_token(values: str, policy: Retention) -> None:
         layer.step(chunk_positions(layer.lengths, counts))
 
 
-SINKS, WAITING = Retention(4, 0, 1), Retention(2, 3, 4)
-"""What `kv4-block` keeps, and groups that settle at once."""
+WAITING = Retention(2, 3, 4)
+"""Groups that settle at once."""
 BLOCKS = [
     ("bfp4 g16 sorted", 64, SINKS), ("bfp4 g16 sorted", 64, WAITING), ("bfp4 g16", 64, SINKS), ("bfp8 g8 sorted", 80, WAITING),
     ("bfp2 g4", 16, WAITING), ("bfp4", 80, SINKS), ("bfp4 sorted", 33, WAITING), ("bfp4 g64 sorted", 256, WAITING),

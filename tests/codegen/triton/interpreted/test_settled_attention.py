@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from qcompile.quant.retention import Retention
+from tests.codegen.triton.cache_specs import BLOCK, SORTED
 from tests.codegen.triton.interpreted.settled_layer import Layer, chunk_positions
+from tests.codegen.triton.settled_specs import SINKS
 
 KIVI = Retention(4, 8, 16)
 """The shape of `kv4-kivi`, smaller."""
@@ -25,13 +27,10 @@ def test_formats_of_keys_and_values(forms: tuple[str, str]) -> None:
     layer.attend_in_chunks(2, ((70, 0), (12, 3), (1, 1)))
 
 
-SORTED, BLOCK = "bfp4 g16 sorted", "bfp4 g16"
 BLOCKS = [
     (SORTED, SORTED), (BLOCK, BLOCK), ("bfp8 g8 sorted", "bfp2 g4"), ("bfp4", SORTED), (SORTED, "int4 g32 asym"), ("int4 g16 asym", SORTED),
     (BLOCK, "fp8 g32"),
 ]  # fmt: skip
-SINKS = Retention(4, 0, 1)
-"""What `kv4-block` keeps."""
 
 
 @pytest.mark.parametrize("forms", BLOCKS)
