@@ -48,16 +48,25 @@ def settled_walk(spec: KernelSpec, tiles: Tiles, split: bool) -> tuple[Lines, Li
     blocks = any(isinstance(form, BlockVectors) for form in forms)
     came = kept_tiles(*forms, stored(spec, "q"), KEPT_STEP if blocks else tiles.step)
     block = "BLOCK_R" if blocks else "BLOCK_T"
-    kept = [*came.channels, *loop(f"for start in range(0, columns, {block})", kept_step(spec, came, block))]
     numbers: dict[str, tuple[int | float, str]] = {**policy_constants(policy_of(spec)), **scan_constants()}
     numbers |= {"BLOCK_R": (came.step, "kept tokens of a step")} if blocks else {}
     for form in forms:
         numbers |= {} if isinstance(form, BlockVectors) else form.constants()
-    return [*constants(numbers), *sequence_range(), *walk_range(spec, split)], [*settled_loop(spec, tiles), *kept]
+    prepare = [*constants(numbers), *sequence_range(early=not split), *walk_range(spec, split, block)]
+    step = kept_step(spec, came, block)
+    kept = (
+        loop(f"for start in range(0, columns, {block})", step)
+        if split
+        else loop(f"for step in range(0, columns - skipped, {block})", ["start = step + tl.where(step < pause, 0, skipped)", *step])
+    )
+    return prepare, [*settled_loop(spec, tiles), *came.channels, *kept]
 
 
-def walk_range(spec: KernelSpec, split: bool) -> Lines:
-    """`border` of each line; slots `first` to `last` of the pages, and `columns` of what is kept, that this program takes."""
+def walk_range(spec: KernelSpec, split: bool, block: str) -> Lines:
+    """`border` of each line; slots `first` to `last` of the pages, and `columns` of what is kept, that this program takes.
+
+    Where it takes all, steps of `block` columns leave out `skipped` of them from `pause` on: new tokens that every line sees packed.
+    """
     window = int(spec.option("window", 0))
     earliest = "tl.min(tl.where(position >= 0, position, 2147483647), axis=0) - (WINDOW + FIRST - 1)"
     lines = [
@@ -67,7 +76,14 @@ def walk_range(spec: KernelSpec, split: bool) -> Lines:
         *([f"first = tl.minimum(tl.maximum({earliest}, 0) // BLOCK_T * BLOCK_T, last)"] if window else ["first = 0"]),
     ]
     if not split:
-        return [*lines, "columns = ROWS + tl.minimum(sequence, (tl.program_id(0) * BLOCK_M + BLOCK_M - 1) // SHARED + 1)"]
+        return [
+            *lines,
+            "columns = ROWS + tl.minimum(sequence, (tl.program_id(0) * BLOCK_M + BLOCK_M - 1) // SHARED + 1)",
+            f"pause = (ROWS + early + {block} - 1) // {block} * {block}",
+            # A token stands as many columns behind the rows as it is new, or more where padding stands before it.
+            "waiting = tl.min(tl.where(position >= 0, border, length), axis=0)",
+            f"skipped = tl.maximum((ROWS + tl.maximum(waiting - held, 0)) // {block} * {block} - pause, 0)",
+        ]
     return [
         *lines,
         "share = (last - first + (SPLITS - 1) * BLOCK_T - 1) // ((SPLITS - 1) * BLOCK_T) * BLOCK_T",

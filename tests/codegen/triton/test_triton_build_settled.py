@@ -19,8 +19,6 @@ pytest.importorskip("triton")
 KV2 = ("int2 t32 asym", "int2 g32 asym")
 
 
-
-
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_of_blocks_build_and_pass_the_gates(arch: str) -> None:
     emit = TritonBackend(arch).emit

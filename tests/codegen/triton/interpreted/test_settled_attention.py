@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
+from torch import Tensor
 
+from qcompile.ir.lowered import KernelSpec
 from qcompile.quant.retention import Retention
 from tests.codegen.triton.cache_specs import BLOCK, SORTED
+from tests.codegen.triton.interpreted.harness import guarded, result, run_kernel
 from tests.codegen.triton.interpreted.settled_layer import Layer, chunk_positions
 from tests.codegen.triton.settled_specs import SINKS
 
@@ -106,3 +111,21 @@ def test_padding_may_stand_anywhere() -> None:
     layer = Layer(KIVI, FORMS[0], heads=1, size=32, batch=2, page_tokens=48, pages=4)
     for counts in ((60, 33), (50, 40)):
         layer.attend(3, chunk_positions(layer.lengths, counts, 90, scattered=True), "m64")
+
+
+@pytest.mark.parametrize("form", [SORTED, "int4 g16 asym"])
+def test_prefill_leaves_out_new_tokens_that_all_queries_of_a_program_see_packed(form: str) -> None:
+    """What the first 64 queries may see as it came, no later one does; a number that is none spoils what reads it, whatever its weight."""
+    torch.manual_seed(0)
+
+    def run(spec: KernelSpec, operands: dict[str, Tensor], sizes: Mapping[str, int]) -> None:
+        spoiled = operands["exact_values"].clone()
+        spoiled[:, :, 64 if form == "int4 g16 asym" else 32 : 68] = torch.nan
+        beside = {**operands, "exact_values": guarded(spoiled), "out": result((1, 200, 1, 32), torch.bfloat16).transpose(1, 2)}
+        run_kernel(spec, beside, sizes)
+        run_kernel(spec, operands, sizes)
+        assert bool(beside["out"][:, :, :64].isnan().any())
+        assert torch.equal(beside["out"][:, :, 128:], operands["out"][:, :, 128:])
+
+    layer = Layer(SINKS, (form, form), heads=1, size=32, batch=1, page_tokens=256, pages=1, run=run)
+    layer.attend(1, chunk_positions([0], [200]), "m64")
