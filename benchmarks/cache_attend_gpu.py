@@ -190,7 +190,8 @@ def error_of(operands: Mapping[str, Tensor], forms: tuple[str, ...], policy: Ret
     k_tables, v_tables = ([operands[name]] if name in operands else None for name in TABLES)
     scale = operands["q"].shape[-1] ** -0.5
     if policy.rows:
-        expected = attend_settled(*tensors, *forms, policy.first, policy.recent, policy.group, scale).float()
+        options = (policy.first, policy.recent, policy.group, scale)
+        expected = attend_settled(*tensors, *forms, *options, k_tables=k_tables, v_tables=v_tables).float()
     else:
         expected = cache_attend_packed(*tensors, *forms, scale, k_tables=k_tables, v_tables=v_tables).float()
     return float((operands["out"].float() - expected).abs().max() / expected.abs().max())

@@ -118,50 +118,100 @@ def number_lines(vectors: BlockVectors, part: Part, name: str, kind: str) -> Lin
     return [*code_lines(vectors, part, name, kind), rounded]
 
 
-def place_lines(part: Part, target: str, name: str, order: str, there: str) -> Lines:
-    """`target`, the channel that stands at the place of each lane of a part, by the table at the pointer `order`.
+def order_line(target: str, order: str, place: str, there: str) -> str:
+    """`target`, the channel that stands at each `place` of the head's vectors, by the table at the pointer `order`.
 
     Tables come with an artifact: the remainder keeps a wrong one within the head.
     """
     mask = f", mask={there}, other=0" if there else ""
-    return [f"{target} = tl.load({order} + head * D + {channel(part, name)}{mask}).to(tl.int32) % D"]
+    return f"{target} = tl.load({order} + head * D + {place}{mask}).to(tl.int32) % D"
+
+
+def places(vectors: BlockVectors, name: str, order: str) -> tuple[list[str], Lines]:
+    """The channels of the lanes of each part, and the lines that read them, by `order`, where channels are sorted."""
+    parts = list(vectors.all_parts())
+    if not vectors.form.is_sorted:
+        return [channel(part, name) for part in parts], []
+    found = [f"{name}_channel_{part.place}" for part in parts]
+    return found, [
+        order_line(place, order, channel(part, name), within(vectors, part, name)) for place, part in zip(found, parts, strict=True)
+    ]
 
 
 def block_keys(vectors: BlockVectors, kind: str, order: str, name: str = "key", source: str = "keys") -> KeyTile:
     """Keys as blocks, for queries of the 16-bit type `kind`, which are read in the keys' order if they are sorted."""
     vectors = vectors.in_pairs
-    query: Lines = lane_lines(vectors, name)
+    found, read = places(vectors, name, order)
+    query: Lines = [*lane_lines(vectors, name), *read]
     score = [*cell_lines(vectors, name, source), *power_lines(vectors, name, kind, turned=True), *item_lines(vectors, 0, name, turned=True)]
-    for part in vectors.all_parts():
-        there, place = within(vectors, part, name), f"({channel(part, name)})"
-        if vectors.form.is_sorted:
-            place = f"{name}_channel_{part.place}"
-            query += place_lines(part, place, name, order, there)
-        mask = f"inside[:, None]{f' & ({there})[None, :]' if there else ''}"
-        query += load(f"query_0_{part.place}", f"query_at + {place}[None, :]", mask)
-        before = ", score" if part.place else ""
-        score += [*number_lines(vectors, part, name, kind), f"score = tl.dot(query_0_{part.place}, {name}_0_{part.place}{before})"]
+    for part, place in zip(vectors.all_parts(), found, strict=True):
+        mask = mask_of("inside[:, None]", vectors, part, name, "[None, :]")
+        query += load(f"query_0_{part.place}", f"query_at + {spread(place, '[None, :]')}", mask)
+        score += [*number_lines(vectors, part, name, kind), score_line(part, name)]
     return KeyTile(query, score)
+
+
+def spread(channels: str, axes: str) -> str:
+    """Channels as they broadcast."""
+    return f"({channels}){axes}" if " " in channels else f"{channels}{axes}"
+
+
+def mask_of(first: str, vectors: BlockVectors, part: Part, name: str, axes: str) -> str:
+    """The mask `first`, and which lanes of a part, spread over `axes`, are channels."""
+    there = within(vectors, part, name)
+    return f"{first} & ({there}){axes}" if there else first
+
+
+def score_line(part: Part, name: str) -> str:
+    """`score`, or what a part adds to it."""
+    return f"score = tl.dot(query_0_{part.place}, {name}_0_{part.place}{', score' if part.place else ''})"
+
+
+def mixed_vectors(vectors: BlockVectors) -> BlockVectors:
+    """Values as they are read: two bytes at a time where sums keep their columns."""
+    pairs = vectors.in_pairs
+    return pairs if pairs.lanes >= LEAST_COLUMNS else vectors
+
+
+def mix_line(part: Part, name: str) -> str:
+    """What a part adds to its sums."""
+    total = f"mixed_{part.place}"
+    return f"{total} = tl.dot(rounded, {name}_0_{part.place}, {total} * decay[:, None])"
 
 
 def block_values(vectors: BlockVectors, kind: str, order: str, name: str = "value", source: str = "values") -> ValueTile:
     """Values as blocks; sums of sorted ones are stored to the channels that they belong to."""
-    if vectors.in_pairs.lanes >= LEAST_COLUMNS:
-        vectors = vectors.in_pairs
+    vectors = mixed_vectors(vectors)
     parts = list(vectors.all_parts())
     zeros = lane_lines(vectors, name)
     zeros += [f"mixed_{part.place} = tl.zeros([BLOCK_M, {vectors.lanes}], dtype=tl.float32)" for part in parts]
     mix = [*cell_lines(vectors, name, source), *power_lines(vectors, name, kind, turned=False), *item_lines(vectors, 0, name, turned=False)]
     mix.append(f"rounded = weight.to({TRITON_TYPES[kind]})")
-    finish, sums = [], []
     for part in parts:
-        total, there, place = f"mixed_{part.place}", within(vectors, part, name), channel(part, name)
-        mix += [
-            *number_lines(vectors, part, name, kind),
-            f"{total} = tl.dot(rounded, {name}_0_{part.place}, {total} * decay[:, None])",
-        ]
-        if vectors.form.is_sorted:
-            place = f"{name}_channel_{part.place}"
-            finish += place_lines(part, place, name, order, there)
-        sums.append(Sum(total, place, there))
+        mix += [*number_lines(vectors, part, name, kind), mix_line(part, name)]
+    found, finish = places(vectors, name, order)
+    sums = (Sum(f"mixed_{part.place}", place, within(vectors, part, name)) for part, place in zip(parts, found, strict=True))
     return ValueTile(zeros, mix, tuple(sums), finish)
+
+
+def kept_keys(vectors: BlockVectors, kind: str, order: str, name: str = "key", source: str = "exact_keys") -> Lines:
+    """`score` of keys that were never packed, part by part, as `block_keys` has read the queries."""
+    vectors, lines = vectors.in_pairs, []
+    for part, place in zip(vectors.all_parts(), places(vectors, name, order)[0], strict=True):
+        lines += [*kept_lines(vectors, part, place, kind, name, source, turned=True), score_line(part, name)]
+    return lines
+
+
+def kept_values(vectors: BlockVectors, kind: str, order: str, name: str = "value", source: str = "exact_values") -> Lines:
+    """Values that were never packed, added to the sums of `block_values`, once the channels of these are known."""
+    vectors, lines = mixed_vectors(vectors), [f"rounded = weight.to({TRITON_TYPES[kind]})"]
+    for part, place in zip(vectors.all_parts(), places(vectors, name, order)[0], strict=True):
+        lines += [*kept_lines(vectors, part, place, kind, name, source, turned=False), mix_line(part, name)]
+    return lines
+
+
+def kept_lines(vectors: BlockVectors, part: Part, place: str, kind: str, name: str, source: str, *, turned: bool) -> Lines:
+    """`NAME_0_p`, the channels `place` of the tokens at `slot`, D numbers each, where `present`."""
+    token, lane = ("[None, :]", "[:, None]") if turned else ("[:, None]", "[None, :]")
+    at = f"{source} + slot{token} * D + {spread(place, lane)}"
+    return load(f"{name}_0_{part.place}", at, mask_of(f"present{token}", vectors, part, name, lane), suffix=f".to({TRITON_TYPES[kind]})")

@@ -38,11 +38,16 @@ def pack_lines(vectors: PackedForm, numbers: str, pages: str, cell: str, present
     return [
         f"grouped = tl.reshape({numbers}, [{held(vectors) // group}, {group}])",
         f"inside = tl.reshape(dim, [{held(vectors) // group}, {group}]) < {vectors.size}",
-        *(round_blocks(vectors.form) if isinstance(vectors, BlockVectors) else round_groups(vectors.form)),
+        *round_numbers(vectors.form),
         *_code_stores(vectors, pages, cell, present),
         f"group = tl.arange(0, {held(vectors) // group})",
         *_size_stores(vectors, pages, cell, present),
     ]
+
+
+def round_numbers(form: VectorFormat | BlockFormat) -> Lines:
+    """Codes of `grouped`, and what gives them their size, in either form."""
+    return round_blocks(form) if isinstance(form, BlockFormat) else round_groups(form)
 
 
 def round_groups(form: VectorFormat) -> Lines:

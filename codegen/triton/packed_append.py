@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from qcompile.codegen.triton.block_vectors import order_line
 from qcompile.codegen.triton.contract import HALVES, TRITON_TYPES, Operator, integer, kernel, pointer, same_storage, stored, strides
 from qcompile.codegen.triton.pack import pack_lines, refuses_pack
-from qcompile.codegen.triton.packed_attention import PACKED, forms_of, refuses_forms
-from qcompile.codegen.triton.packed_forms import KEY_ORDER, TABLES, VALUE_ORDER
+from qcompile.codegen.triton.packed_attention import forms_of, refuses_forms
+from qcompile.codegen.triton.packed_forms import KEY_ORDER, PACKED, TABLES, VALUE_ORDER
 from qcompile.codegen.triton.rotation import butterflies
 from qcompile.codegen.triton.source import Lines, constants, function
 from qcompile.codegen.triton.tiles import Architecture, power_of_two, row_warps
@@ -43,7 +44,7 @@ def numbers_of(spec: KernelSpec) -> dict[str, tuple[int | float, str]]:
 def vector_lines(name: str, source: str, order: str = "") -> Lines:
     """The vector of the program's token and head, float32, its channels by the table `order` where there is one."""
     at = " + ".join(f"{index} * {source}_stride_{place}" for place, index in enumerate(("batch", "head", "token")))
-    ordered = [f"{name}_channel = tl.load({order} + head * D + dim, mask=dim < D, other=0).to(tl.int32) % D"] if order else []
+    ordered = [order_line(f"{name}_channel", order, "dim", "dim < D")] if order else []
     place = f"{name}_channel" if order else "dim"
     return [*ordered, f"{name} = tl.load({source} + {at} + {place}, mask=dim < D, other=0.0).to(tl.float32)"]
 

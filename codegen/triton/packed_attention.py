@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from qcompile.codegen.triton.attention import emit_decode, emit_prefill, key_range, mix_tile, page_lines, refuses_heads
 from qcompile.codegen.triton.cache_tiles import Tiles
 from qcompile.codegen.triton.contract import FLOATS, HALVES, Operator, same_storage, stored
-from qcompile.codegen.triton.packed_forms import TABLES, PackedForm, key_tile, packed_form, refuses_packed, value_tile
+from qcompile.codegen.triton.packed_forms import (
+    PACKED,
+    TABLES,
+    PackedForm,
+    key_tile,
+    packed_form,
+    refuses_packed,
+    refuses_tables,
+    value_tile,
+)
 from qcompile.codegen.triton.source import Lines, loop
 from qcompile.codegen.triton.tiles import Architecture, attention_keys
 from qcompile.ir.lowered import BUCKETS, Kernel, KernelSpec
 
-PACKED = ("uint8",)
 MOST_LANES = 32
 """Of a part, in a step of 128 tokens."""
 
@@ -25,16 +34,7 @@ def forms_of(spec: KernelSpec) -> tuple[PackedForm, PackedForm]:
 def refuses_forms(spec: KernelSpec) -> str | None:
     """Forms that kernels do not read, and tables that are not the form's."""
     reasons = (refuses_packed(spec.option(name), spec.size("D")) for name in ("k_form", "v_form"))
-    return next(filter(None, reasons), None) or refuses_tables(spec)
-
-
-def refuses_tables(spec: KernelSpec) -> str | None:
-    """An order of channels for a form that has none, or none for one that has."""
-    for name, vectors in zip(TABLES, forms_of(spec), strict=True):
-        wanted = bool(vectors.form.tables)
-        if wanted != (spec.format(name) is not None):
-            return f"{vectors.form}: expected {'the table' if wanted else 'no table'} {name}, got {'none' if wanted else 'one'}"
-    return None
+    return next(filter(None, reasons), None) or refuses_tables(spec, zip(TABLES, forms_of(spec), strict=True))
 
 
 def refuses_attend_packed(spec: KernelSpec) -> str | None:
@@ -75,10 +75,10 @@ def packed_step(spec: KernelSpec, tiles: Tiles, *, whole: bool) -> Lines:
     ]
 
 
-def decode_step(spec: KernelSpec) -> int:
+def decode_step(spec: KernelSpec, forms: Iterable[PackedForm]) -> int:
     """Tokens of a step of decoding: 128 where they fit into registers, for a third of a step of 64 is not for its tokens."""
-    forms = [form.in_pairs for form in forms_of(spec)]
-    fits = spec.size("D") <= 128 and all(form.bits <= 4 and form.lanes <= MOST_LANES for form in forms)
+    pairs = [form.in_pairs for form in forms]
+    fits = spec.size("D") <= 128 and all(form.bits <= 4 and form.lanes <= MOST_LANES for form in pairs)
     return 128 if fits else 64
 
 
@@ -92,7 +92,7 @@ def prefill_lines(spec: KernelSpec, arch: Architecture) -> int:
 def emit_attend_packed(spec: KernelSpec, arch: Architecture) -> Kernel:
     """The kernel of the bucket: `m1` is one token of each sequence."""
     if spec.bucket == "m1":
-        return emit_decode(spec, arch, packed_tiles(spec, decode_step(spec)), packed_walk)
+        return emit_decode(spec, arch, packed_tiles(spec, decode_step(spec, forms_of(spec))), packed_walk)
     tiles = packed_tiles(spec, attention_keys(spec.size("D"), arch))
     return emit_prefill(spec, arch, replace(tiles, lines=prefill_lines(spec, arch)), packed_walk)
 

@@ -53,17 +53,22 @@ def row_of(position: str) -> str:
     return f"tl.where({position} < FIRST, {position}, FIRST + ({position} - FIRST) % TURNING)"
 
 
-def sequence_range() -> Lines:
-    """`held` and `length`: tokens of the sequence `batch` before this call and after it; both 0 where it takes no part."""
+def sequence_range(*, early: bool = False) -> Lines:
+    """`held` and `length`: tokens of the sequence `batch` before this call and after it; both 0 where it takes no part.
+
+    With `early` also the number of new tokens up to the last one that never settles, padding among them counted.
+    """
     step = [
         "at = begin + tl.arange(0, POSITIONS)",
         "seen = tl.load(positions + batch * sequence + at, mask=at < sequence, other=-1).to(tl.int32)",
         "held = tl.minimum(held, tl.min(tl.where(seen >= 0, seen, 2147483647), axis=0))",
         "length = tl.maximum(length, tl.max(seen, axis=0) + 1)",
+        *(["early = tl.maximum(early, tl.max(tl.where((seen >= 0) & (seen < FIRST), at + 1, 0), axis=0))"] if early else []),
     ]
     return [
         "held = tl.full((), 2147483647, tl.int32)",
         "length = tl.zeros((), tl.int32)",
+        *(["early = tl.zeros((), tl.int32)"] if early else []),
         *loop("for begin in range(0, sequence, POSITIONS)", step),
         "held = tl.minimum(held, length)",
     ]

@@ -7,14 +7,21 @@ that was never packed.
 Scales and least values are float16, and a code in the low bits of 1024 (0x6400) is that number plus the code: so a number is one masked
 code, one difference, which is exact, and one fused multiplication, two numbers at a time. Queries in bfloat16 are float16 too once a power
 of two, the same for a line, is taken out of them.
+
+Blocks that share a power of two are read part by part, as where all tokens are packed (`block_vectors.py`); what is kept is then read in
+these parts too, so that it meets the same queries and is added to the same sums.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import gcd
 
-from qcompile.codegen.triton.cache_tiles import KeyTile, Sum, Tiles, ValueTile, plain_tiles
-from qcompile.codegen.triton.settled_form import Packed
+from qcompile.codegen.triton.block_vectors import BlockVectors, block_keys, block_values, kept_keys, kept_values
+from qcompile.codegen.triton.cache_tiles import KeyTile, Tiles, ValueTile, plain_tiles
+from qcompile.codegen.triton.contract import TRITON_TYPES
+from qcompile.codegen.triton.packed_forms import KEY_ORDER, VALUE_ORDER
+from qcompile.codegen.triton.settled_form import Packed, SettledForm
 from qcompile.codegen.triton.source import Lines, load
 from qcompile.codegen.triton.tiles import power_of_two
 from qcompile.quant.element import FP8
@@ -27,34 +34,57 @@ LEAST_REACH = 2.0**-100
 """Of a line's queries: less is taken for nothing."""
 
 
-def settled_tiles(keys: Packed, values: Packed, kind: str, step: int) -> Tiles:
-    """Keys and values that are packed, `step` tokens at a time; `query` and the sums are those of tiles that came in the type `kind`.
+def settled_tiles(keys: SettledForm, values: SettledForm, kind: str, step: int) -> Tiles:
+    """Keys and values that are packed, `step` tokens at a time, for queries of the 16-bit type `kind` (bf16, fp16).
 
     Where tokens lie together a step is no longer than these: all of it is settled, and lies in one page. Else `present` says which tokens
     are there. `first_slot` is the number of a place in all pages, `row` [BLOCK_T] how far from there each token is.
     """
     together = max(keys.form.tokens, values.form.tokens)  # both are powers of two
     present = "present" if together == 1 else ""
-    plain = plain_tiles(kind, step)
-    query, times = ("query", "") if kind == "tl.float16" else ("half_query", " * reach[:, None]")
-    score = [*tile_lines(keys, "keys", step, present), f"score = tl.dot({query}, {turned(keys, keys.per_channel)}){times}"]
-    mix = [
-        *tile_lines(values, "values", step, present),
-        f"mixed = tl.dot(weight.to(tl.float16), {turned(values, not values.per_channel)}, mixed * decay[:, None])",
-    ]
-    sums = (Sum("mixed", "dim", "dim < D"),)
+    plain = plain_tiles(TRITON_TYPES[kind], step)
     return Tiles(
-        KeyTile([*plain.keys.query, *half_query_lines(kind)], score),
-        ValueTile(plain.values.zeros, mix, sums, []),
+        block_keys(keys, kind, KEY_ORDER) if isinstance(keys, BlockVectors) else settled_keys(keys, plain, kind, present),
+        # Kept values are added up in the same sums: their channels are known before (`kept_tiles`).
+        replace(block_values(values, kind, VALUE_ORDER), finish=[])
+        if isinstance(values, BlockVectors)
+        else settled_values(values, plain, present),
         step,
-        plain.channels,
+        [] if isinstance(keys, BlockVectors) and isinstance(values, BlockVectors) else plain.channels,
         together,
     )
 
 
+def kept_tiles(keys: SettledForm, values: SettledForm, kind: str, step: int) -> Tiles:
+    """Keys and values that are kept as they came, with the queries and the sums of `settled_tiles`; `channels` go before the loop."""
+    sources = ("exact_keys", "exact_values")
+    plain = plain_tiles(TRITON_TYPES[kind], step, sources, f".to({TRITON_TYPES[kind]})")
+    score = kept_keys(keys, kind, KEY_ORDER) if isinstance(keys, BlockVectors) else plain.keys.score
+    if not isinstance(values, BlockVectors):
+        return Tiles(KeyTile([], score), plain.values, step)
+    packed = block_values(values, kind, VALUE_ORDER)
+    return Tiles(KeyTile([], score), replace(packed, mix=kept_values(values, kind, VALUE_ORDER)), step, packed.finish)
+
+
+def settled_keys(keys: Packed, plain: Tiles, kind: str, present: str) -> KeyTile:
+    """Keys with scales; `query` is that of `plain` tiles."""
+    query, times = ("query", "") if kind == "fp16" else ("half_query", " * reach[:, None]")
+    score = [*tile_lines(keys, "keys", plain.step, present), f"score = tl.dot({query}, {turned(keys, keys.per_channel)}){times}"]
+    return KeyTile([*plain.keys.query, *half_query_lines(kind)], score)
+
+
+def settled_values(values: Packed, plain: Tiles, present: str) -> ValueTile:
+    """Values with scales; the sums are those of `plain` tiles."""
+    mix = [
+        *tile_lines(values, "values", plain.step, present),
+        f"mixed = tl.dot(weight.to(tl.float16), {turned(values, not values.per_channel)}, mixed * decay[:, None])",
+    ]
+    return replace(plain.values, mix=mix)
+
+
 def half_query_lines(kind: str) -> Lines:
     """`half_query`, the queries over `reach`, a power of two as large as the largest of a line: exact but for what is 2^-14 of that."""
-    if kind == "tl.float16":
+    if kind == "fp16":
         return []
     return [
         "wide_query = query.to(tl.float32)",
@@ -135,7 +165,7 @@ def scale_lines(form: Packed, cell: str, index: str, *conditions: str) -> Lines:
 def token_lines(form: Packed, source: str, present: str) -> Lines:
     """Tokens with groups of channels: a token's groups stand side by side, each with its scale."""
     name, block = form.name.lower(), max(16, power_of_two(form.size))
-    groups = 1 if form.groups == 1 else block // form.group
+    groups = 1 if form.groups == 1 else block // form.share
     there = f"{present}[:, None]" if present else ""
     few = f"({name}_word < {form.size // form.per_byte // word_bytes(form)})[None, :]" if form.size < block else ""
     some = f"({name}_group < {form.constant('GROUPS')})" if groups > form.groups else ""
@@ -149,7 +179,7 @@ def token_lines(form: Packed, source: str, present: str) -> Lines:
     ]
     if groups == 1:
         return [*lines, scaled(form, "")]
-    cut = f"{name}_numbers = tl.reshape({name}_numbers, [BLOCK_T, {groups}, {form.group}])"
+    cut = f"{name}_numbers = tl.reshape({name}_numbers, [BLOCK_T, {groups}, {form.share}])"
     return [*lines, cut, scaled(form, "[:, :, None]"), f"{name}_tile = tl.reshape({name}_tile, [BLOCK_T, BLOCK_D])"]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qcompile.quant.retention import Retention
+from qcompile.quant.cache_format import CACHES
 from qcompile.runtime.engines.cuda import CudaEngine
 from qcompile.runtime.engines.reference import ReferenceEngine
 from tests.codegen.triton.interpreted.settled_layer import Layer, chunk_positions
@@ -17,7 +17,7 @@ FORMATS = ["kv", "kv16", "kv8", "kvfp8", "kv4", "kv4-token", "kv4-kivi", "kv2-ki
 """Those that kernels serve."""
 PROMPTS = [list(range(3, 75)), [40, 41, 42], [7]]
 """The first has settled in part when it has been read, the others settle while they are decoded."""
-KIVI = {"kv4-kivi": ("int4 t32 asym", "int4 g32 asym"), "kv2-kivi": ("int2 t32 asym", "int2 g32 asym")}
+SETTLED = ["kv4-kivi", "kv2-kivi", "kv4-block"]
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -41,10 +41,12 @@ def test_decoding_is_that_of_the_reference(name: str) -> None:
 
 
 @pytest.mark.parametrize("size", [64, 128])
-@pytest.mark.parametrize("name", KIVI)
+@pytest.mark.parametrize("name", SETTLED)
 def test_settled_caches_are_written_bit_for_bit_and_attended_to(name: str, size: int) -> None:
     torch.manual_seed(0)
-    layer = Layer(Retention(4, 32, 32), KIVI[name], heads=2, size=size, batch=3, page_tokens=64, pages=40, kernels=True, run=run_from_cpu)
+    cache = CACHES[name]
+    keys, values = cache.forms()
+    layer = Layer(cache.retention, (keys, values), heads=2, size=size, batch=3, page_tokens=64, pages=40, kernels=True, run=run_from_cpu)
     layer.step(chunk_positions(layer.lengths, (2000, 100, 0)))
     layer.attend_in_chunks(8, ((70, 1, 33), (63, 0, 1), (1, 1, 1)))
     layer.attend(8, chunk_positions(layer.lengths, (90, 64, 10), 128, scattered=True), "m64", window=100, softcap=20.0, sinks=True)

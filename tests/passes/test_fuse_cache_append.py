@@ -145,6 +145,22 @@ def test_a_cache_of_numbers_is_left_alone_without_a_word_and_fuel_is_counted() -
     assert ctx.notes == []
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_blocks_that_settle_are_not_appended_and_have_kernels(arch: str) -> None:
+    """The preset keeps its first tokens as they came: tables go to what packs and to what reads."""
+    goal = parse_target(f"{arch}-bf16-kv4-block")
+    ctx = PassContext(goal, backend_for(goal), calibration=CALIBRATION)
+    graph = load(tiny("llama", **HEADS, head_dim=32)).graph
+    run_pipeline(graph, default_pipeline(goal, "best", calibrated=False), ctx)
+    rows = [row for row in ctx.coverage if row.operator in ("append_packed", "with_recent", "settle", "retain", "attend_settled")]
+    assert Counter(row.operator for row in rows) == {"with_recent": 4, "settle": 4, "retain": 4, "attend_settled": 2}
+    assert [row.reason for row in rows] == [""] * 14
+    assert all(row.kernel.startswith(row.operator) for row in rows)
+    settled, read = graph.calls(qcompile.settle.default), graph.calls(qcompile.attend_settled.default)
+    tables = [table for node in read for name in ("k_tables", "v_tables") for table in node.kwargs[name]]  # type: ignore[union-attr]
+    assert [node.args[-1] for node in settled] == [[table] for table in tables]
+
+
 @pytest.mark.parametrize("cache", FORMS)
 def test_packed_caches_have_kernels_on_every_gpu(cache: str) -> None:
     for arch in ARCHITECTURES:

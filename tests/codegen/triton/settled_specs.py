@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from qcompile.ir.lowered import KernelSpec
+from qcompile.ir.lowered import KernelSpec, item_operand
 from qcompile.quant.retention import Retention
+from qcompile.quant.vector_format import vector_format
+from tests.codegen.triton.cache_specs import tables
 from tests.codegen.triton.specs import spec
 
 KIVI = Retention(4, 32, 32)
 """What `kv4-kivi` and `kv2-kivi` keep."""
+SINKS = Retention(4, 0, 1)
+"""What `kv4-block` keeps."""
 
 
 def policy_options(policy: Retention) -> dict[str, int]:
@@ -24,6 +28,7 @@ def with_recent(key_heads: int, size: int, policy: Retention = KIVI, dtype: str 
 def settle(key_heads: int, size: int, form: str, policy: Retention = KIVI, rows: str = "bf16") -> KernelSpec:
     """Packing what settles."""
     formats = {"pages": "uint8", "exact": rows, "page_table": "i32", "positions": "i64"}
+    formats |= {item_operand("tables", 0): "uint8"} if vector_format(form).tables else {}
     return spec("settle_", sizes={"L": key_heads, "D": size}, formats=formats, form=form, **policy_options(policy))
 
 
@@ -50,7 +55,7 @@ def attend_settled(
     """Attention over what has settled and what has not."""
     formats = {
         "q": dtype, "keys": "uint8", "values": "uint8", "exact_keys": rows, "exact_values": rows, "page_table": "i32", "positions": "i64",
-        "sinks": sinks, "out": dtype,
+        "sinks": sinks, "out": dtype, **tables(*forms),
     }  # fmt: skip
     options = {"k_form": forms[0], "v_form": forms[1], "scale": size**-0.5, "window": window, "softcap": softcap}
     sizes = {"H": heads, "L": key_heads, "D": size}

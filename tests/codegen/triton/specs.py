@@ -15,6 +15,11 @@ def spec(operator: str, bucket: str = "", *, sizes: dict[str, int], formats: dic
     return KernelSpec(operator, tuple(sorted(sizes.items())), tuple(sorted(present.items())), tuple(sorted(options.items())), bucket)
 
 
+def with_option(spec: KernelSpec, **options: object) -> KernelSpec:
+    """The specification with other or more options."""
+    return replace(spec, options=tuple(sorted({**dict(spec.options), **options}.items())))
+
+
 def with_format(spec: KernelSpec, **formats: str) -> KernelSpec:
     """The specification with other storages."""
     return replace(spec, formats=tuple(sorted({**dict(spec.formats), **formats}.items())))

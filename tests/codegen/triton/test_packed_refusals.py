@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from qcompile.codegen.triton.backend import TritonBackend
 from qcompile.errors import CoverageError
-from qcompile.ir.lowered import KernelSpec
 from tests.codegen.triton import cache_specs as specs
-from tests.codegen.triton.specs import with_format
+from tests.codegen.triton.specs import with_format, with_option
 
 ATTEND, APPEND = specs.attend_packed(4, 2, 64, "m1"), specs.append_packed(2, 64)
-
-
-def with_option(spec: KernelSpec, **options: object) -> KernelSpec:
-    """The specification with other or more options."""
-    return replace(spec, options=tuple(sorted({**dict(spec.options), **options}.items())))
 
 
 REFUSED = {

@@ -16,7 +16,7 @@ from qcompile.ir.lowered import KernelSpec
 from qcompile.quant.reference import pack
 from qcompile.quant.retention import Retention
 from tests.codegen.triton import activation_specs, settled_specs, specs
-from tests.codegen.triton.specs import with_format
+from tests.codegen.triton.specs import with_format, with_option
 
 BACKEND = TritonBackend("sm90")
 
@@ -59,7 +59,15 @@ REFUSED = {
     "option 'bias': expected one of scale, window, softcap": replace(specs.attend(2, 1, 64, "m1"), options=(("bias", 1), ("scale", 1.0))),
     "operand 'mask': expected one of q, keys": with_format(specs.attend(2, 1, 64, "m1"), mask="fp32"),
     "form is 'int3 t32 asym': expected fp8 or integers of 2, 4, 8 bits": settled_specs.settle(1, 64, "int3 t32 asym"),
-    "k_form: cache format 'int4 t': expected int2 to int8": settled_specs.attend_settled(2, 1, 64, "m1", ("int4 t", "int4")),
+    "form is 'bfp3 g16': expected codes of 2, 4 or 8 bits": settled_specs.settle(1, 64, "bfp3 g16"),
+    "v_form is 'bfp4 g48': expected blocks of a power of two": settled_specs.attend_settled(2, 1, 96, "m1", ("int4", "bfp4 g48")),
+    "bfp4 g16 sorted: expected the table tables_0, got none": with_option(
+        settled_specs.settle(1, 64, "int4 g16", settled_specs.SINKS), form="bfp4 g16 sorted"
+    ),
+    "bfp4 g16: expected no table v_tables_0, got one": with_format(
+        settled_specs.attend_settled(2, 1, 64, "m1", ("int4 g16 asym", "bfp4 g16"), settled_specs.SINKS), v_tables_0="uint8"
+    ),
+    "k_form: cache format 'int4 t': expected int2 to int8": with_option(settled_specs.attend_settled(2, 1, 64, "m1"), k_form="int4 t"),
     "v_form: groups of 24: expected a power of two": settled_specs.attend_settled(2, 1, 96, "m1", ("int4", "int4 g24 asym")),
     "form: groups of 2: expected a multiple of the 4 codes in a byte": settled_specs.settle(1, 64, "int2 t2 asym", Retention(0, 0, 2)),
     "form: groups of 256 tokens: expected at most 128": settled_specs.settle(1, 64, "int2 t256 asym", Retention(0, 0, 256)),

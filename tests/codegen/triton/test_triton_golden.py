@@ -14,6 +14,7 @@ from tests.codegen.triton import activation_specs, cache_specs, settled_specs, s
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "triton"
 
+BLOCKS = (cache_specs.SORTED, cache_specs.BLOCK)
 CASES: dict[str, tuple[str, KernelSpec]] = {
     "linear_m1": ("sm90", specs.linear(576, 576, "m1")),
     "linear_m64_bias": ("sm80", specs.linear(1536, 576, "m64", bias=True)),
@@ -39,7 +40,13 @@ CASES: dict[str, tuple[str, KernelSpec]] = {
     "retain": ("sm90", settled_specs.retain(3, 64)),
     "settle_per_channel": ("sm90", settled_specs.settle(3, 64, "int4 t32 asym")),
     "settle_per_token": ("sm90", settled_specs.settle(3, 64, "int2 g32 asym")),
+    "settle_block": ("sm90", settled_specs.settle(3, 64, cache_specs.SORTED, settled_specs.SINKS)),
     "decode_settled": ("sm90", settled_specs.attend_settled(9, 3, 64, "m1")),
+    "prefill_settled": ("sm90", settled_specs.attend_settled(9, 3, 64, "m64")),
+    "decode_settled_block": (
+        "sm90",
+        settled_specs.attend_settled(9, 3, 64, "m1", BLOCKS, settled_specs.SINKS),
+    ),
     "embedding": ("sm90", specs.embedding(49152, 576)),
     "quantized_embedding": ("sm90", specs.embedding(49152, 576, "int4 g64 asym fp16")),
     "gather_last": ("sm90", specs.gather_last(576)),

@@ -17,7 +17,9 @@ from qcompile.codegen.triton.backend import TritonBackend
 from qcompile.errors import CapacityError, EngineError, UntrustedCodeError
 from qcompile.ir.constants import Constant, tensor_constant
 from qcompile.ir.lowered import Entry, Kernel, Plan
+from qcompile.ir.records import Assets
 from qcompile.passes.base import PassContext
+from qcompile.passes.calibration import make_calibration
 from qcompile.passes.manager import run_pipeline
 from qcompile.passes.pipelines import default_pipeline
 from qcompile.runtime.cuda.driver import Driver
@@ -253,11 +255,17 @@ def test_buckets_are_powers_of_two_and_the_greatest_batch() -> None:
     assert [bucket_of(count, 12) for count in (1, 3, 8, 9, 12)] == [1, 4, 8, 12, 12]
 
 
+CALIBRATED = ("sm90-bf16-kv4-block",)
+"""Targets whose caches have tables."""
+
+
 def compiled(target: str, family: str, triton: bool) -> tuple[Parts, torch.nn.Module]:
     """A tiny model through the default pipeline; every launch comes from the toy binary, where it has no effect."""
     model, goal = tiny(family), parse_target(target)
     graph = frontend.load(model).graph
-    ctx = PassContext(goal, TritonBackend(goal.arch) if triton else None, max_batch=2, max_context=32, prefill_chunk=8)
+    backend = TritonBackend(goal.arch) if triton else None
+    data = make_calibration(torch.randint(0, 100, (2, 16)), Assets()) if target in CALIBRATED else None
+    ctx = PassContext(goal, backend, max_batch=2, max_context=32, prefill_chunk=8, calibration=data)
     run_pipeline(graph, default_pipeline(goal), ctx)
     kernels = {
         name: replace(item, launches=tuple(replace(launch, binary="toy.cubin") for launch in item.launches))
@@ -364,8 +372,9 @@ def test_every_emitted_kernel_gets_what_it_assumes(stub: Stub, target: str, fami
     assert {"cache_append_", "cache_attend", "merge_shares", "rope", "rotary_table", "gated_activation", "embedding", linear} <= launched
 
 
-def test_kernels_of_a_cache_with_rows_get_what_they_assume(stub: Stub) -> None:
-    parts, _ = compiled("sm90-bf16-kv4-kivi", "llama", triton=True)
+@pytest.mark.parametrize("cache", ["kv4-kivi", "kv4-block"])
+def test_kernels_of_a_cache_with_rows_get_what_they_assume(stub: Stub, cache: str) -> None:
+    parts, _ = compiled(f"sm90-bf16-{cache}", "llama", triton=True)
     engine = real_engine(stub, parts)
     engine.prepare()
     assert engine.captured_buckets == [1, 2]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qcompile.ir.lowered import KernelSpec
+from qcompile.ir.lowered import KernelSpec, item_operand
 from qcompile.ir.retention_ops import attend_settled, retain_, settle_, with_recent
 from qcompile.quant.retention import Retention
 from qcompile.quant.scheme import DTYPE_NAMES
@@ -52,6 +52,9 @@ class Layer:
         self.slots = guarded(torch.randperm(self.batch).to(torch.int32) + 1)
         kind = DTYPE_NAMES[self.rows_dtype]
         widths = [vector_format(form).width(self.size) for form in self.forms]
+        # Where channels are sorted, an order for each head.
+        orders = [torch.stack([torch.randperm(self.size) for _ in range(self.heads)]).to(torch.uint8) for _ in widths]
+        self.tables = [[guarded(order)] if vector_format(form).tables else [] for form, order in zip(self.forms, orders, strict=True)]
         # 255 everywhere: scales and least values that nobody has written are NaN.
         self.stored = [
             guarded(torch.full((self.batch * self.pages + 1, self.heads, self.page_tokens, width), 255, dtype=torch.uint8))
@@ -64,14 +67,14 @@ class Layer:
         """What grids and parameters call the cache's sizes."""
         return {"pages": self.pages, "page_tokens": self.page_tokens}
 
-    def step(self, positions: Tensor, spread: float = 1.0) -> tuple[list[Tensor], Tensor]:
+    def step(self, positions: Tensor, spread: float = 1.0, centre: float = 1.0) -> tuple[list[Tensor], Tensor]:
         """Take in new tokens at `positions` [B, S]: what `with_recent` gave for keys and values, and the positions as kernels get them."""
         batch, sequence = positions.shape
         at = guarded(positions)
         sizes = {**self.sizes, "batch": batch, "sequence": sequence, "rows": batch * sequence}
         exact = []
         for part, form in enumerate(self.forms):
-            wide = torch.randn(batch, sequence, self.heads + 1, self.size) * spread + torch.randn(self.size)
+            wide = torch.randn(batch, sequence, self.heads + 1, self.size) * spread + torch.randn(self.size) * centre
             x = guarded(wide.to(DTYPE_NAMES[self.dtype]))[:, :, 1:].transpose(1, 2)
             exact.append(self._with_recent(self.rows[part], x, sizes))
             self._settle(part, form, exact[-1], at, sizes)
@@ -90,6 +93,8 @@ class Layer:
         out = result((batch, sequence, heads, self.size), kind)
         stored = dict(zip(("keys", "values", "exact_keys", "exact_values"), (*self.stored, *exact), strict=True))
         extra = {"sinks": guarded(torch.randn(heads))} if sinks else {}
+        tables = dict(zip(("k_tables", "v_tables"), self.tables, strict=True))
+        extra |= {item_operand(name, 0): table for name, given in tables.items() for table in given}
         operands = {"q": query, **stored, "page_table": self.table, "positions": at, "out": out.transpose(1, 2), **extra}
         spec = settled_specs.attend_settled(
             heads, self.heads, self.size, bucket, self.forms, self.policy,
@@ -98,7 +103,7 @@ class Layer:
         self.run(spec, operands, {**self.sizes, "batch": batch, "sequence": sequence, "rows": batch * sequence})
         expected = attend_settled(
             query.double(), *stored.values(), self.table, positions, *self.forms, **settled_specs.policy_options(self.policy),
-            scale=self.size**-0.5, window=window, softcap=softcap, sinks=extra["sinks"].double() if sinks else None,
+            scale=self.size**-0.5, window=window, softcap=softcap, sinks=extra["sinks"].double() if sinks else None, **tables,
         )  # fmt: skip
         assert_close(operands["out"], expected)
         assert not bool(out[positions < 0].any()), "a padding query gives 0"
@@ -119,10 +124,12 @@ class Layer:
 
     def _settle(self, part: int, form: str, exact: Tensor, positions: Tensor, sizes: dict[str, int]) -> None:
         expected = self.stored[part].clone() if self.kernels else self.stored[part]
-        settle_(expected, exact, self.table, positions, form, **settled_specs.policy_options(self.policy))
+        tables = self.tables[part]
+        settle_(expected, exact, self.table, positions, form, **settled_specs.policy_options(self.policy), tables=tables)
         if not self.kernels:
             return
         operands = {"pages": self.stored[part], "exact": exact, "page_table": self.table, "positions": positions}
+        operands |= {item_operand("tables", 0): table for table in tables}
         self.run(settled_specs.settle(self.heads, self.size, form, self.policy, self.rows_dtype), operands, sizes)
         assert torch.equal(self.stored[part], expected)
 

@@ -7,6 +7,7 @@ import torch
 
 from qcompile.quant.retention import Retention
 from tests.codegen.triton.interpreted.settled_layer import Layer, chunk_positions
+from tests.codegen.triton.settled_specs import SINKS
 
 KIVI = Retention(4, 8, 16)
 """The shape of `kv4-kivi`, smaller."""
@@ -32,6 +33,31 @@ def test_formats_per_token(values: str, policy: Retention) -> None:
     layer = Layer(policy, ("int8 g64 sym", values), heads=1, size=64, batch=2, page_tokens=7, pages=10, rows_dtype="fp16", kernels=True)
     for counts in ((37, 3), (1, 14), (2, 1)):
         layer.step(chunk_positions(layer.lengths, counts))
+
+
+WAITING = Retention(2, 3, 4)
+"""Groups that settle at once."""
+BLOCKS = [
+    ("bfp4 g16 sorted", 64, SINKS), ("bfp4 g16 sorted", 64, WAITING), ("bfp4 g16", 64, SINKS), ("bfp8 g8 sorted", 80, WAITING),
+    ("bfp2 g4", 16, WAITING), ("bfp4", 80, SINKS), ("bfp4 sorted", 33, WAITING), ("bfp4 g64 sorted", 256, WAITING),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "size", "policy"), BLOCKS)
+def test_blocks(form: str, size: int, policy: Retention) -> None:
+    """The channels of each head in an order of their own, and keys in another than values."""
+    torch.manual_seed(0)
+    layer = Layer(policy, (form, form), heads=2, size=size, batch=2, page_tokens=7, pages=10, rows_dtype="fp16", kernels=True)
+    for counts in ((37, 3), (1, 14), (2, 1)):
+        layer.step(chunk_positions(layer.lengths, counts))
+
+
+@pytest.mark.parametrize(("spread", "centre"), [(0.0, 1.0), (1e-39, 0.0), (1e37, 0.0)])
+def test_powers_of_every_float(spread: float, centre: float) -> None:
+    """Tokens that are all alike, numbers below the least normal one, where a power stays what it is, and the largest."""
+    torch.manual_seed(0)
+    layer = Layer(SINKS, ("bfp4 g16 sorted", "bfp2 g4"), heads=1, size=32, batch=1, page_tokens=32, pages=1, kernels=True)
+    layer.step(chunk_positions([0], [20]), spread, centre)
 
 
 @pytest.mark.parametrize("size", [8, 80, 128])
