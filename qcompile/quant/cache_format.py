@@ -140,7 +140,7 @@ CACHES = {
     "kv-mixed": replace(_packed("kv-mixed", "int4 t32 asym", "int4 g32 asym", sinks=4, window=32), bits=4.0),
     "kv2": _packed("kv2", "klt2", sinks=4, window=116, before_positions=True),
     "kv2-kivi": _packed("kv2-kivi", "int2 t32 asym", "int2 g32 asym", sinks=4, window=32),
-    "kv4-block": _packed("kv4-block", "bfp4 g16 sorted", sinks=4),
+    "kv4-block": _packed("kv4-block", "bfp4 g16 sorted", sinks=4, window=28),
     "kv4-kvquant": _packed("kv4-kvquant", "nuq4 static s1", "nuq4 token s1", sinks=4, before_positions=True),
     "kv3-kvquant": _packed("kv3-kvquant", "nuq3 static s1", "nuq3 token s1", sinks=4, before_positions=True),
     "kv3-pca": _packed("kv3-pca", "pca3/4 int4 g16 sym", sinks=4, window=32, before_positions=True),

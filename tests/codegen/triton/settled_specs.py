@@ -11,7 +11,7 @@ from tests.codegen.triton.specs import spec
 KIVI = Retention(4, 32, 32)
 """What `kv4-kivi` and `kv2-kivi` keep."""
 SINKS = Retention(4, 0, 1)
-"""What `kv4-block` keeps."""
+"""First tokens only: every other one settles as it comes."""
 
 
 def policy_options(policy: Retention) -> dict[str, int]:

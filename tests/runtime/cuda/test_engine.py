@@ -265,7 +265,7 @@ def compiled(target: str, family: str, triton: bool) -> tuple[Parts, torch.nn.Mo
     graph = frontend.load(model).graph
     backend = TritonBackend(goal.arch) if triton else None
     data = make_calibration(torch.randint(0, 100, (2, 16)), Assets()) if target in CALIBRATED else None
-    ctx = PassContext(goal, backend, max_batch=2, max_context=32, prefill_chunk=8, calibration=data)
+    ctx = PassContext(goal, backend, max_batch=2, max_context=96, prefill_chunk=8, calibration=data)
     run_pipeline(graph, default_pipeline(goal), ctx)
     kernels = {
         name: replace(item, launches=tuple(replace(launch, binary="toy.cubin") for launch in item.launches))
