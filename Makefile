@@ -21,7 +21,7 @@ help: ## print this text
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,huggingface,triton]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,huggingface,onnx,triton]'
 	touch $@
 
 venv: $(INSTALLED) ## create .venv with the package (editable) and everything development needs

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from qcompile.errors import QCompileError
+from qcompile.errors import QCompileError, SourceError
 from qcompile.ir.branches import is_branch
 from qcompile.ir.graph import Graph
 from qcompile.ir.lowered import Engine
@@ -19,6 +19,9 @@ from qcompile.ir.structure import flatten, unflatten
 from qcompile.runtime.artifact import ArtifactContents, load_artifact, save_artifact
 from qcompile.runtime.cache_layers import CacheLayer, cache_layers
 from qcompile.target import Target, parse_target
+
+if TYPE_CHECKING:
+    from qcompile.exporters.onnx import OnnxFile
 
 DEFAULT_CONTEXT = 2048
 _UNLIMITED = 1 << 40
@@ -203,15 +206,35 @@ class CompiledModel:
         """
         save_artifact(path, self.contents, overwrite=overwrite)
 
-    def export_onnx(self, path: str | os.PathLike[str]) -> None:
-        """Write an ONNX file; not part of this version.
+    def export_onnx(
+        self, path: str | os.PathLike[str], *, profile: str = "portable", opset: int | None = None, external_data: bool | None = None,
+        accuracy_level: int = 0, genai: bool = False, overwrite: bool = False,
+    ) -> OnnxFile:  # fmt: skip
+        """Write an ONNX file and compare what onnxruntime makes of it with the graph; see `docs/onnx.md`.
+
+        Args:
+            path: a file that ends in `.onnx`, or a directory for `model.onnx`.
+            profile: `portable` is standard operators only; `ort` takes those of onnxruntime where it is faster with them.
+            opset: of the standard operators, 21 to 25; by default the newest that the installed onnxruntime serves.
+            external_data: put constants into a file of their own; by default where they take more than 1 GiB.
+            accuracy_level: of products with packed weights in profile `ort`: 0 multiplies floats, 4 rounds activations to 8 bits.
+            genai: also write what onnxruntime-genai needs to load the directory.
+            overwrite: replace files that are there.
 
         Raises:
-            QCompileError: always, with what can be done instead.
+            ExportError: for a node that ONNX does not express, a file that does not compute what the graph does, or a path that is taken.
+            SourceError: without the packages that write ONNX.
         """
-        raise QCompileError(
-            f"export_onnx: {os.fspath(path)}: expected a version of qcompile with an ONNX exporter, got one without; use save()"
-        )
+        try:
+            from qcompile.exporters.onnx import export
+        except ModuleNotFoundError as error:
+            raise SourceError(
+                f"export_onnx: expected the packages that write ONNX, got no {error.name}; pip install 'qcompile[onnx]'"
+            ) from error
+        return export(
+            self.graph, path, self.assets, profile=profile, opset=opset, external_data=external_data, accuracy_level=accuracy_level,
+            genai=genai, max_context=self.max_context, overwrite=overwrite,
+        )  # fmt: skip
 
     def report(self) -> str:
         """Passes, size, bits, error per step, and what was left alone and why, as text."""

@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 APART = {"passes", "codegen", "runtime"}
-NOT_AT_RUN_TIME = {"transformers", "triton", "onnx", "onnxruntime", "networkx", "gguf", "accelerate", "huggingface_hub"}
+NOT_AT_RUN_TIME = {"transformers", "triton", "onnx", "onnx_ir", "onnxruntime", "networkx", "gguf", "accelerate", "huggingface_hub"}
 FRONT_DOOR = "qcompile"
 """The package itself: it imports lazily what it offers, and only the command line speaks to it."""
 

@@ -121,7 +121,9 @@ def step(run: Any, ids: Tensor, mask: Tensor, past: Arrays) -> tuple[Tensor, Arr
     """Logits [B, S, V] after tokens [B, S] behind a past, and the past that comes next; mask [B, P + S]."""
     import onnxruntime
 
-    given = {name: onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy()) for name, tensor in (("input_ids", ids), ("attention_mask", mask))}
+    given = {
+        name: onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy()) for name, tensor in (("input_ids", ids), ("attention_mask", mask))
+    }
     names = [output.name for output in run.get_outputs()]
     logits, *present = run.run_with_ort_values(names, {**given, **past})
     return _tensor(logits.numpy()), {_past(name): value for name, value in zip(names[1:], present, strict=True)}

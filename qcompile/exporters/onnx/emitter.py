@@ -135,7 +135,9 @@ class Emitter:
         self.initializers[name] = value
         return value
 
-    def from_constant(self, node: fx.Node, form: str, dtype: torch.dtype, shape: Sequence[int], change: Callable[[Tensor], Tensor]) -> Value:
+    def from_constant(
+        self, node: fx.Node, form: str, dtype: torch.dtype, shape: Sequence[int], change: Callable[[Tensor], Tensor]
+    ) -> Value:
         """What `change` makes of a constant of the graph; `form` names the change, made once."""
         name = str(node.target)
         key = ("changed", name, form)

@@ -93,7 +93,9 @@ def _require(profile: str, opset: int | None, accuracy_level: int) -> None:
     if profile not in PROFILES:
         raise ExportError(f"export_onnx: profile {profile!r}: expected one of {', '.join(PROFILES)}")
     if opset is not None and not LEAST_OPSET <= opset <= LARGEST_OPSET:
-        raise ExportError(f"export_onnx: opset {opset}: expected {LEAST_OPSET} to {LARGEST_OPSET}; leave it out for the newest that is served")
+        raise ExportError(
+            f"export_onnx: opset {opset}: expected {LEAST_OPSET} to {LARGEST_OPSET}; leave it out for the newest that is served"
+        )
     if accuracy_level not in _LEVELS:
         raise ExportError(f"export_onnx: accuracy_level {accuracy_level}: expected 0 (floats) or 4 (activations in 8 bits)")
 
@@ -103,13 +105,19 @@ def _require_free(directory: Path, names: list[str], overwrite: bool) -> None:
         raise ExportError(f"export_onnx: {directory}: expected a directory or a path that does not exist, got a file; choose another")
     taken = [directory / name for name in names if (directory / name).exists()]
     if taken and not overwrite:
-        raise ExportError(f"export_onnx: {taken[0]}: expected a path that does not exist; choose another, or overwrite it (overwrite=True, --overwrite)")
+        raise ExportError(
+            f"export_onnx: {taken[0]}: expected a path that does not exist; choose another, or overwrite it (overwrite=True, --overwrite)"
+        )
 
 
 def _require_close(error: float | None, graph: Graph, accuracy_level: int, target: Path) -> None:
     if error is None:
         return
-    half = any(constant.dtype.itemsize == 2 for constant in graph.constants.values() if constant.dtype.is_floating_point and len(constant.shape) > 1)
+    half = any(
+        constant.dtype.itemsize == 2
+        for constant in graph.constants.values()
+        if constant.dtype.is_floating_point and len(constant.shape) > 1
+    )
     rounds = half or accuracy_level == 4 or any(part in str(node.target) for node in graph.fx.nodes for part in _ROUNDS)
     bound = check.ROUNDED if rounds else check.EXACT
     if error > bound:

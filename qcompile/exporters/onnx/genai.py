@@ -34,7 +34,9 @@ def genai_files(graph: Graph, assets: Assets, model: str, max_context: int) -> d
 def _config(graph: Graph, assets: Assets, model: str, max_context: int) -> dict[str, Any]:
     attends = [node for node in graph.fx.nodes if "cache_attend" in str(node.target)]
     if not attends or any(node.target.__name__ != "cache_attend.default" for node in attends):
-        raise ExportError("export_onnx: genai=True: expected a cache of numbers, got one with scales; compile with kv16 or without a cache format")
+        raise ExportError(
+            "export_onnx: genai=True: expected a cache of numbers, got one with scales; compile with kv16 or without a cache format"
+        )
     query = attends[0].args[0].meta["val"]
     states = graph.states
     heads, size = int(states[0].meta["val"].shape[1]), int(states[0].meta["val"].shape[3])

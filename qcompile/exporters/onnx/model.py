@@ -133,4 +133,3 @@ def _paths(template: Any, path: str) -> Iterator[tuple[int, str]]:
 def _used(e: Emitter) -> list[Value]:
     """Initializers that something reads."""
     return [value for value in e.initializers.values() if value.uses() or value.is_graph_output()]
-

@@ -99,6 +99,7 @@ def exact_integers(e: Emitter, codes: Value, scale: Value, zero: Value | None, w
     matrix = _stored_codes(e, weight, transposed=True)
     total = e.op("MatMulInteger", codes, matrix)
     if zero is not None:
+
         def column_sums(packed: Tensor) -> Tensor:
             return (packed.to(torch.int32) - 128).sum(1, keepdim=True).t().to(torch.int32)
 
@@ -193,6 +194,7 @@ def _scale(e: Emitter, weight: Weight) -> Value:
 def _effective(e: Emitter, weight: Weight) -> Value:
     dtype = e.dtype(weight.scale)
     if dtype == torch.float8_e8m0fnu:  # a power of two: stored as its exponent
+
         def exponents(scale: Tensor) -> Tensor:
             return torch.frexp(scale.to(torch.float32))[1].sub(1).to(torch.int8)
 
@@ -263,7 +265,9 @@ def _words(e: Emitter, packed: Value, bits: int, count: int, word_bytes: int) ->
         tail = e.op("Concat", e.op("Shape", packed, start=0, end=-1), e.ints([missing]), axis=0)
         wide = e.op("Concat", wide, e.op("Expand", e.unsigned([0], torch.uint64), tail), axis=-1)
     grouped = e.op("Concat", e.op("Shape", packed, start=0, end=-1), e.ints([-1, word_bytes]), axis=0)
-    placed = e.op("BitShift", e.op("Reshape", wide, grouped), e.unsigned([8 * place for place in range(word_bytes)], torch.uint64), direction="LEFT")
+    placed = e.op(
+        "BitShift", e.op("Reshape", wide, grouped), e.unsigned([8 * place for place in range(word_bytes)], torch.uint64), direction="LEFT"
+    )
     # No bit lies in two bytes: their sum puts them together.
     parts = e.ops("Split", placed, count=word_bytes, axis=-1, num_outputs=word_bytes)
     total = parts[0]

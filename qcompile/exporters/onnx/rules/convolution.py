@@ -54,7 +54,10 @@ def pool(e: Emitter, node: fx.Node) -> Value:
         raise e.refusal("expected the mean of a window, got a divisor of its own")
     options = window(stride, padding, 1, rank)
     del options["dilations"]
-    flags = {"ceil_mode": int(argument(node, 4, "ceil_mode", False)), "count_include_pad": int(argument(node, 5, "count_include_pad", True))}
+    flags = {
+        "ceil_mode": int(argument(node, 4, "ceil_mode", False)),
+        "count_include_pad": int(argument(node, 5, "count_include_pad", True)),
+    }
     return e.op("AveragePool", e.value(node.args[0]), kernel_shape=kernel, **options, **flags)
 
 

@@ -64,11 +64,15 @@ def _logical(operator: str) -> Any:
 
 
 def _register() -> None:
-    RULES.update({ALLOWED[f"aten.{name}.default"]: _unary(operator) for name, operator in _UNARY.items() if f"aten.{name}.default" in ALLOWED})
+    RULES.update(
+        {ALLOWED[f"aten.{name}.default"]: _unary(operator) for name, operator in _UNARY.items() if f"aten.{name}.default" in ALLOWED}
+    )
     RULES.update({ALLOWED[f"aten.{name}"]: _binary(operator) for name, operator in _BINARY.items() if f"aten.{name}" in ALLOWED})
     for name, operator in {**_COMPARED, "ne": "ne"}.items():
         RULES.update({ALLOWED[key]: _compared(operator) for kind in ("Tensor", "Scalar") if (key := f"aten.{name}.{kind}") in ALLOWED})
-    RULES.update({ALLOWED[f"aten.{name}"]: _logical(operator) for name, operator in {**_LOGICAL, **_BITWISE}.items() if f"aten.{name}" in ALLOWED})
+    RULES.update(
+        {ALLOWED[f"aten.{name}"]: _logical(operator) for name, operator in {**_LOGICAL, **_BITWISE}.items() if f"aten.{name}" in ALLOWED}
+    )
 
 
 _register()
@@ -195,7 +199,14 @@ def prelu(e: Emitter, node: fx.Node) -> Value:
     return e.op("PRelu", e.value(node.args[0]), spread)
 
 
-@rule("aten.clamp.default", "aten.clamp_min.default", "aten.clamp_max.default", "aten.hardtanh.default", "aten.relu6.default", "aten.clamp.Tensor")
+@rule(
+    "aten.clamp.default",
+    "aten.clamp_min.default",
+    "aten.clamp_max.default",
+    "aten.hardtanh.default",
+    "aten.relu6.default",
+    "aten.clamp.Tensor",
+)
 def clamp(e: Emitter, node: fx.Node) -> Value:
     """Between two bounds, either of which may be left out."""
     dtype, name = e.dtype(node), str(node.target)

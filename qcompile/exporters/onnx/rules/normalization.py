@@ -74,7 +74,9 @@ def layer_norm(e: Emitter, node: fx.Node) -> Value:
     dtype, shape = e.dtype(node), [int(size) for size in sizes]  # type: ignore[union-attr]
     weight, bias = (argument(node, place, name, None) for place, name in ((2, "weight"), (3, "bias")))
     gain = e.constant(torch.ones(shape, dtype=dtype)) if weight is None else e.value(weight, dtype)
-    return e.op("LayerNormalization", e.value(x), gain, e.optional(bias, dtype), axis=-len(shape), epsilon=float(argument(node, 4, "eps", 1e-5)))
+    return e.op(
+        "LayerNormalization", e.value(x), gain, e.optional(bias, dtype), axis=-len(shape), epsilon=float(argument(node, 4, "eps", 1e-5))
+    )
 
 
 @rule("aten.batch_norm.default", "aten._native_batch_norm_legit_no_training.default")
@@ -101,7 +103,9 @@ def group_norm(e: Emitter, node: fx.Node) -> Value:
     x: Any = node.args[0]
     dtype, shape = e.dtype(node), e.shape(x)
     channels, instance = int(shape[1]), "instance" in str(node.target)
-    weight, bias = (argument(node, place, name, None) for place, name in (((1, "weight"), (2, "bias")) if instance else ((2, "weight"), (3, "bias"))))
+    weight, bias = (
+        argument(node, place, name, None) for place, name in (((1, "weight"), (2, "bias")) if instance else ((2, "weight"), (3, "bias")))
+    )
     groups = channels if instance else int(node.args[1])  # type: ignore[arg-type]
     eps = float(argument(node, 7 if instance else 4, "eps", 1e-5))
     value = e.value(x)

@@ -284,4 +284,3 @@ def integer_conv2d(e: Emitter, node: fx.Node) -> Value:
     options = {"kernel_shape": list(kernel), "strides": list(stride), "dilations": list(dilation), "group": int(groups)}  # type: ignore[arg-type, call-overload]
     made = e.op("Conv", x, matrix, e.optional(bias, torch.float32), pads=[*padding, *padding], **options)  # type: ignore[misc]
     return made if dtype == torch.float32 else e.cast(made, dtype)  # type: ignore[arg-type]
-
