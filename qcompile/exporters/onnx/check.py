@@ -76,7 +76,7 @@ def compare(path: Path, graph: Graph) -> tuple[float | None, str]:
 
 def _plain(run: Any, graph: Graph) -> list[tuple[Tensor, Tensor]]:
     examples = graph.interface.examples
-    expected = graph(*[examples[node.name] for node in graph.placeholders])
+    expected = graph.run([examples[node.name] for node in graph.placeholders])
     found = run.run(None, {name: tensor.numpy() for name, tensor in examples.items()})
     return [(_tensor(array), tensor.double()) for array, tensor in zip(found, expected, strict=True) if tensor.numel()]
 
@@ -88,7 +88,7 @@ def _tensor(array: Any) -> Tensor:
 def _cached(run: Any, graph: Graph) -> list[tuple[Tensor, Tensor]]:
     """Example tokens as one prompt, then all but the last as a prompt and the last behind them."""
     examples = graph.interface.examples
-    expected = graph(*[examples[node.name] for node in graph.placeholders])[0].double()
+    expected = graph.run([examples[node.name] for node in graph.placeholders])[0].double()
     ids, real = examples["input_ids"], examples["positions"] >= 0
     mask = real.long()
     whole = step(run, ids, mask, empty_past(run, len(ids)))[0]
