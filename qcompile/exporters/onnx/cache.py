@@ -1,8 +1,8 @@
 """The cache of a language model as ONNX has it: tensors of the past go in, tensors of the present come out.
 
 `past_key_values.0.key` is [B, L, P, D] and `present.0.key` [B, L, P + S, D], both in the dtype or the integers that the graph stores; a
-form with scales has them beside it, `past_key_values.0.key.scale` [B, L, P, G]. `attention_mask` [B, P + S] says which columns are tokens; positions
-count those. Nothing is paged, and where padding lies is the caller's choice (on the right, for onnxruntime's own attention).
+form with scales has them beside it, `past_key_values.0.key.scale` [B, L, P, G]. `attention_mask` [B, P + S] says which columns are tokens;
+positions count those. Nothing is paged. Padding lies on the right for onnxruntime's own attention, elsewhere where the caller likes.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class CacheInputs:
         if refused:
             raise ExportError(
                 f"export_onnx: {refused[0].name}: expected a cache that stores every token as it comes, got one that keeps tokens, or what "
-                "they are made from, in other ways; compile with kv16, kv8, kv8-static or kvfp8, or with cache_sinks=0, cache_window=0 and a form "
-                "per token"
+                "they are made from, in other ways; compile with kv16, kv8, kv8-static or kvfp8, or with cache_sinks=0, cache_window=0 and "
+                "a form per token"
             )
         self.ids = self._input("input_ids", torch.int64, ["batch", "sequence"])
         self.mask = self._input("attention_mask", torch.int64, ["batch", "total_sequence"])
@@ -248,8 +248,8 @@ def require_form(form: VectorForm | None, node: fx.Node) -> None:
     element = form.element if isinstance(form, StaticFormat | VectorFormat) else None
     if not known or element is None or (element != FP8 and element.bits not in _STORED):
         raise ExportError(
-            f"export_onnx: {node.name}: expected keys and values as numbers, or per token in 8 or 4 bits, got {form}; compile with kv16, kv8 or "
-            "kv8-static"
+            f"export_onnx: {node.name}: expected keys and values as numbers, or per token in 8 or 4 bits, got {form}; compile with kv16, "
+            "kv8 or kv8-static"
         )
 
 

@@ -17,7 +17,7 @@ from qcompile.ir.graph import Graph
 
 Arrays = dict[str, Any]
 EXACT, ROUNDED = 1e-3, 5e-2
-"""How far results may lie apart, relative to the largest: where floats are multiplied, and where rounded activations can turn to the next code."""
+"""How far results may lie apart, relative to the largest: where floats are multiplied, and where a rounding may turn to the next code."""
 
 
 def newest_opset() -> int:
@@ -86,16 +86,30 @@ def _tensor(array: Any) -> Tensor:
 
 
 def _cached(run: Any, graph: Graph) -> list[tuple[Tensor, Tensor]]:
-    """Example tokens as one prompt, then all but the last as a prompt and the last behind them."""
-    examples = graph.interface.examples
-    expected = graph.run([examples[node.name] for node in graph.placeholders])[0].double()
-    ids, real = examples["input_ids"], examples["positions"] >= 0
-    mask = real.long()
-    whole = step(run, ids, mask, empty_past(run, len(ids)))[0]
-    before = step(run, ids[:, :-1], mask[:, :-1], empty_past(run, len(ids)))
-    behind = step(run, ids[:, -1:], mask, before[1])[0]
-    last = real[:, -1]
-    return [(whole[real], expected[real]), (behind[:, 0][last], expected[:, -1][last])]
+    """Example tokens as prompts of two lengths, padded on the right, and one more token behind each."""
+    ids = graph.interface.examples["input_ids"]
+    lengths = torch.tensor([max(1, ids.shape[1] - 2 * (row % 2)) for row in range(len(ids))])
+    mask = (torch.arange(ids.shape[1]) < lengths.unsqueeze(1)).long()
+    new = ids[:, :1]
+    whole, past = step(run, ids, mask, empty_past(run, len(ids)))
+    behind, _ = step(run, new, torch.cat((mask, torch.ones_like(new)), 1), past)
+    longer = torch.cat((ids, new), 1).scatter(1, lengths.unsqueeze(1), new)
+    expected = _reference(graph, longer, lengths + 1)
+    real = mask.bool()
+    return [(whole[real], expected[:, :-1][real]), (behind[:, 0], expected[torch.arange(len(ids)), lengths])]
+
+
+def _reference(graph: Graph, ids: Tensor, lengths: Tensor) -> Tensor:
+    """The graph's logits [B, S, V] of prompts padded on the right, before an empty cache."""
+    place = torch.arange(ids.shape[1])
+    given = dict(graph.interface.examples)
+    page_tokens = next(given[node.name].shape[2] for node in graph.states if not node.name.startswith("recent"))
+    pages = -(-ids.shape[1] // page_tokens)
+    given |= {"input_ids": ids, "positions": torch.where(place < lengths.unsqueeze(1), place, -1)}
+    given["page_table"] = torch.arange(len(ids) * pages, dtype=torch.int32).view(len(ids), pages)
+    given |= {node.name: given[node.name].new_zeros(len(ids) * pages, *given[node.name].shape[1:]) for node in graph.states}
+    logits: Tensor = graph.run([given[node.name] for node in graph.placeholders])[0]
+    return logits.double()
 
 
 def empty_past(run: Any, batch: int) -> Arrays:

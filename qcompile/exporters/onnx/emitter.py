@@ -36,7 +36,9 @@ DTYPES = {
 """Of torch and of ONNX."""
 
 Value = ir.Value
-Rule = Callable[["Emitter", fx.Node], Any]
+Call = Any
+"""A call node (`fx.Node`): torch's own types of its arguments say nothing."""
+Rule = Callable[["Emitter", Call], Any]
 _END = (1 << 63) - 1
 """Beyond the end of any axis."""
 
@@ -230,7 +232,7 @@ class Emitter:
 
     def sizes(self, items: Sequence[Any]) -> Value:
         """Sizes as int64 [n]: a constant where all are known."""
-        known = [item.meta.get("val") if isinstance(item, fx.Node) else item for item in items]
+        known: list[Any] = [item.meta.get("val") if isinstance(item, fx.Node) else item for item in items]
         if all(isinstance(size, int) for size in known):
             return self.ints(known)
         if len(items) == 1:

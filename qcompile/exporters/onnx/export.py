@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from qcompile.errors import ExportError
 from qcompile.exporters.onnx import check
 from qcompile.exporters.onnx.emitter import PROFILES
@@ -113,17 +116,14 @@ def _require_free(directory: Path, names: list[str], overwrite: bool) -> None:
 def _require_close(error: float | None, graph: Graph, accuracy_level: int, target: Path) -> None:
     if error is None:
         return
-    half = any(
-        constant.dtype.itemsize == 2
-        for constant in graph.constants.values()
-        if constant.dtype.is_floating_point and len(constant.shape) > 1
-    )
+    values = [node.meta.get("val") for node in graph.fx.nodes]
+    half = any(isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16) for value in values)
     rounds = half or accuracy_level == 4 or any(part in str(node.target) for node in graph.fx.nodes for part in _ROUNDS)
     bound = check.ROUNDED if rounds else check.EXACT
     if error > bound:
         raise ExportError(
-            f"export_onnx: {target}: expected results within {bound:g} of the graph's, relative to the largest, got {error:.3g} from onnxruntime; "
-            "nothing was written; try another profile or opset, and report this"
+            f"export_onnx: {target}: expected results within {bound:g} of the graph's, relative to the largest, got {error:.3g} from "
+            "onnxruntime; nothing was written; try another profile or opset, and report this"
         )
 
 

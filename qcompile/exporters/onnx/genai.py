@@ -9,10 +9,7 @@ from qcompile.errors import ExportError
 from qcompile.ir.graph import Graph
 from qcompile.ir.records import Assets
 
-_ALIKE = {
-    "llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2", "gemma3_text": "gemma3_text", "phi3": "phi3",
-    "gpt2": "gpt2",
-}  # fmt: skip
+_ALIKE = {name: name for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2")}
 """Model types that the library knows; any other decoder is run like a llama."""
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 

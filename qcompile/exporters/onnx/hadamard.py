@@ -61,4 +61,4 @@ def _matrix(order: int) -> torch.Tensor:
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < order:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return matrix / order**0.5
+    return torch.div(matrix, order**0.5)

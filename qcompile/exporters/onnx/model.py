@@ -77,7 +77,7 @@ def _write(e: Emitter, node: fx.Node) -> None:
 
 def _outputs(e: Emitter) -> list[Value]:
     """The graph's outputs, named; in a cached model the logits, then the present."""
-    results = list(e.graph.output.args[0])  # type: ignore[call-overload]
+    results: Any = e.graph.output.args[0]
     if e.graph.interface.kind == "cached_lm":
         cache: CacheInputs = e.shared["cache"]
         named = [("logits", e.value(results[0])), *cache.outputs]
@@ -112,7 +112,7 @@ def _describe(e: Emitter, made: list[Value], logits: fx.Node) -> None:
 def output_names(graph: Graph) -> list[str]:
     """What a caller knows the outputs by: keys of a mapping, or numbers."""
     names = dict(_paths(graph.interface.outputs, ""))
-    results = list(graph.output.args[0])  # type: ignore[call-overload]
+    results: Any = graph.output.args[0]
     return [names.get(index) or f"output_{index}" for index in range(len(results))]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from qcompile.exporters.onnx.emitter import MICROSOFT, Emitter, Value
 from qcompile.quant.element import element_of
-from qcompile.quant.packing import pack, unpack
+from qcompile.quant.packing import pack, packed_bytes, unpack
 
 _STANDARD = (4, 8)
 """Bits of the integers that ONNX has types for."""
@@ -156,7 +156,7 @@ def _standard(e: Emitter, weight: Weight, dtype: torch.dtype, *, transposed: boo
     scale = _scale(e, weight)
     zero = None if weight.zero is None else _stored_zero(e, weight, transposed=transposed)
     if weight.groups == 1:
-        options = {"axis": 1 if transposed else 0}
+        options: dict[str, Any] = {"axis": 1 if transposed else 0}
         scale = e.reshape(scale, [-1])
         zero = None if zero is None else e.reshape(zero, [-1])
     else:
@@ -164,8 +164,8 @@ def _standard(e: Emitter, weight: Weight, dtype: torch.dtype, *, transposed: boo
         scale = e.swap_last(scale, 2) if transposed else scale
     made = e.op("DequantizeLinear", codes, scale, zero, **options)
     e.shared[key] = made if dtype == torch.float32 else e.cast(made, dtype)
-    made = e.shared[key]
-    return made
+    found: Value = e.shared[key]
+    return found
 
 
 def _stored_zero(e: Emitter, weight: Weight, *, transposed: bool) -> Value:
@@ -259,7 +259,7 @@ def _unpacked(e: Emitter, packed: Value, bits: int, count: int, dtype: torch.dty
 
 def _words(e: Emitter, packed: Value, bits: int, count: int, word_bytes: int) -> Value:
     """Bytes put together to numbers that hold whole codes: [..., words, 1]."""
-    missing = -(-(-count * bits // 8)) % word_bytes
+    missing = -packed_bytes(count, bits) % word_bytes
     wide = e.op("Cast", packed, to=ir.DataType.UINT64.value)
     if missing:
         tail = e.op("Concat", e.op("Shape", packed, start=0, end=-1), e.ints([missing]), axis=0)

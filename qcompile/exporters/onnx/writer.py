@@ -1,7 +1,7 @@
 """Files, written one tensor at a time: no more of a model stands in memory than its largest constant.
 
-A protobuf message may be written in parts: what is appended to a serialized message is merged into it as it is read. So a single file gets its
-constants one after the other behind everything else; above `EXTERNAL_BYTES` they go to a file of their own.
+A protobuf message may be written in parts: what is appended to a serialized message is merged into it as it is read. So a single file
+gets its constants one after the other behind everything else; above `EXTERNAL_BYTES` they go to a file of their own.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _stored(value: ir.Value, data: object, location: str) -> onnx.TensorProto:
     offset, content = data.tell(), tensor.tobytes()  # type: ignore[attr-defined]
     data.write(content)  # type: ignore[attr-defined]
     proto = onnx.TensorProto(name=value.name, data_type=tensor.dtype.value, data_location=onnx.TensorProto.EXTERNAL)
-    proto.dims.extend(int(size) for size in tensor.shape)  # type: ignore[call-overload]
+    proto.dims.extend(tensor.shape.numpy())
     for key, entry in (("location", location), ("offset", str(offset)), ("length", str(len(content)))):
         proto.external_data.add(key=key, value=entry)
     return proto

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
 
 from qcompile.exporters.onnx.cache import Cached, CacheInputs, New, PastState
-from qcompile.exporters.onnx.emitter import MICROSOFT, Emitter, Value, argument
+from qcompile.exporters.onnx.emitter import MICROSOFT, Call, Emitter, Value, argument
 from qcompile.exporters.onnx.rules.table import rule
 
 _ATTENTION_OPSET = 23
@@ -66,7 +65,7 @@ def _weights(e: Emitter, made: Value, scores: Scores) -> Value:
 
 
 @rule("qcompile.attention.default")
-def attention(e: Emitter, node: fx.Node) -> Value:
+def attention(e: Emitter, node: Call) -> Value:
     """Without a cache."""
     q, k, v, padding, bias, scale, causal = node.args[:7]
     window, softcap = int(argument(node, 7, "window", 0)), float(argument(node, 8, "softcap", 0.0))
@@ -75,10 +74,10 @@ def attention(e: Emitter, node: fx.Node) -> Value:
         real = e.op("Unsqueeze", e.value(padding, torch.bool), e.ints([1, 2]))
         keep = real if keep is None else e.op("And", keep, real)
     sinks = e.optional(argument(node, 9, "sinks", None), torch.float32)
-    scores = Scores(float(scale), softcap, keep, e.optional(bias, torch.float32), sinks)  # type: ignore[arg-type]
+    scores = Scores(float(scale), softcap, keep, e.optional(bias, torch.float32), sinks)
     parts = [e.value(part, torch.float32) for part in (q, k, v)]
     dtype = e.dtype(node)
-    made = by_parts(e, *parts, (int(e.shape(q)[1]), int(e.shape(k)[1])), scores)  # type: ignore[misc]
+    made = by_parts(e, parts[0], parts[1], parts[2], (int(e.shape(q)[1]), int(e.shape(k)[1])), scores)
     return made if dtype == torch.float32 else e.cast(made, dtype)
 
 
@@ -93,7 +92,7 @@ def _causal(e: Emitter, q: Value, k: Value, window: int) -> Value:
 
 
 @rule("aten.scaled_dot_product_attention.default")
-def dot_product(e: Emitter, node: fx.Node) -> Value:
+def dot_product(e: Emitter, node: Call) -> Value:
     """As torch means it: a mask of truth values or of numbers, or causal from the first key."""
     q, k, v = node.args[:3]
     mask, causal = argument(node, 3, "attn_mask", None), bool(argument(node, 5, "is_causal", False))
@@ -110,7 +109,7 @@ def dot_product(e: Emitter, node: fx.Node) -> Value:
     if causal:
         keep = _from_first(e, e.value(q), e.value(k))
     parts = [e.value(part, torch.float32) for part in (q, k, v)]
-    made = by_parts(e, *parts, (int(shape[1]), int(e.shape(k)[1])), Scores(factor, 0.0, keep, bias))  # type: ignore[misc]
+    made = by_parts(e, parts[0], parts[1], parts[2], (int(shape[1]), int(e.shape(k)[1])), Scores(factor, 0.0, keep, bias))
     return made if e.dtype(node) == torch.float32 else e.cast(made, e.dtype(node))
 
 
@@ -126,32 +125,32 @@ def _from_first(e: Emitter, q: Value, k: Value) -> Value:
 
 
 @rule("qcompile.pack_vectors.default")
-def pack_vectors(e: Emitter, node: fx.Node) -> New:
+def pack_vectors(e: Emitter, node: Call) -> New:
     """New keys or values in a form, which the cache applies as it stores them."""
     x, form = node.args[:2]
     return New(e.value(x, torch.float32), e.shape(x), str(form), argument(node, 2, "tables", None))
 
 
 @rule("qcompile.cache_append.default")
-def cache_append(e: Emitter, node: fx.Node) -> tuple[Cached, Cached]:
+def cache_append(e: Emitter, node: Call) -> tuple[Cached, Cached]:
     """What was there before, and what comes."""
-    past = [e.results[state] for state in node.args[:2]]  # type: ignore[index]
+    past = [e.results[state] for state in node.args[:2]]
     made = []
     for state, new in zip(past, node.args[2:4], strict=True):
         assert isinstance(state, PastState)
-        stored = e.results.get(new)  # type: ignore[call-overload]
+        stored = e.results.get(new)
         made.append(Cached(state, stored if isinstance(stored, New) else New(e.value(new), e.shape(new), dtype=e.dtype(new))))
     return made[0], made[1]
 
 
 @rule("qcompile.cache_attend.default", "qcompile.cache_attend_packed.default")
-def cache_attend(e: Emitter, node: fx.Node) -> Value:
+def cache_attend(e: Emitter, node: Call) -> Value:
     """Attention over all that is there and all that comes."""
     packed = "packed" in str(node.target)
     q: Any = node.args[0]
-    keys, values = (e.results[item] for item in node.args[1:3])  # type: ignore[index]
+    keys, values = (e.results[item] for item in node.args[1:3])
     first = 7 if packed else 5
-    scale = float(node.args[first])  # type: ignore[arg-type]
+    scale = float(node.args[first])
     window, softcap = int(argument(node, first + 1, "window", 0)), float(argument(node, first + 2, "softcap", 0.0))
     sinks = argument(node, first + 3, "sinks", None)
     if argument(node, first + 6, "inv_freq", None) is not None:
@@ -182,7 +181,7 @@ def _standard(e: Emitter, q: Value, keys: Cached, values: Cached, scale: float, 
 def _grouped_query(
     e: Emitter, q: Any, keys: Cached, values: Cached, heads: tuple[int, int], scale: float, window: int, softcap: float, sinks: Any
 ) -> Value:
-    """onnxruntime's GroupQueryAttention over flat heads [B, S, H·D]."""
+    """By GroupQueryAttention of onnxruntime, over flat heads [B, S, H·D]."""
     inputs: CacheInputs = e.shared["cache"]
     dtype = e.dtype(q)
     flat = [_flat(e, value) for value in (e.value(q), e.cast_to(keys.new, dtype), e.cast_to(values.new, dtype))]

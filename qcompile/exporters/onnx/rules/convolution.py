@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import fx
-
-from qcompile.exporters.onnx.emitter import Emitter, Value, argument, static
+from qcompile.exporters.onnx.emitter import Call, Emitter, Value, argument, static
 from qcompile.exporters.onnx.rules.table import rule
 
 
@@ -18,14 +16,14 @@ def spread(value: Any, rank: int) -> list[int]:
     return list(value) * (rank if len(value) == 1 else 1)
 
 
-def window(stride: Any, padding: Any, dilation: Any, rank: int) -> dict[str, list[int]]:
+def window(stride: Any, padding: Any, dilation: Any, rank: int) -> dict[str, Any]:
     """Attributes of what slides over an image."""
     pads = spread(padding, rank)
     return {"strides": spread(stride, rank), "pads": [*pads, *pads], "dilations": spread(dilation, rank)}
 
 
 @rule("aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default", "aten.conv2d.padding")
-def convolution(e: Emitter, node: fx.Node) -> Value:
+def convolution(e: Emitter, node: Call) -> Value:
     """Weights [N, C / groups, ...]."""
     rank = len(e.shape(node)) - 2
     padding = argument(node, 4, "padding", 0)
@@ -41,7 +39,7 @@ def convolution(e: Emitter, node: fx.Node) -> Value:
 
 
 @rule("aten.max_pool1d.default", "aten.max_pool2d.default", "aten.avg_pool2d.default")
-def pool(e: Emitter, node: fx.Node) -> Value:
+def pool(e: Emitter, node: Call) -> Value:
     """The largest, or the mean, of each window."""
     name, rank = str(node.target), len(e.shape(node)) - 2
     kernel = spread(node.args[1], rank)
@@ -54,7 +52,7 @@ def pool(e: Emitter, node: fx.Node) -> Value:
         raise e.refusal("expected the mean of a window, got a divisor of its own")
     options = window(stride, padding, 1, rank)
     del options["dilations"]
-    flags = {
+    flags: dict[str, Any] = {
         "ceil_mode": int(argument(node, 4, "ceil_mode", False)),
         "count_include_pad": int(argument(node, 5, "count_include_pad", True)),
     }
@@ -62,7 +60,7 @@ def pool(e: Emitter, node: fx.Node) -> Value:
 
 
 @rule("aten.adaptive_avg_pool1d.default", "aten.adaptive_avg_pool2d.default")
-def adaptive_pool(e: Emitter, node: fx.Node) -> Value:
+def adaptive_pool(e: Emitter, node: Call) -> Value:
     """Means of as many windows as are asked for: all at once, or windows of one size."""
     asked: Any = node.args[1]
     rank = len(asked)
@@ -76,7 +74,7 @@ def adaptive_pool(e: Emitter, node: fx.Node) -> Value:
 
 
 @rule("aten.upsample_nearest2d.vec", "aten.upsample_bilinear2d.vec")
-def upsample(e: Emitter, node: fx.Node) -> Value:
+def upsample(e: Emitter, node: Call) -> Value:
     """Images of another size, as torch counts pixels."""
     linear = "bilinear" in str(node.target)
     asked: Any = node.args[1]

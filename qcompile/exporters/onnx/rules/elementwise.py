@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qcompile.exporters.onnx.emitter import Emitter, Value, argument
+from qcompile.exporters.onnx.emitter import Call, Emitter, Value, argument
 from qcompile.exporters.onnx.rules.table import RULES, rule
 from qcompile.ir.allowed import ALLOWED
 
@@ -28,26 +28,26 @@ _BITWISE = {"bitwise_and.Tensor": "And", "bitwise_or.Tensor": "Or", "bitwise_xor
 
 
 def _unary(operator: str) -> Any:
-    def write(e: Emitter, node: fx.Node) -> Value:
+    def write(e: Emitter, node: Call) -> Value:
         x = e.value(node.args[0], _floating(e, node) if operator not in ("Not", "IsNaN", "IsInf") else None)
         return e.op(operator, x)
 
     return write
 
 
-def _floating(e: Emitter, node: fx.Node) -> torch.dtype:
+def _floating(e: Emitter, node: Call) -> torch.dtype:
     return e.dtype(node)
 
 
 def _binary(operator: str) -> Any:
-    def write(e: Emitter, node: fx.Node) -> Value:
+    def write(e: Emitter, node: Call) -> Value:
         return e.op(operator, *e.operands(node, *node.args[:2]))
 
     return write
 
 
 def _compared(operator: str) -> Any:
-    def write(e: Emitter, node: fx.Node) -> Value:
+    def write(e: Emitter, node: Call) -> Value:
         left, right = e.operands(node, *node.args[:2])
         return e.op("Not", e.op("Equal", left, right)) if operator == "ne" else e.op(operator, left, right)
 
@@ -55,7 +55,7 @@ def _compared(operator: str) -> Any:
 
 
 def _logical(operator: str) -> Any:
-    def write(e: Emitter, node: fx.Node) -> Value:
+    def write(e: Emitter, node: Call) -> Value:
         if e.dtype(node) == torch.bool:
             return e.op(operator, *(e.value(item, torch.bool) for item in node.args[:2]))
         return e.op(f"Bitwise{operator}", *e.operands(node, *node.args[:2]))
@@ -79,7 +79,7 @@ _register()
 
 
 @rule("aten.add.Tensor", "aten.add.Scalar", "aten.sub.Tensor", "aten.sub.Scalar", "aten.rsub.Scalar")
-def add(e: Emitter, node: fx.Node) -> Value:
+def add(e: Emitter, node: Call) -> Value:
     """Left plus or minus alpha times right."""
     left, right = e.operands(node, *node.args[:2])
     alpha = argument(node, 2, "alpha", 1)
@@ -92,7 +92,7 @@ def add(e: Emitter, node: fx.Node) -> Value:
 
 
 @rule("aten.div.Tensor", "aten.div.Scalar", "aten.true_divide.Tensor", "aten.div.Tensor_mode", "aten.floor_divide.default")
-def divide(e: Emitter, node: fx.Node) -> Value:
+def divide(e: Emitter, node: Call) -> Value:
     """True division, or rounded as its mode says."""
     mode = "floor" if "floor_divide" in str(node.target) else node.kwargs.get("rounding_mode")
     if mode is None:
@@ -112,7 +112,7 @@ def _towards_zero(e: Emitter, x: Value) -> Value:
 
 
 @rule("aten.remainder.Tensor", "aten.remainder.Scalar")
-def remainder(e: Emitter, node: fx.Node) -> Value:
+def remainder(e: Emitter, node: Call) -> Value:
     """Of the divisor's sign."""
     left, right = e.operands(node, *node.args[:2])
     if not e.dtype(node).is_floating_point:
@@ -121,20 +121,20 @@ def remainder(e: Emitter, node: fx.Node) -> Value:
 
 
 @rule("aten.rsqrt.default")
-def rsqrt(e: Emitter, node: fx.Node) -> Value:
+def rsqrt(e: Emitter, node: Call) -> Value:
     """One over the square root."""
     return e.op("Reciprocal", e.op("Sqrt", e.value(node.args[0], e.dtype(node))))
 
 
 @rule("aten.square.default")
-def square(e: Emitter, node: fx.Node) -> Value:
+def square(e: Emitter, node: Call) -> Value:
     """Times itself."""
     x = e.value(node.args[0])
     return e.op("Mul", x, x)
 
 
 @rule("aten.expm1.default", "aten.log1p.default", "aten.log2.default")
-def logarithms(e: Emitter, node: fx.Node) -> Value:
+def logarithms(e: Emitter, node: Call) -> Value:
     """In terms of exp and log."""
     dtype = e.dtype(node)
     x, one = e.value(node.args[0], dtype), e.constant(1.0, dtype)
@@ -147,13 +147,13 @@ def logarithms(e: Emitter, node: fx.Node) -> Value:
 
 
 @rule("aten.silu.default")
-def silu(e: Emitter, node: fx.Node) -> Value:
+def silu(e: Emitter, node: Call) -> Value:
     """X times its sigmoid."""
     return activation(e, "silu", e.value(node.args[0]), e.dtype(node))
 
 
 @rule("aten.gelu.default")
-def gelu(e: Emitter, node: fx.Node) -> Value:
+def gelu(e: Emitter, node: Call) -> Value:
     """Exact, or by tanh."""
     name = "gelu_tanh" if argument(node, 1, "approximate", "none") == "tanh" else "gelu"
     return activation(e, name, e.value(node.args[0]), e.dtype(node))
@@ -169,14 +169,14 @@ def activation(e: Emitter, name: str, x: Value, dtype: torch.dtype) -> Value:
 
 
 @rule("qcompile.gated_activation.default")
-def gated_activation(e: Emitter, node: fx.Node) -> Value:
+def gated_activation(e: Emitter, node: Call) -> Value:
     """Activation(gate) times up."""
     gate, up, name = node.args
     return e.op("Mul", activation(e, str(name), e.value(gate), e.dtype(node)), e.value(up))
 
 
 @rule("aten.leaky_relu.default", "aten.elu.default", "aten.hardsigmoid.default", "aten.selu.default")
-def with_slope(e: Emitter, node: fx.Node) -> Value:
+def with_slope(e: Emitter, node: Call) -> Value:
     """Activations with a number of their own."""
     x, name = e.value(node.args[0]), str(node.target)
     if "leaky" in name:
@@ -191,7 +191,7 @@ def with_slope(e: Emitter, node: fx.Node) -> Value:
 
 
 @rule("aten.prelu.default")
-def prelu(e: Emitter, node: fx.Node) -> Value:
+def prelu(e: Emitter, node: Call) -> Value:
     """A slope for each channel, axis 1."""
     slope: Any = node.args[1]
     rank = len(e.shape(node.args[0]))
@@ -207,7 +207,7 @@ def prelu(e: Emitter, node: fx.Node) -> Value:
     "aten.relu6.default",
     "aten.clamp.Tensor",
 )
-def clamp(e: Emitter, node: fx.Node) -> Value:
+def clamp(e: Emitter, node: Call) -> Value:
     """Between two bounds, either of which may be left out."""
     dtype, name = e.dtype(node), str(node.target)
     if "relu6" in name:
@@ -226,27 +226,27 @@ def clamp(e: Emitter, node: fx.Node) -> Value:
 
 
 @rule("aten.where.self", "aten.where.Scalar", "aten.where.ScalarSelf", "aten.where.ScalarOther")
-def where(e: Emitter, node: fx.Node) -> Value:
+def where(e: Emitter, node: Call) -> Value:
     """One or the other."""
     dtype = e.dtype(node)
     return e.op("Where", e.value(node.args[0], torch.bool), e.value(node.args[1], dtype), e.value(node.args[2], dtype))
 
 
 @rule("aten.masked_fill.Scalar", "aten.masked_fill.Tensor")
-def masked_fill(e: Emitter, node: fx.Node) -> Value:
+def masked_fill(e: Emitter, node: Call) -> Value:
     """A number where the mask says so."""
     dtype = e.dtype(node)
     return e.op("Where", e.value(node.args[1], torch.bool), e.value(node.args[2], dtype), e.value(node.args[0], dtype))
 
 
 @rule("aten.bitwise_not.default")
-def bitwise_not(e: Emitter, node: fx.Node) -> Value:
+def bitwise_not(e: Emitter, node: Call) -> Value:
     """Of numbers or of truth values."""
     return e.op("Not" if e.dtype(node) == torch.bool else "BitwiseNot", e.value(node.args[0]))
 
 
 @rule("aten.to.dtype", "aten.to.dtype_layout", "aten.to.device", "aten._to_copy.default", "aten.type_as.default")
-def to(e: Emitter, node: fx.Node) -> Value:
+def to(e: Emitter, node: Call) -> Value:
     """To the type of the result."""
     return e.value(node.args[0], e.dtype(node))
 
@@ -255,6 +255,6 @@ def to(e: Emitter, node: fx.Node) -> Value:
     "aten.contiguous.default", "aten.clone.default", "aten.detach.default", "aten.detach_.default", "aten.dropout.default",
     "aten.lift_fresh_copy.default",
 )  # fmt: skip
-def same(e: Emitter, node: fx.Node) -> Value:
+def same(e: Emitter, node: Call) -> Value:
     """What it was given."""
     return e.value(node.args[0])

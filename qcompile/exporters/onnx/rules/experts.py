@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from torch import fx
-
-from qcompile.exporters.onnx.emitter import Emitter, Value
+from qcompile.exporters.onnx.emitter import Call, Emitter, Value
 from qcompile.exporters.onnx.rules.elementwise import activation
 from qcompile.exporters.onnx.rules.table import rule
 
 
 @rule("qcompile.moe_experts.default")
-def moe_experts(e: Emitter, node: fx.Node) -> Value:
+def moe_experts(e: Emitter, node: Call) -> Value:
     """`Σ_e weight_e(x) · down_e(act(gate_e x) · up_e x)`; x [M, K], chosen experts and weights [M, n].
 
     The graph computes only what was chosen; ONNX has no operator for that which every runtime serves.

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import fx
-
-from qcompile.exporters.onnx.emitter import Emitter, Value, argument
+from qcompile.exporters.onnx.emitter import Call, Emitter, Value, argument
 from qcompile.exporters.onnx.rules.table import rule
 
 
 @rule("aten.linear.default")
-def linear(e: Emitter, node: fx.Node) -> Value:
+def linear(e: Emitter, node: Call) -> Value:
     """X times the transposed weight [N, K], plus the bias."""
     x, weight = node.args[:2]
     return biased(e, e.op("MatMul", e.value(x), transposed(e, weight)), argument(node, 2, "bias", None))
@@ -38,13 +36,13 @@ def biased(e: Emitter, made: Value, bias: Any) -> Value:
 
 
 @rule("aten.matmul.default", "aten.bmm.default")
-def matmul(e: Emitter, node: fx.Node) -> Value:
+def matmul(e: Emitter, node: Call) -> Value:
     """Batched as torch batches."""
     return e.op("MatMul", e.value(node.args[0]), e.value(node.args[1]))
 
 
 @rule("aten.addmm.default", "aten.baddbmm.default")
-def addmm(e: Emitter, node: fx.Node) -> Value:
+def addmm(e: Emitter, node: Call) -> Value:
     """Beta times the first plus alpha times the product of the others."""
     first, left, right = (e.value(item) for item in node.args[:3])
     dtype, product = e.dtype(node), e.op("MatMul", left, right)
@@ -55,7 +53,7 @@ def addmm(e: Emitter, node: fx.Node) -> Value:
 
 
 @rule("aten.einsum.default")
-def einsum(e: Emitter, node: fx.Node) -> Value:
+def einsum(e: Emitter, node: Call) -> Value:
     """By its equation."""
     equation, parts = node.args[:2]
-    return e.op("Einsum", *(e.value(part) for part in parts), equation=str(equation))  # type: ignore[union-attr]
+    return e.op("Einsum", *(e.value(part) for part in parts), equation=str(equation))

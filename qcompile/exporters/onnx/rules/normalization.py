@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from qcompile.exporters.onnx.emitter import Emitter, Value, argument
+from qcompile.exporters.onnx.emitter import Call, Emitter, Value, argument
 from qcompile.exporters.onnx.rules.table import rule
 
 _RMS_OPSET = 23
@@ -15,10 +15,10 @@ _RMS_OPSET = 23
 
 
 @rule("qcompile.rms_norm.default")
-def rms_norm(e: Emitter, node: fx.Node) -> Value:
+def rms_norm(e: Emitter, node: Call) -> Value:
     """Over the last axis."""
     x, weight, eps = node.args[:3]
-    return normalized(e, e.value(x), weight, float(eps), float(argument(node, 3, "offset", 0.0)), node.args[0])  # type: ignore[arg-type]
+    return normalized(e, e.value(x), weight, float(eps), float(argument(node, 3, "offset", 0.0)), node.args[0])
 
 
 def normalized(e: Emitter, x: Value, weight: Any, eps: float, offset: float, like: Any) -> Value:
@@ -49,18 +49,18 @@ def _gain(e: Emitter, weight: Any, offset: float, size: int, dtype: torch.dtype)
 
 
 @rule("qcompile.add_rms_norm.default")
-def add_rms_norm(e: Emitter, node: fx.Node) -> tuple[Value, Value]:
+def add_rms_norm(e: Emitter, node: Call) -> tuple[Value, Value]:
     """The sum, and that normalized."""
     x, residual, weight, eps = node.args[:4]
     total = e.op("Add", e.value(x), e.value(residual))
-    return total, normalized(e, total, weight, float(eps), float(argument(node, 4, "offset", 0.0)), x)  # type: ignore[arg-type]
+    return total, normalized(e, total, weight, float(eps), float(argument(node, 4, "offset", 0.0)), x)
 
 
 @rule("aten.rms_norm.default")
-def torch_rms_norm(e: Emitter, node: fx.Node) -> Value:
+def torch_rms_norm(e: Emitter, node: Call) -> Value:
     """Over the last axes; of one only."""
     x, sizes = node.args[0], node.args[1]
-    if len(sizes) != 1:  # type: ignore[arg-type]
+    if len(sizes) != 1:
         raise e.refusal("expected the last axis only")
     eps = argument(node, 3, "eps", None)
     small = torch.finfo(e.dtype(node)).eps if eps is None else float(eps)
@@ -68,10 +68,10 @@ def torch_rms_norm(e: Emitter, node: fx.Node) -> Value:
 
 
 @rule("aten.layer_norm.default")
-def layer_norm(e: Emitter, node: fx.Node) -> Value:
+def layer_norm(e: Emitter, node: Call) -> Value:
     """Over the last axes."""
     x, sizes = node.args[:2]
-    dtype, shape = e.dtype(node), [int(size) for size in sizes]  # type: ignore[union-attr]
+    dtype, shape = e.dtype(node), [int(size) for size in sizes]
     weight, bias = (argument(node, place, name, None) for place, name in ((2, "weight"), (3, "bias")))
     gain = e.constant(torch.ones(shape, dtype=dtype)) if weight is None else e.value(weight, dtype)
     return e.op(
@@ -80,7 +80,7 @@ def layer_norm(e: Emitter, node: fx.Node) -> Value:
 
 
 @rule("aten.batch_norm.default", "aten._native_batch_norm_legit_no_training.default")
-def batch_norm(e: Emitter, node: fx.Node) -> Any:
+def batch_norm(e: Emitter, node: Call) -> Any:
     """Of images, by statistics that are constants."""
     legit = "legit" in str(node.target)
     x, weight, bias, mean, variance = node.args[:5]
@@ -88,7 +88,7 @@ def batch_norm(e: Emitter, node: fx.Node) -> Any:
         raise e.refusal("expected inference, got training")
     if mean is None or variance is None:
         raise e.refusal("expected running statistics, got none")
-    size = int(mean.meta["val"].shape[0])  # type: ignore[union-attr]
+    size = int(mean.meta["val"].shape[0])
     dtype = e.dtype(x)
     gain = e.constant(torch.ones(size, dtype=dtype)) if weight is None else e.value(weight)
     shift = e.constant(torch.zeros(size, dtype=dtype)) if bias is None else e.value(bias)
@@ -98,7 +98,7 @@ def batch_norm(e: Emitter, node: fx.Node) -> Any:
 
 
 @rule("aten.group_norm.default", "aten.instance_norm.default")
-def group_norm(e: Emitter, node: fx.Node) -> Value:
+def group_norm(e: Emitter, node: Call) -> Value:
     """Over the channels of a group and all that follows."""
     x: Any = node.args[0]
     dtype, shape = e.dtype(node), e.shape(x)
@@ -106,7 +106,7 @@ def group_norm(e: Emitter, node: fx.Node) -> Value:
     weight, bias = (
         argument(node, place, name, None) for place, name in (((1, "weight"), (2, "bias")) if instance else ((2, "weight"), (3, "bias")))
     )
-    groups = channels if instance else int(node.args[1])  # type: ignore[arg-type]
+    groups = channels if instance else int(node.args[1])
     eps = float(argument(node, 7 if instance else 4, "eps", 1e-5))
     value = e.value(x)
     flat = e.op("Reshape", value, e.ints([0, groups, -1]))

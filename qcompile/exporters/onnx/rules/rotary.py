@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
 
-from qcompile.exporters.onnx.emitter import Emitter, Value
+from qcompile.exporters.onnx.emitter import Call, Emitter, Value
 from qcompile.exporters.onnx.rules.table import rule
 
 _ROTARY_OPSET = 23
@@ -27,10 +26,10 @@ class Half:
 
 
 @rule("qcompile.rotary_table.default")
-def rotary_table(e: Emitter, node: fx.Node) -> tuple[Half, Half]:
+def rotary_table(e: Emitter, node: Call) -> tuple[Half, Half]:
     """Of positions [B, S] times frequencies [F]."""
     positions, frequencies, scaling, dtype = node.args
-    cos, sin = table(e, e.value(positions), e.value(frequencies), e.dtype(frequencies), float(scaling), dtype)  # type: ignore[arg-type]
+    cos, sin = table(e, e.value(positions), e.value(frequencies), e.dtype(frequencies), float(scaling), dtype)
     return Half(cos), Half(sin)
 
 
@@ -47,15 +46,15 @@ def table(e: Emitter, positions: Value, frequencies: Value, given: torch.dtype, 
 
 
 @rule("qcompile.rope.default")
-def rope(e: Emitter, node: fx.Node) -> Value:
+def rope(e: Emitter, node: Call) -> Value:
     """The halves of x [B, H, S, R] turned."""
     x, cos, sin = node.args
-    halves = [e.results.get(item) for item in (cos, sin)]  # type: ignore[call-overload]
+    halves: list[Any] = [e.results.get(item) for item in (cos, sin)]
     size = int(e.shape(x)[-1])
     if all(isinstance(half, Half) for half in halves):
-        return turned(e, e.value(x), *(half.value for half in halves), size)  # type: ignore[union-attr]
+        return turned(e, e.value(x), halves[0].value, halves[1].value, size)
     wide = [e.op("Unsqueeze", e.value(item, e.dtype(x)), e.ints([1])) for item in (cos, sin)]
-    return _by_halves(e, e.value(x), *wide, size)
+    return _by_halves(e, e.value(x), wide[0], wide[1], size)
 
 
 def turned(e: Emitter, x: Value, cos: Value, sin: Value, size: int) -> Value:
@@ -63,7 +62,7 @@ def turned(e: Emitter, x: Value, cos: Value, sin: Value, size: int) -> Value:
     if e.opset >= _ROTARY_OPSET:
         return e.op("RotaryEmbedding", x, cos, sin, interleaved=0)
     both = [e.op("Unsqueeze", e.op("Concat", part, part, axis=-1), e.ints([1])) for part in (cos, sin)]
-    return _by_halves(e, x, *both, size)
+    return _by_halves(e, x, both[0], both[1], size)
 
 
 def _by_halves(e: Emitter, x: Value, cos: Value, sin: Value, size: int) -> Value:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qcompile.exporters.onnx.emitter import Emitter, Value, argument, axis_of, static
+from qcompile.exporters.onnx.emitter import Call, Emitter, Value, argument, axis_of, static
 from qcompile.exporters.onnx.rules.table import rule
 
 _SIZES = {
@@ -18,15 +18,15 @@ _SIZES = {
 
 
 @rule("aten.sym_size.int")
-def sym_size(e: Emitter, node: fx.Node) -> Value:
+def sym_size(e: Emitter, node: Call) -> Value:
     """Of an axis."""
-    return e.size_of(e.value(node.args[0]), int(node.args[1]))  # type: ignore[arg-type]
+    return e.size_of(e.value(node.args[0]), int(node.args[1]))
 
 
 @rule(
     "operator.add", "operator.sub", "operator.mul", "operator.mod", "operator.floordiv", "operator.neg", "torch.sym_max", "torch.sym_min",
 )  # fmt: skip
-def size_arithmetic(e: Emitter, node: fx.Node) -> Value:
+def size_arithmetic(e: Emitter, node: Call) -> Value:
     """Of sizes, which are not negative: so integer division rounds down."""
     if not e.is_size(node):
         raise e.refusal(f"expected sizes that are integers, got {node.meta.get('val')}")
@@ -39,21 +39,21 @@ def size_arithmetic(e: Emitter, node: fx.Node) -> Value:
 
 
 @rule("operator.getitem")
-def getitem(e: Emitter, node: fx.Node) -> Any:
+def getitem(e: Emitter, node: Call) -> Any:
     """One of several results."""
     source: Any = node.args[0]
     return e.results[source][node.args[1]]
 
 
 @rule("aten.reshape.default", "aten.view.default")
-def reshape(e: Emitter, node: fx.Node) -> Value:
+def reshape(e: Emitter, node: Call) -> Value:
     """To other sizes; those that stand at the same axis before and after are copied, and one other is what is left."""
     x: Any = node.args[0]
-    return e.op("Reshape", e.value(x), _reshaped(e, e.shape(x), list(node.args[1])))  # type: ignore[arg-type]
+    return e.op("Reshape", e.value(x), _reshaped(e, e.shape(x), list(node.args[1])))
 
 
 def _reshaped(e: Emitter, before: list[Any], asked: list[Any]) -> Value:
-    sizes = [item.meta.get("val") if isinstance(item, fx.Node) else item for item in asked]
+    sizes: list[Any] = [item.meta.get("val") if isinstance(item, fx.Node) else item for item in asked]
     kept = [_copied(before, place, size) for place, size in enumerate(sizes)]
     unknown = [place for place, size in enumerate(sizes) if not kept[place] and not isinstance(size, int)]
     if len(unknown) + sizes.count(-1) <= 1 and 0 not in sizes:
@@ -67,13 +67,13 @@ def _copied(before: list[Any], place: int, size: Any) -> bool:
 
 
 @rule("aten.view_as.default")
-def view_as(e: Emitter, node: fx.Node) -> Value:
+def view_as(e: Emitter, node: Call) -> Value:
     """To the sizes of another tensor."""
     return e.op("Reshape", e.value(node.args[0]), e.op("Shape", e.value(node.args[1])))
 
 
 @rule("aten.flatten.using_ints")
-def flatten(e: Emitter, node: fx.Node) -> Value:
+def flatten(e: Emitter, node: Call) -> Value:
     """Axes from start to end become one."""
     x: Any = node.args[0]
     rank = len(e.shape(x))
@@ -87,42 +87,42 @@ def flatten(e: Emitter, node: fx.Node) -> Value:
 
 
 @rule("aten.unflatten.int")
-def unflatten(e: Emitter, node: fx.Node) -> Value:
+def unflatten(e: Emitter, node: Call) -> Value:
     """One axis becomes several."""
     x: Any = node.args[0]
-    axis = axis_of(int(node.args[1]), len(e.shape(x)))  # type: ignore[arg-type]
+    axis = axis_of(int(node.args[1]), len(e.shape(x)))
     after = e.shape(x)[axis + 1 :]
     if not static(after):
         raise e.refusal("expected known sizes behind the axis that is unflattened")
-    return e.op("Reshape", e.value(x), e.sizes([*[0] * axis, *node.args[2], *after]))  # type: ignore[misc]
+    return e.op("Reshape", e.value(x), e.sizes([*[0] * axis, *node.args[2], *after]))
 
 
 @rule("aten.transpose.int", "aten.t.default", "aten.permute.default", "aten.movedim.int")
-def transpose(e: Emitter, node: fx.Node) -> Value:
+def transpose(e: Emitter, node: Call) -> Value:
     """Axes in another order."""
     x: Any = node.args[0]
     rank, name = len(e.shape(x)), str(node.target)
     order = list(range(rank))
     if "permute" in name:
-        order = [axis_of(axis, rank) for axis in node.args[1]]  # type: ignore[union-attr]
+        order = [axis_of(axis, rank) for axis in node.args[1]]
     elif "movedim" in name:
-        source, target = (axis_of(int(axis), rank) for axis in node.args[1:3])  # type: ignore[arg-type]
+        source, target = (axis_of(int(axis), rank) for axis in node.args[1:3])
         order.insert(target, order.pop(source))
     elif rank > 1 or node.args[1:]:
-        first, second = (axis_of(int(axis), rank) for axis in (node.args[1:3] or (0, 1)))  # type: ignore[arg-type]
+        first, second = (axis_of(int(axis), rank) for axis in (node.args[1:3] or (0, 1)))
         order[first], order[second] = order[second], order[first]
     return e.transpose(e.value(x), order)
 
 
 @rule("aten.unsqueeze.default")
-def unsqueeze(e: Emitter, node: fx.Node) -> Value:
+def unsqueeze(e: Emitter, node: Call) -> Value:
     """A new axis of one."""
     axis: Any = argument(node, 1, "dim")
     return e.op("Unsqueeze", e.value(node.args[0]), e.ints([axis_of(axis, len(e.shape(node)))]))
 
 
 @rule("aten.squeeze.default", "aten.squeeze.dim", "aten.squeeze.dims")
-def squeeze(e: Emitter, node: fx.Node) -> Value:
+def squeeze(e: Emitter, node: Call) -> Value:
     """Axes of one go, those that are named or all."""
     x: Any = node.args[0]
     shape = e.shape(x)
@@ -133,7 +133,7 @@ def squeeze(e: Emitter, node: fx.Node) -> Value:
 
 
 @rule("aten.expand.default", "aten.expand_as.default")
-def expand(e: Emitter, node: fx.Node) -> Value:
+def expand(e: Emitter, node: Call) -> Value:
     """Axes of one are repeated."""
     x: Any = node.args[0]
     if "expand_as" in str(node.target):
@@ -143,7 +143,7 @@ def expand(e: Emitter, node: fx.Node) -> Value:
 
 
 @rule("aten.cat.default", "aten.stack.default")
-def cat(e: Emitter, node: fx.Node) -> Value:
+def cat(e: Emitter, node: Call) -> Value:
     """Tensors side by side, along an axis or a new one."""
     parts: Any = node.args[0]
     dtype, rank = e.dtype(node), len(e.shape(node))
@@ -155,7 +155,7 @@ def cat(e: Emitter, node: fx.Node) -> Value:
 
 
 @rule("aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default", "aten.tensor_split.sections", "aten.unbind.int")
-def split(e: Emitter, node: fx.Node) -> tuple[Value, ...]:
+def split(e: Emitter, node: Call) -> tuple[Value, ...]:
     """An axis in parts, which are known."""
     x, parts = node.args[0], node.meta["val"]
     name = str(node.target)
@@ -168,9 +168,9 @@ def split(e: Emitter, node: fx.Node) -> tuple[Value, ...]:
 
 
 @rule("aten.repeat.default", "aten.tile.default")
-def repeat(e: Emitter, node: fx.Node) -> Value:
+def repeat(e: Emitter, node: Call) -> Value:
     """The tensor several times along each axis; new axes come first."""
-    x, times = node.args[0], list(node.args[1])  # type: ignore[arg-type]
+    x, times = node.args[0], list(node.args[1])
     rank, value = len(e.shape(x)), e.value(x)
     if len(times) > rank:
         value = e.op("Unsqueeze", value, e.ints(range(len(times) - rank)))
@@ -178,7 +178,7 @@ def repeat(e: Emitter, node: fx.Node) -> Value:
 
 
 @rule("aten.repeat_interleave.self_int")
-def repeat_interleave(e: Emitter, node: fx.Node) -> Value:
+def repeat_interleave(e: Emitter, node: Call) -> Value:
     """Each entry of an axis several times in a row."""
     x: Any = node.args[0]
     shape, axis = e.shape(x), argument(node, 2, "dim")
@@ -193,9 +193,9 @@ def repeat_interleave(e: Emitter, node: fx.Node) -> Value:
 
 
 @rule("aten.constant_pad_nd.default", "aten.pad.default")
-def pad(e: Emitter, node: fx.Node) -> Value:
+def pad(e: Emitter, node: Call) -> Value:
     """Numbers around; pads come in pairs from the last axis on."""
-    x, asked = node.args[0], list(node.args[1])  # type: ignore[arg-type]
+    x, asked = node.args[0], list(node.args[1])
     mode = argument(node, 2, "mode", "constant") if "aten.pad" in str(node.target) else "constant"
     known = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
     fill = argument(node, 3, "value", 0) if "aten.pad" in str(node.target) else argument(node, 2, "value", 0)
@@ -207,9 +207,9 @@ def pad(e: Emitter, node: fx.Node) -> Value:
 
 
 @rule("aten.pixel_shuffle.default")
-def pixel_shuffle(e: Emitter, node: fx.Node) -> Value:
+def pixel_shuffle(e: Emitter, node: Call) -> Value:
     """Channels become pixels."""
-    return e.op("DepthToSpace", e.value(node.args[0]), blocksize=int(node.args[1]), mode="CRD")  # type: ignore[arg-type]
+    return e.op("DepthToSpace", e.value(node.args[0]), blocksize=int(node.args[1]), mode="CRD")
 
 
 @rule(
@@ -217,7 +217,7 @@ def pixel_shuffle(e: Emitter, node: fx.Node) -> Value:
     "aten.new_ones.default", "aten.full_like.default", "aten.zeros_like.default", "aten.ones_like.default", "aten.scalar_tensor.default",
     "aten.fill.Scalar",
 )  # fmt: skip
-def filled(e: Emitter, node: fx.Node) -> Value:
+def filled(e: Emitter, node: Call) -> Value:
     """One number everywhere."""
     name, dtype = str(node.target), e.dtype(node)
     number: Any = 0 if "zeros" in name else 1 if "ones" in name else None
@@ -236,7 +236,7 @@ def filled(e: Emitter, node: fx.Node) -> Value:
 
 
 @rule("aten.arange.default", "aten.arange.start", "aten.arange.start_step")
-def arange(e: Emitter, node: fx.Node) -> Value:
+def arange(e: Emitter, node: Call) -> Value:
     """Numbers one step apart."""
     start, end, step = (0, node.args[0], 1) if len(node.args) == 1 else (*node.args, 1)[:3]
     dtype = e.dtype(node)
