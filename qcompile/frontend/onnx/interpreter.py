@@ -83,7 +83,7 @@ class OnnxModule(nn.Module):
         for name, weight in block.weights.items():
             scope[name] = Held(getattr(self, self._buffer_of[id(weight)]), weight)
         for step in block.steps:
-            with traceback.annotate({"onnx": step.name}):
+            with traceback.annotate({"source": step.name}):
                 results = self._run_step(step, scope, kinds)
             scope.update({name: value for name, value in zip(step.outputs, results, strict=False) if name})
         return [scope[name] for name in block.outputs]

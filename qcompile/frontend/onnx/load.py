@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.fx import traceback
 
 from qcompile.frontend.capture import capture_module
 from qcompile.frontend.loaded import Loaded
@@ -47,7 +49,8 @@ def capture_program(program: Program, example_inputs: Any = None, dynamic_shapes
     def bind(name: str, traced: Tensor) -> Constant:
         return module.weights[name].constant() if name in module.weights else tensor_constant(traced)
 
-    graph = capture_module(module, inputs, shapes, name=str(program.path), bind=bind)
+    with traceback.preserve_node_meta():
+        graph = capture_module(module, inputs, shapes, name=str(program.path), bind=bind)
     _rename(graph, {buffer: weight.name for buffer, weight in module.weights.items()})
     return graph
 
@@ -67,5 +70,6 @@ def _rename(graph: Graph, names: dict[str, str]) -> None:
     graph.constants = {table[name]: constant for name, constant in graph.constants.items()}
     for node in graph.fx.find_nodes(op="get_attr"):
         node.target = table[str(node.target)]
+        node._rename(re.sub(r"\W", "_", str(node.target)))
 
 

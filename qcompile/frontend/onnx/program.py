@@ -34,8 +34,9 @@ class Step:
 
 @dataclass
 class Block:
-    """A graph, or a branch of an `If`: its own constants, its steps, and the names of its results."""
+    """A graph, or a branch of an `If`: its own inputs and constants, its steps, and the names of its results."""
 
+    inputs: tuple[str, ...] = ()
     weights: dict[str, Weight] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     outputs: tuple[str, ...] = ()
@@ -82,8 +83,8 @@ def program_of(model: ModelProto, path: Path) -> Program:
         raise SourceError(f"{path}: expected a graph with inputs, got none; a model without inputs has nothing to compile")
     if not body.outputs:
         raise SourceError(f"{path}: expected a graph with outputs, got none; export the model again")
-    _check_names(body, path, {item.name for item in inputs})
     _refuse_unknown(body, path)
+    _check_names(body, path, {item.name for item in inputs})
     return Program(path, opset, inputs, body, {item.key: item.value for item in model.metadata_props})
 
 
@@ -129,16 +130,29 @@ def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
 
 def _inlined(model: ModelProto, path: Path) -> ModelProto:
     """The model without local functions, and without operators that have no rule here but are defined by others that may have one."""
+    version = next((item.version for item in model.opset_import if not domain_of(item.domain)), 0)
     try:
         if model.functions:
             model = inliner.inline_local_functions(model)
-        version = next((item.version for item in model.opset_import if not domain_of(item.domain)), 0)
-        defined = sorted({node.op_type for node in _nodes(model.graph) if _is_composite(node, version)})
-        if defined:
-            model = inliner.inline_selected_functions(model, [("", name) for name in defined], inline_schema_functions=True)
     except (RuntimeError, ValueError, DecodeError) as error:
         raise SourceError(f"{path}: expected functions that can be put in place of their calls, got {error}; export the model again") from error
-    return model
+    defined = [node for node in _nodes(model.graph) if _is_composite(node, version)]
+    if not defined:
+        return model
+    for node in defined:
+        _fill_defaults(node, version)
+    try:
+        return inliner.inline_selected_functions(model, [("", node.op_type) for node in defined], inline_schema_functions=True)
+    except (RuntimeError, ValueError, DecodeError):
+        return model  # the operator is refused by name later
+
+
+def _fill_defaults(node: NodeProto, version: int) -> None:
+    """Write out the attributes that a node leaves to their defaults: the inliner forgets those."""
+    given = {attribute.name for attribute in node.attribute}
+    for name, attribute in onnx.defs.get_schema(node.op_type, version).attributes.items():
+        if name not in given and attribute.default_value.type:
+            node.attribute.append(attribute.default_value)
 
 
 def _is_composite(node: NodeProto, version: int) -> bool:
@@ -154,7 +168,7 @@ def _is_composite(node: NodeProto, version: int) -> bool:
 def _block(graph: GraphProto, path: Path, scope: set[str]) -> Block:
     if graph.sparse_initializer:
         raise UnsupportedModelError(f"{path}: expected dense initialisers, got sparse ones; export the model without sparsity")
-    block = Block(outputs=tuple(item.name for item in graph.output))
+    block = Block(tuple(item.name for item in graph.input), outputs=tuple(item.name for item in graph.output))
     for proto in graph.initializer:
         block.weights[proto.name] = weight_of(proto, path)
     for index, node in enumerate(graph.node):
@@ -167,16 +181,16 @@ def _block(graph: GraphProto, path: Path, scope: set[str]) -> Block:
 
 def _constant(node: NodeProto, path: Path) -> Weight:
     (attribute,) = node.attribute if len(node.attribute) == 1 else (AttributeProto(),)
-    value = helper.get_attribute_value(attribute) if attribute.type else None
+    value = helper.get_attribute_value(attribute) if attribute.type and not attribute.ref_attr_name else None
     name = node.output[0]
-    if attribute.name == "value":
+    if attribute.name == "value" and isinstance(value, TensorProto):
         tensor = TensorProto()
         tensor.CopyFrom(value)
         tensor.name = name
-    elif attribute.name in ("value_int", "value_ints"):
+    elif attribute.name in ("value_int", "value_ints") and value is not None:
         listed = [value] if attribute.name == "value_int" else list(value)
         tensor = helper.make_tensor(name, TensorProto.INT64, [] if attribute.name == "value_int" else [len(listed)], listed)
-    elif attribute.name in ("value_float", "value_floats"):
+    elif attribute.name in ("value_float", "value_floats") and value is not None:
         listed = [value] if attribute.name == "value_float" else list(value)
         tensor = helper.make_tensor(name, TensorProto.FLOAT, [] if attribute.name == "value_float" else [len(listed)], listed)
     else:
@@ -187,6 +201,11 @@ def _constant(node: NodeProto, path: Path) -> Weight:
 def _step(node: NodeProto, path: Path, index: int) -> Step:
     attributes: dict[str, Any] = {}
     for attribute in node.attribute:
+        if attribute.ref_attr_name:
+            raise SourceError(
+                f"{path}: node {node.name!r} ({node.op_type}): expected a value of the attribute {attribute.name}, got a reference to "
+                f"{attribute.ref_attr_name!r} of a function; export the model again"
+            )
         value = helper.get_attribute_value(attribute)
         if attribute.type == AttributeProto.GRAPH:
             value = _block(value, path, set())
@@ -212,7 +231,7 @@ def _check_names(block: Block, path: Path, outer: set[str]) -> None:
     Raises:
         SourceError: naming the node and the value that nothing gives.
     """
-    known = outer | set(block.weights)
+    known = outer | set(block.weights) | set(block.inputs)
     for step in block.steps:
         for name in step.inputs:
             if name and name not in known:

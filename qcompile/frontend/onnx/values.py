@@ -102,12 +102,12 @@ def rounded(item: Any, dtype: torch.dtype) -> Any:
     if dtype != torch.float32 or not math.isfinite(value):
         return value
     with np.errstate(over="ignore"):
-        return float(str(np.float32(value)))
+        short = float(str(np.float32(value)))
+    # The largest float32 is rounded up by its fewest digits.
+    return value if abs(short) > float(np.finfo(np.float32).max) else short
 
 
 def known_numbers(weight: Weight) -> Numbers:
     """A small constant's elements."""
-    tensor = weight.load()
-    flat = tensor.to(torch.float64 if tensor.dtype.is_floating_point else torch.int64).reshape(-1).tolist()
     dtype = KINDS[weight.kind]
-    return numbers_of((rounded(item, dtype) for item in flat), dtype, weight.shape)
+    return numbers_of((rounded(item, dtype) for item in weight.elements()), dtype, weight.shape)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from qcompile.frontend.onnx.kinds import UNSIGNED
 from qcompile.frontend.onnx.node import Node
 from qcompile.frontend.onnx.registry import rule
-from qcompile.frontend.onnx.values import Held, Numbers, RefusalError, known_numbers
+from qcompile.frontend.onnx.values import Held, Numbers, RefusalError, is_symbolic, known_numbers
 
 Operand = Any
 
@@ -121,9 +121,10 @@ def where(node: Node) -> Tensor:
     """Chosen by a condition; a constant of one element becomes a Python number where the other operand has the dtype."""
     condition = node.tensor(0)
     values: list[Any] = [node.tensor(1), node.tensor(2)]
+    plain = values[0].dtype in (torch.float32, torch.int64)  # what torch makes of two numbers
     for index in (1, 0):
         number = scalar(node, index + 1, condition.dim())
-        if number is not None and isinstance(values[1 - index], Tensor) and values[1 - index].dtype == values[index].dtype:
+        if number is not None and not is_symbolic(number) and (plain or isinstance(values[1 - index], Tensor)):
             values[index] = number
     return torch.where(condition, *values)
 

@@ -57,7 +57,7 @@ def max_pool(node: Node) -> tuple[Any, ...]:
         after = [pad + extra for pad, extra in zip(moved.after, more, strict=True)]
         wide = padded(wide, moved.before, after, -math.inf)
         result = function(wide, moved.kernel, moved.strides, 0, moved.dilations)
-    return (result.to(x.dtype),)
+    return (result if result.dtype == x.dtype else result.to(x.dtype),)
 
 
 @rule("AveragePool")

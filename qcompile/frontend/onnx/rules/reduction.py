@@ -47,8 +47,22 @@ def reduce(node: Node) -> Tensor:
         return _on_each(node.operator, x)
     # The last axis is written -1, as patterns of norms have it.
     wanted = [-1 if axis % x.dim() == x.dim() - 1 else axis % x.dim() for axis in axes]
+    if node.operator in ("ReduceMax", "ReduceMin") and any(x.shape[axis] == 0 for axis in wanted if isinstance(x.shape[axis], int)):
+        return _extreme_of_nothing(node.operator, x, wanted, keep)
     result = _FUNCTIONS[node.operator](x, wanted, keep)
     return result if result.dtype == x.dtype else result.to(x.dtype)
+
+
+def _extreme_of_nothing(operator: str, x: Tensor, axes: list[int], keep: bool) -> Tensor:
+    """The smallest value there is as the largest of nothing, and the other way round."""
+    sign = -1 if operator == "ReduceMax" else 1
+    if x.dtype.is_floating_point:
+        value: Any = sign * torch.inf
+    else:
+        value = sign > 0 if x.dtype == torch.bool else torch.iinfo(x.dtype).max if sign > 0 else torch.iinfo(x.dtype).min
+    gone = {axis % x.dim() for axis in axes}
+    sizes = [1 if axis in gone else size for axis, size in enumerate(x.shape) if keep or axis not in gone]
+    return torch.full(sizes, value, dtype=x.dtype)
 
 
 def _on_each(operator: str, x: Tensor) -> Tensor:

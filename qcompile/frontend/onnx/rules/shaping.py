@@ -209,7 +209,7 @@ def to_float8(x: Tensor, kind: int, saturate: bool) -> Tensor:
     limit = LARGEST[kind]
     if saturate:
         return torch.clamp(x, -limit, limit).to(dtype_of(kind))
-    if kind != TensorProto.FLOAT8E4M3FN and kind != TensorProto.FLOAT8E5M2:
+    if kind != TensorProto.FLOAT8E5M2:  # the others have no infinity, and torch saturates or not by version
         raise RefusalError(f"expected saturation, got a cast to {kind_name(kind)} without it")
     return x.to(dtype_of(kind))
 
@@ -271,8 +271,7 @@ def depth_to_space(node: Node) -> Tensor:
 def space_to_depth(node: Node) -> Tensor:
     """Blocks of pixels as channels."""
     x, block = node.tensor(0), int(node.required("blocksize"))
-    if node.text("mode", "DCR") != "DCR":
-        raise RefusalError("expected the mode DCR, got another")
+    order = (0, 3, 5, 1, 2, 4) if node.text("mode", "DCR") == "DCR" else (0, 1, 3, 5, 2, 4)
     batch, channels, height, width = x.shape
-    parts = x.reshape(batch, channels, height // block, block, width // block, block).permute(0, 3, 5, 1, 2, 4)
+    parts = x.reshape(batch, channels, height // block, block, width // block, block).permute(order)
     return parts.reshape(batch, channels * block * block, height // block, width // block)
