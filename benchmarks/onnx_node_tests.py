@@ -2,7 +2,7 @@
 
     python benchmarks/onnx_node_tests.py --out docs/onnx-operators.md
 
-Each case is interpreted as it is and, with `--captured N`, every Nth also traced and run as a graph. A case that needs a shape, axes or
+Each case is interpreted as it is, then traced and run as a graph (`--captured N`: every Nth). A case that needs a shape, axes or
 another number at run time is tried again with that input as a constant, as models have it.
 """
 
@@ -48,7 +48,7 @@ def main() -> None:
     """Run, print, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the table here")
-    parser.add_argument("--captured", type=int, default=0, metavar="N", help="also run every Nth case as a captured graph (0: none)")
+    parser.add_argument("--captured", type=int, default=1, metavar="N", help="run every Nth case as a captured graph too (0: none)")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--verbose", action="store_true", help="print what was refused and why")
     options = parser.parse_args()
@@ -152,7 +152,7 @@ def _run(model: ModelProto, given: dict[str, Any], outputs: Sequence[Any], case:
     result = module(**{module.keywords[name]: value for name, value in inputs.items()})
     reason = differences(result, outputs, kinds, case)
     if captured and not reason:
-        graph = capture_program(program, {name: value for name, value in inputs.items()}, {})
+        graph = capture_program(program, inputs, {})
         results = graph(**{module.keywords[name]: value for name, value in inputs.items()})
         reason = differences(results, outputs, kinds, case)
         reason = reason and f"captured: {reason}"
@@ -223,9 +223,10 @@ def table(outcomes: Sequence[Outcome]) -> str:
     lines = [
         "# ONNX operators that are read",
         "",
-        f"Made by `python benchmarks/onnx_node_tests.py --out docs/onnx-operators.md` with onnx {onnx.__version__}: the package's own node",
-        "tests through the importer. A case is passed, refused by name, or failed (a wrong answer: there must be none). Shapes, axes and other",
-        "numbers that a model keeps as constants are constants here too. A `no` in the second column: no rule, refused by name.",
+        f"Made by `python benchmarks/onnx_node_tests.py --out docs/onnx-operators.md` with onnx {onnx.__version__}: the package's own",
+        "node tests through the importer, interpreted and traced. A case is passed, refused by name, or failed (a wrong answer: there must",
+        "be none). Shapes, axes and other numbers that a model keeps as constants are constants here too. A `no` in the second column means",
+        "that there is no rule: such an operator is refused by name.",
         "",
         f"{summary(outcomes)}.",
         "",

@@ -15,6 +15,7 @@ from qcompile.errors import TraceError, UnsupportedModelError
 from qcompile.frontend.onnx.interpreter import keyword_names
 from qcompile.frontend.onnx.kinds import STORED, kind_name
 from qcompile.frontend.onnx.program import InputSpec, Program
+from qcompile.ir.graph import Graph
 
 _NAME = re.compile(r"[A-Za-z_][\w.:/ -]*")
 _FEW = 3
@@ -139,3 +140,15 @@ def dynamic_shapes(program: Program, keywords: Mapping[str, str]) -> dict[str, d
     for label, item, axis in _labels(program.inputs):
         shapes[keywords[item.name]][axis] = dims[label]
     return shapes
+
+
+def free_shapes(shapes: Mapping[str, Mapping[int, Any]]) -> dict[str, dict[int, Any]]:
+    """The same axes, left to the trace to relate and to bound."""
+    return {keyword: dict.fromkeys(axes, Dim.AUTO) for keyword, axes in shapes.items()}
+
+
+def name_symbols(graph: Graph, program: Program, keywords: Mapping[str, str]) -> None:
+    """Call dimensions as the file does where the trace was left to relate them."""
+    labels = {f"{keywords[item.name]}_{axis}": label for label, item, axis in _labels(program.inputs) if _is_name(label)}
+    symbols = graph.interface.symbols
+    symbols.update({symbol: labels.get(name, name) for symbol, name in symbols.items()})

@@ -106,11 +106,13 @@ class OnnxModule(nn.Module):
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AssertionError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             seen = ", ".join(_seen(value) for value in inputs)
-            raise UnsupportedModelError(self._message(step, f"expected operands that torch can compute with, got {seen}: {first}")) from error
+            reason = f"expected operands that torch can compute with, got {seen}: {first}"
+            remedy = "pass example_inputs of sizes that the model takes, or check it with onnx.checker"
+            raise UnsupportedModelError(self._message(step, reason, remedy)) from error
 
-    def _message(self, step: Step, reason: str) -> str:
+    def _message(self, step: Step, reason: str, remedy: str = "export the model without it") -> str:
         operator = f"{step.domain}.{step.operator}" if step.domain else f"{step.operator}, opset {self.program.opset}"
-        return f"{self.program.path}: node {step.name!r} ({operator}): {reason}; export the model without it"
+        return f"{self.program.path}: node {step.name!r} ({operator}): {reason}; {remedy}"
 
 
 def _apply(node: Node, step: Step) -> Sequence[Value]:
@@ -174,7 +176,9 @@ def _result(value: Value, name: str, program: Program) -> Tensor:
     if isinstance(value, Numbers):
         return value.tensor()
     if not isinstance(value, Tensor):
-        raise UnsupportedModelError(f"{program.path}: output {name!r}: expected a tensor, got a sequence; export the model with tensors as outputs")
+        raise UnsupportedModelError(
+            f"{program.path}: output {name!r}: expected a tensor, got a sequence; export the model with tensors as outputs"
+        )
     return value
 
 

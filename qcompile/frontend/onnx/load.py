@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor
 from torch.fx import traceback
 
+from qcompile.errors import TraceError
 from qcompile.frontend.capture import capture_module
 from qcompile.frontend.loaded import Loaded
 from qcompile.frontend.onnx.inputs import dynamic_shapes as named_shapes
-from qcompile.frontend.onnx.inputs import given_inputs, made_inputs
+from qcompile.frontend.onnx.inputs import free_shapes, given_inputs, made_inputs, name_symbols
 from qcompile.frontend.onnx.interpreter import OnnxModule
 from qcompile.frontend.onnx.program import Program, read_program
 from qcompile.ir.constants import Constant, tensor_constant
@@ -49,8 +50,21 @@ def capture_program(program: Program, example_inputs: Any = None, dynamic_shapes
     def bind(name: str, traced: Tensor) -> Constant:
         return module.weights[name].constant() if name in module.weights else tensor_constant(traced)
 
-    with traceback.preserve_node_meta():
-        graph = capture_module(module, inputs, shapes, name=str(program.path), bind=bind)
+    def trace(wanted: Any) -> Graph:
+        with traceback.preserve_node_meta():
+            return capture_module(module, inputs, wanted, name=str(program.path), bind=bind)
+
+    try:
+        graph = trace(shapes)
+    except TraceError as error:
+        if dynamic_shapes is not None or not any(shapes.values()):
+            raise
+        # A size may have bounds (a table of positions, a kernel), or be tied to another: then the trace finds them out.
+        try:
+            graph = trace(free_shapes(shapes))
+        except TraceError:
+            raise error from None
+    name_symbols(graph, program, keywords)
     _rename(graph, {buffer: weight.name for buffer, weight in module.weights.items()})
     return graph
 
@@ -71,5 +85,3 @@ def _rename(graph: Graph, names: dict[str, str]) -> None:
     for node in graph.fx.find_nodes(op="get_attr"):
         node.target = table[str(node.target)]
         node._rename(re.sub(r"\W", "_", str(node.target)))
-
-

@@ -87,13 +87,13 @@ class Node:
             return known_numbers(value.weight)
         raise NeedsConstantError(self.names[index], what or f"input {index}")
 
-    def list(self, index: int, what: str = "") -> list[Any]:
+    def elements(self, index: int, what: str = "") -> list[Any]:
         """The elements of such an input."""
         return self.numbers(index, what).flat
 
     def number(self, index: int, what: str = "") -> Any:
         """The one element of such an input."""
-        found = self.list(index, what)
+        found = self.elements(index, what)
         if len(found) != 1:
             raise RefusalError(f"expected one number as {what or f'input {index}'}, got {len(found)}")
         return found[0]
@@ -145,7 +145,7 @@ class Node:
         """Axes, which were an attribute and became an input, or None where they are left out."""
         found = self.integers("axes")
         if found is None and self.has(index):
-            found = [int(item) for item in self.list(index, "axes")]
+            found = [int(item) for item in self.elements(index, "axes")]
         return found
 
     def ignore(self, *names: str) -> None:

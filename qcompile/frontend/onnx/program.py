@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, inliner
 
 from qcompile.errors import SourceError, UnsupportedModelError
@@ -94,7 +94,9 @@ def _parse(path: Path) -> ModelProto:
     except FileNotFoundError as error:
         raise SourceError(f"{path}: expected an ONNX file, got none") from error
     except (DecodeError, OSError, ValueError) as error:
-        raise SourceError(f"{path}: expected an ONNX model, got a file that is damaged or something else ({error}); download it again") from error
+        raise SourceError(
+            f"{path}: expected an ONNX model, got a file that is damaged or something else ({error}); download it again"
+        ) from error
     if not model.HasField("graph") or not model.graph.node:
         raise SourceError(f"{path}: expected an ONNX model with a graph, got one without nodes; export or download it again")
     return model
@@ -102,14 +104,14 @@ def _parse(path: Path) -> ModelProto:
 
 def _opset(model: ModelProto, path: Path) -> int:
     versions = {domain_of(item.domain): item.version for item in model.opset_import}
-    unknown = sorted({domain_of(node.domain) for node in _nodes(model.graph)} - set(DOMAINS))
+    unknown = sorted({domain_of(node.domain) for node in _nodes(model.graph.node)} - set(DOMAINS))
     if unknown:
         raise UnsupportedModelError(
             f"{path}: expected operators of the domains {', '.join(map(repr, DOMAINS))}, got {', '.join(map(repr, unknown))}; "
             "export the model with standard operators"
         )
     version = versions.get("")
-    if version is None and any(not domain_of(node.domain) for node in _nodes(model.graph)):
+    if version is None and any(not domain_of(node.domain) for node in _nodes(model.graph.node)):
         raise SourceError(f"{path}: expected the version of the standard operators (opset_import), got none; export the model again")
     version = NEWEST_OPSET if version is None else version
     if not OLDEST_OPSET <= version <= NEWEST_OPSET:
@@ -120,39 +122,48 @@ def _opset(model: ModelProto, path: Path) -> int:
     return int(version)
 
 
-def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
-    for node in graph.node:
+def _nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
+    for node in nodes:
         yield node
         for attribute in node.attribute:
             if attribute.type == AttributeProto.GRAPH:
-                yield from _nodes(attribute.g)
+                yield from _nodes(attribute.g.node)
 
 
 def _inlined(model: ModelProto, path: Path) -> ModelProto:
     """The model without local functions, and without operators that have no rule here but are defined by others that may have one."""
     version = next((item.version for item in model.opset_import if not domain_of(item.domain)), 0)
+    _fill_function_defaults(model)
     try:
         if model.functions:
             model = inliner.inline_local_functions(model)
     except (RuntimeError, ValueError, DecodeError) as error:
-        raise SourceError(f"{path}: expected functions that can be put in place of their calls, got {error}; export the model again") from error
-    defined = [node for node in _nodes(model.graph) if _is_composite(node, version)]
+        raise SourceError(
+            f"{path}: expected functions that can be put in place of their calls, got {error}; export the model again"
+        ) from error
+    defined = [node for node in _nodes(model.graph.node) if _is_composite(node, version)]
     if not defined:
         return model
     for node in defined:
-        _fill_defaults(node, version)
+        schema = onnx.defs.get_schema(node.op_type, version).attributes.values()
+        _fill_defaults(node, [attribute.default_value for attribute in schema if attribute.default_value.type])
     try:
         return inliner.inline_selected_functions(model, [("", node.op_type) for node in defined], inline_schema_functions=True)
     except (RuntimeError, ValueError, DecodeError):
         return model  # the operator is refused by name later
 
 
-def _fill_defaults(node: NodeProto, version: int) -> None:
-    """Write out the attributes that a node leaves to their defaults: the inliner forgets those."""
+def _fill_function_defaults(model: ModelProto) -> None:
+    defaults = {(item.domain, item.name): list(item.attribute_proto) for item in model.functions}
+    bodies = [model.graph.node, *(item.node for item in model.functions)]
+    for node in (node for body in bodies for node in _nodes(body)):
+        _fill_defaults(node, defaults.get((node.domain, node.op_type), []))
+
+
+def _fill_defaults(node: NodeProto, defaults: Sequence[AttributeProto]) -> None:
+    """Write out the attributes that a call leaves to their defaults: the inliner forgets those."""
     given = {attribute.name for attribute in node.attribute}
-    for name, attribute in onnx.defs.get_schema(node.op_type, version).attributes.items():
-        if name not in given and attribute.default_value.type:
-            node.attribute.append(attribute.default_value)
+    node.attribute.extend(attribute for attribute in defaults if attribute.name not in given)
 
 
 def _is_composite(node: NodeProto, version: int) -> bool:
@@ -162,7 +173,7 @@ def _is_composite(node: NodeProto, version: int) -> bool:
         schema = onnx.defs.get_schema(node.op_type, version)
     except onnx.defs.SchemaError:
         return False
-    return bool(schema.has_function or schema.has_context_dependent_function)
+    return any(getattr(schema, name, False) for name in ("has_function", "has_context_dependent_function"))
 
 
 def _block(graph: GraphProto, path: Path, scope: set[str]) -> Block:
@@ -220,7 +231,9 @@ def _input(item: onnx.ValueInfoProto, path: Path) -> InputSpec:
         raise UnsupportedModelError(f"{path}: input {item.name!r}: expected a tensor, got {kind}; export the model with tensors as inputs")
     tensor = item.type.tensor_type
     if not tensor.HasField("shape"):
-        raise UnsupportedModelError(f"{path}: input {item.name!r}: expected a shape (numbers or names), got none; export the model with shapes")
+        raise UnsupportedModelError(
+            f"{path}: input {item.name!r}: expected a shape (numbers or names), got none; export the model with shapes"
+        )
     sizes = tuple(dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in tensor.shape.dim)
     return InputSpec(item.name, tensor.elem_type, sizes)
 
@@ -236,8 +249,8 @@ def _check_names(block: Block, path: Path, outer: set[str]) -> None:
         for name in step.inputs:
             if name and name not in known:
                 raise SourceError(
-                    f"{path}: node {step.name!r} ({step.operator}): expected the value {name!r} from an input, an initialiser or an earlier "
-                    "node, got none; the file is incomplete, or its nodes are out of order"
+                    f"{path}: node {step.name!r} ({step.operator}): expected the value {name!r} from an input, an initialiser or an "
+                    "earlier node, got none; the file is incomplete, or its nodes are out of order"
                 )
         for inner in _blocks(step.attributes.values()):
             _check_names(inner, path, known)

@@ -172,7 +172,9 @@ def _place(entries: Mapping[str, str], path: Path, where: str, expected: int) ->
         raise SourceError(f"{where}: expected external data in {file}, got no such file; put it beside the model")
     offset, length = _integer(entries, "offset", 0, where), _integer(entries, "length", expected, where)
     if length != expected:
-        raise SourceError(f"{where}: expected {expected} bytes of external data for its shape, got a length of {length}; save the model again")
+        raise SourceError(
+            f"{where}: expected {expected} bytes of external data for its shape, got a length of {length}; save the model again"
+        )
     size = file.stat().st_size
     if offset < 0 or offset + length > size:
         raise SourceError(

@@ -143,13 +143,13 @@ def rotary_embedding(node: Node) -> Tensor:
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, width: int, interleaved: bool) -> Tensor:
-    """x [B, H, S, D] whose first `width` elements (0: all) are rotated by cos and sin [B, S, width/2]."""
+    """X [B, H, S, D] whose first `width` elements (0: all) are rotated by cos and sin [B, S, width/2]."""
     size = width or x.shape[-1]
     turned, rest = x[..., :size], x[..., size:]
     cos, sin = cos[..., : size // 2], sin[..., : size // 2]
     if interleaved:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        even, odd = turned.unflatten(-1, (size // 2, 2)).unbind(-1)
+        even, odd = turned.reshape([*turned.shape[:-1], size // 2, 2]).unbind(-1)
         turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
     else:
         turned = torch.ops.qcompile.rope(turned, torch.cat([cos, cos], -1), torch.cat([sin, sin], -1))

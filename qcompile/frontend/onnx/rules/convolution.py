@@ -62,17 +62,17 @@ def window(node: Node, sizes: Sequence[Any], kernel: Sequence[int]) -> Window:
 
 
 def _at_least_0(total: Any) -> Any:
-    return torch.sym_max(total, 0) if is_symbolic(total) else max(total, 0)
+    return torch.sym_max(total, 0) if is_symbolic(total) else max(total, 0)  # type: ignore[no-untyped-call]
 
 
 def padded(x: Tensor, before: Sequence[Any], after: Sequence[Any], value: float = 0.0) -> Tensor:
-    """x [N, C, ...] with its spatial axes padded (or cut, where negative)."""
+    """X [N, C, ...] with its spatial axes padded (or cut, where negative)."""
     flat = [amount for pair in reversed(list(zip(before, after, strict=True))) for amount in pair]
     return F.pad(x, flat, value=value) if any(is_symbolic(amount) or amount for amount in flat) else x
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, moved: Window, groups: int) -> Tensor:
-    """x [N, C, ...] with weight [O, C / groups, ...]."""
+    """X [N, C, ...] with weight [O, C / groups, ...]."""
     dims = weight.dim() - 2
     if dims not in _CONV:
         raise RefusalError(f"expected 1 to 3 spatial dimensions, got {dims}")

@@ -50,8 +50,7 @@ def _divide(left: Operand, right: Operand) -> Tensor:
 
 def _power(left: Operand, right: Operand) -> Tensor:
     if not isinstance(left, Tensor):
-        result = torch.pow(torch.full((), left, dtype=right.dtype), right) if isinstance(left, int) else torch.pow(left, right)
-        return result
+        return torch.pow(torch.full((), left, dtype=right.dtype), right) if isinstance(left, int) else torch.pow(left, right)
     raised = torch.pow(left, right)
     return raised if raised.dtype == left.dtype else raised.to(left.dtype)
 
@@ -126,7 +125,8 @@ def where(node: Node) -> Tensor:
         number = scalar(node, index + 1, condition.dim())
         if number is not None and not is_symbolic(number) and (plain or isinstance(values[1 - index], Tensor)):
             values[index] = number
-    return torch.where(condition, *values)
+    chosen: Tensor = torch.where(condition, values[0], values[1])
+    return chosen
 
 
 @rule("Clip")
@@ -192,33 +192,33 @@ def gelu(node: Node) -> Tensor:
 
 @rule("Swish")
 def swish(node: Node) -> Tensor:
-    """x · sigmoid(α x)."""
+    """X · sigmoid(alpha · x)."""
     x, alpha = node.tensor(0), node.real("alpha", 1.0)
     return F.silu(x) if alpha == 1 else x * torch.sigmoid(alpha * x)
 
 
 @rule("LeakyRelu")
 def leaky_relu(node: Node) -> Tensor:
-    """x above 0, α x below."""
+    """X above 0, alpha · x below."""
     return F.leaky_relu(node.tensor(0), node.real("alpha", 0.01))
 
 
 @rule("Elu")
 def elu(node: Node) -> Tensor:
-    """x above 0, α (exp(x) - 1) below."""
+    """X above 0, alpha (exp(x) - 1) below."""
     return F.elu(node.tensor(0), node.real("alpha", 1.0))
 
 
 @rule("Celu")
 def celu(node: Node) -> Tensor:
-    """x above 0, α (exp(x / α) - 1) below: an elu of x / α."""
+    """X above 0, alpha (exp(x / alpha) - 1) below: an elu of x / alpha."""
     x, alpha = node.tensor(0), node.real("alpha", 1.0)
     return F.elu(x) if alpha == 1 else F.elu(x / alpha) * alpha
 
 
 @rule("Selu")
 def selu(node: Node) -> Tensor:
-    """γ times an elu; torch knows the usual constants."""
+    """Gamma times an elu; torch knows the usual constants."""
     x, alpha, gamma = node.tensor(0), node.real("alpha", 1.6732632), node.real("gamma", 1.050701)
     if abs(alpha - 1.6732632) < 1e-6 and abs(gamma - 1.050701) < 1e-6:
         return F.selu(x)
@@ -227,14 +227,14 @@ def selu(node: Node) -> Tensor:
 
 @rule("HardSigmoid")
 def hard_sigmoid(node: Node) -> Tensor:
-    """α x + β between 0 and 1."""
+    """Alpha · x + beta, between 0 and 1."""
     x, alpha, beta = node.tensor(0), node.real("alpha", 0.2), node.real("beta", 0.5)
     return F.hardsigmoid(x) if abs(alpha - 1 / 6) < 1e-7 and beta == 0.5 else torch.clamp(x * alpha + beta, 0, 1)
 
 
 @rule("ThresholdedRelu")
 def thresholded_relu(node: Node) -> Tensor:
-    """x above α, else 0."""
+    """The elements above alpha, else 0."""
     x = node.tensor(0)
     return torch.where(x > node.real("alpha", 1.0), x, 0.0)
 
@@ -248,7 +248,7 @@ def shrink(node: Node) -> Tensor:
 
 @rule("PRelu")
 def prelu(node: Node) -> Tensor:
-    """x above 0, slope · x below; the slope broadcasts to x."""
+    """X above 0, slope · x below; the slope broadcasts to x."""
     x, slope = node.tensor(0), node.tensor(1)
     return torch.where(x < 0, x * slope, x)
 
@@ -258,7 +258,7 @@ def softmax(node: Node) -> Tensor:
     """Along one axis; before opset 13 over all axes from that one on."""
     x = node.tensor(0)
     axis = node.integer("axis", -1 if node.opset >= 13 else 1) % max(x.dim(), 1)
-    function = {"Softmax": torch.softmax, "LogSoftmax": torch.log_softmax, "Hardmax": _hardmax}[node.operator]
+    function = _ALONG[node.operator]
     if node.opset >= 13 or axis == x.dim() - 1:
         return function(x, axis)
     return function(x.flatten(axis), axis).reshape(x.shape)
@@ -270,12 +270,17 @@ def _hardmax(x: Tensor, axis: int) -> Tensor:
     return torch.zeros_like(x).scatter(axis, first, 1.0)
 
 
+_ALONG: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "Softmax": lambda x, axis: torch.softmax(x, axis), "LogSoftmax": lambda x, axis: torch.log_softmax(x, axis), "Hardmax": _hardmax,
+}  # fmt: skip
+
+
 @rule("Dropout")
 def dropout(node: Node) -> tuple[Any, ...]:
     """Nothing at inference; its mask is all true."""
     node.ignore("ratio", "seed", "is_test")
     node.has(1)
-    if node.has(2) and any(node.list(2, "training_mode")):
+    if node.has(2) and any(node.elements(2, "training_mode")):
         raise RefusalError("expected inference, got dropout in training mode")
     x = node.value(0)
     return x, (torch.ones_like(node.tensor(0), dtype=torch.bool) if node.wants(1) else None)

@@ -19,7 +19,7 @@ def positive(node: Node, index: int, size: Any) -> Tensor:
     if found.dtype == torch.uint8:
         found = found.to(torch.int64)
     if isinstance(value, Held | Numbers) and found.numel() <= MOST_NUMBERS:
-        items = node.list(index)
+        items = node.elements(index)
         if not any(is_symbolic(item) or item < 0 for item in items):
             return found
     return torch.where(found < 0, found + size, found)

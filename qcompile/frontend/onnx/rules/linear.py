@@ -23,7 +23,7 @@ def matmul(node: Node) -> Tensor:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., K] times a weight [K, N]; integers have no linear in torch."""
+    """X [..., K] times a weight [K, N]; integers have no linear in torch."""
     if not x.dtype.is_floating_point:
         return torch.matmul(x, weight) if bias is None else torch.matmul(x, weight) + bias
     return F.linear(x, weight.t(), bias)
@@ -31,7 +31,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @rule("Gemm")
 def gemm(node: Node) -> Tensor:
-    """α A B + β C, either transposed."""
+    """alpha · A B + beta · C, either transposed."""
     a, b, c = node.tensor(0), node.tensor(1), node.optional(2)
     alpha, beta = node.real("alpha", 1.0), node.real("beta", 1.0)
     a = a.t() if node.flag("transA") else a

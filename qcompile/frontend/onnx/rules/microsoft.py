@@ -37,14 +37,14 @@ def _biased(node: Node) -> Tensor:
 
 @rule("QuickGelu", domain=MICROSOFT)
 def quick_gelu(node: Node) -> Tensor:
-    """x · sigmoid(α x)."""
+    """X · sigmoid(alpha · x)."""
     x, alpha = node.tensor(0), node.real("alpha", 1.702)
     return F.silu(x) if alpha == 1 else x * torch.sigmoid(x * alpha)
 
 
 @rule("FusedMatMul", domain=MICROSOFT)
 def fused_matmul(node: Node) -> Tensor:
-    """α times the product, either operand transposed in its last two dimensions."""
+    """Alpha times the product, either operand transposed in its last two dimensions."""
     a, b = node.tensor(0), node.tensor(1)
     if node.flag("transBatchA") or node.flag("transBatchB"):
         raise RefusalError("expected operands transposed in their last two dimensions, got transBatchA or transBatchB")

@@ -34,7 +34,7 @@ def layer_norm(node: Node) -> tuple[Any, ...]:
 
 @rule("RMSNormalization")
 def rms_norm_node(node: Node) -> Tensor:
-    """x / sqrt(mean(x²) + ε) · gain, over the axes from `axis` on."""
+    """X / sqrt(mean(x²) + ε) · gain, over the axes from `axis` on."""
     x, gain = node.tensor(0), node.tensor(1)
     axis, epsilon = node.integer("axis", -1) % x.dim(), node.real("epsilon", 1e-5)
     node.ignore("stash_type")
@@ -92,10 +92,10 @@ def lp_normalization(node: Node) -> Tensor:
 
 @rule("LRN")
 def local_response(node: Node) -> Tensor:
-    """x / (bias + α/size · sum of squares of neighbouring channels)^β."""
+    """X / (bias + alpha/size · sum of squares of neighbouring channels)^beta."""
     x, size = node.tensor(0), int(node.required("size"))
     alpha, beta, bias = node.real("alpha", 1e-4), node.real("beta", 0.75), node.real("bias", 1.0)
     below = (size - 1) // 2
     padded = F.pad(x.square(), [0, 0] * (x.dim() - 2) + [below, size - 1 - below])
-    total = sum(padded.narrow(1, offset, x.shape[1]) for offset in range(size))
+    total = torch.stack([padded.narrow(1, offset, x.shape[1]) for offset in range(size)]).sum(0)
     return x / (total * (alpha / size) + bias).pow(beta)

@@ -73,9 +73,9 @@ def slice_bounds(node: Node, dims: int) -> tuple[list[Any], list[Any], list[int]
         starts, ends, axes = node.integers("starts") or [], node.integers("ends") or [], node.integers("axes")
         steps: list[Any] | None = None
     else:
-        starts, ends = node.list(1, "starts"), node.list(2, "ends")
-        axes = node.list(3, "axes") if node.has(3) else None
-        steps = node.list(4, "steps") if node.has(4) else None
+        starts, ends = node.elements(1, "starts"), node.elements(2, "ends")
+        axes = node.elements(3, "axes") if node.has(3) else None
+        steps = node.elements(4, "steps") if node.has(4) else None
     where = [int(axis) % dims for axis in (range(len(starts)) if axes is None else axes)]
     return starts, ends, where, steps or [1] * len(starts)
 
@@ -97,7 +97,7 @@ def squeeze(node: Node) -> Numbers:
 @number_rule("Reshape")
 def reshape(node: Node) -> Numbers:
     """To sizes that are known."""
-    data, wanted = node.numbers(0), _plain(node.list(1, "shape"))
+    data, wanted = node.numbers(0), _plain(node.elements(1, "shape"))
     if not node.flag("allowzero"):
         wanted = [data.array.shape[axis] if item == 0 else item for axis, item in enumerate(wanted)]
     return Numbers(data.array.reshape(wanted), data.dtype)
@@ -121,7 +121,7 @@ def transpose(node: Node) -> Numbers:
 @number_rule("Expand")
 def expand(node: Node) -> Numbers:
     """Broadcast to sizes that are known, as long as the result is small."""
-    data, wanted = node.numbers(0), _plain(node.list(1, "shape"))
+    data, wanted = node.numbers(0), _plain(node.elements(1, "shape"))
     both = np.broadcast_shapes(data.array.shape, tuple(wanted))
     if math.prod(both) > _MOST:
         raise NotNumbersError
@@ -131,7 +131,7 @@ def expand(node: Node) -> Numbers:
 @number_rule("Tile")
 def tile(node: Node) -> Numbers:
     """Repeated, as long as the result is small."""
-    data, repeats = node.numbers(0), _plain(node.list(1, "repeats"))
+    data, repeats = node.numbers(0), _plain(node.elements(1, "repeats"))
     if math.prod(repeats) * data.array.size > _MOST:
         raise NotNumbersError
     return Numbers(np.tile(data.array, repeats), data.dtype)
@@ -140,7 +140,7 @@ def tile(node: Node) -> Numbers:
 @number_rule("ConstantOfShape")
 def constant_of_shape(node: Node) -> Numbers:
     """One number everywhere, as long as the result is small and its size known."""
-    sizes = _plain(node.list(0, "shape"))
+    sizes = _plain(node.elements(0, "shape"))
     if math.prod(sizes) > _MOST:
         raise NotNumbersError
     value, dtype = fill_value(node)
@@ -176,7 +176,7 @@ def split_sizes(node: Node, size: Any) -> list[Any]:
     """Sizes of the parts of a `Split` of any version; equal ones, the last smaller, where none are told."""
     told = node.integers("split")
     if told is None and node.has(1):
-        told = node.list(1, "split")
+        told = node.elements(1, "split")
     if told is not None:
         return told
     count = node.integer("num_outputs", len(node.outputs))

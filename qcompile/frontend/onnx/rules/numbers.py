@@ -15,6 +15,8 @@ from qcompile.frontend.onnx.node import Node, dtype_of
 from qcompile.frontend.onnx.registry import number_rule
 from qcompile.frontend.onnx.values import NotNumbersError, Numbers, RefusalError, is_symbolic, numbers_of, objects, rounded
 
+_sym: Any = torch  # its functions of symbolic numbers have no annotations
+
 
 def _known(condition: Any) -> bool | None:
     """Whether a comparison of sizes always or never holds; None if it depends on the sizes."""
@@ -22,7 +24,7 @@ def _known(condition: Any) -> bool | None:
         return bool(condition)
     if statically_known_true(condition):
         return True
-    return False if statically_known_true(torch.sym_not(condition)) else None
+    return False if statically_known_true(_sym.sym_not(condition)) else None
 
 
 def _divide(left: Any, right: Any) -> Any:
@@ -51,11 +53,11 @@ def _power(left: Any, right: Any) -> Any:
 
 
 def _min_of(left: Any, right: Any) -> Any:
-    return torch.sym_min(left, right) if is_symbolic(left) or is_symbolic(right) else min(left, right)
+    return _sym.sym_min(left, right) if is_symbolic(left) or is_symbolic(right) else min(left, right)
 
 
 def _max_of(left: Any, right: Any) -> Any:
-    return torch.sym_max(left, right) if is_symbolic(left) or is_symbolic(right) else max(left, right)
+    return _sym.sym_max(left, right) if is_symbolic(left) or is_symbolic(right) else max(left, right)
 
 
 def _both(left: Any, right: Any) -> Any:
@@ -171,8 +173,10 @@ def cast(node: Node) -> Numbers:
         if dtype == torch.bool:
             raise NotNumbersError
         if dtype.is_floating_point:
-            return torch.sym_float(item)
-        return math.trunc(item) if isinstance(item, torch.SymFloat) else torch.sym_ite(item, 1, 0) if isinstance(item, torch.SymBool) else item
+            return _sym.sym_float(item)
+        return (
+            math.trunc(item) if isinstance(item, torch.SymFloat) else _sym.sym_ite(item, 1, 0) if isinstance(item, torch.SymBool) else item
+        )
 
     return _made(np.frompyfunc(convert, 1, 1)(found.array), dtype)
 
@@ -186,7 +190,7 @@ def where(node: Node) -> Numbers:
         known = _known(test)
         if known is not None:
             return first if known else second
-        return torch.sym_ite(test, first, second)
+        return _sym.sym_ite(test, first, second)
 
     return _made(np.frompyfunc(choose, 3, 1)(condition.array, yes.array, no.array), yes.dtype)
 

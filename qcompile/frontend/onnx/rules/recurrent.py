@@ -66,8 +66,8 @@ def recurrence(node: Node) -> tuple[Any, ...]:
     steps = x.shape[0]
     if is_symbolic(steps) or steps > _MOST_STEPS:
         raise RefusalError(f"expected a fixed number of at most {_MOST_STEPS} steps, got {steps}")
-    if node.has(4) and any(length != steps for length in node.list(4, "the lengths of sequences")):
-        raise RefusalError(f"expected sequences of {steps} steps each, got {node.list(4)}")
+    if node.has(4) and any(length != steps for length in node.elements(4, "the lengths of sequences")):
+        raise RefusalError(f"expected sequences of {steps} steps each, got {node.elements(4)}")
     cells = _cells(node)
     hidden, state = (_initial(node, index, len(cells), x, cells[0], layout) for index in (5, 6))
     run = [_run(node.operator, cell, x, hidden[at], state[at], _reverse(node, at)) for at, cell in enumerate(cells)]
@@ -90,7 +90,9 @@ def _cells(node: Node) -> list[Cell]:
         raise RefusalError("expected a plain cell, got clip, input_forget or activation_alpha")
     if node.attribute("activation_beta") is not None:
         raise RefusalError("expected a plain cell, got activation_beta")
-    names = [str(name.decode() if isinstance(name, bytes) else name) for name in node.attribute("activations") or _DEFAULTS[operator] * count]
+    names = [
+        str(name.decode() if isinstance(name, bytes) else name) for name in node.attribute("activations") or _DEFAULTS[operator] * count
+    ]
     unknown = [name for name in names if name.lower() not in _ACTIVATIONS]
     if unknown:
         raise RefusalError(f"expected activations among {', '.join(sorted(_ACTIVATIONS))}, got {unknown[0]}")

@@ -70,7 +70,7 @@ def _on_each(operator: str, x: Tensor) -> Tensor:
     functions: dict[str, Callable[[Tensor], Tensor]] = {
         "ReduceL1": torch.abs, "ReduceL2": torch.abs, "ReduceSumSquare": torch.square, "ReduceLogSum": torch.log,
     }  # fmt: skip
-    return functions.get(operator, lambda item: item)(x)
+    return functions[operator](x) if operator in functions else x
 
 
 @rule("ArgMax", "ArgMin")

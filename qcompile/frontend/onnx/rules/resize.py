@@ -44,7 +44,7 @@ def upsample(node: Node) -> Tensor:
     """Opset 7 to 9: by scales, the first of each block, or linear between them."""
     x = node.tensor(0)
     scales = node.attribute("scales")
-    scales = list(scales) if scales is not None else node.list(1, "the scales")
+    scales = list(scales) if scales is not None else node.elements(1, "the scales")
     axes = {axis: Axis(size, _scaled(size, scale), scale) for axis, (size, scale) in enumerate(zip(x.shape, scales, strict=True))}
     return _resized(x, axes, Sampling(node.text("mode", "nearest"), "asymmetric", "floor"))
 
@@ -55,7 +55,7 @@ def resize(node: Node) -> Tensor:
     x = node.tensor(0)
     mode = node.text("mode", "nearest")
     if node.opset < 11:
-        scales = node.list(1, "the scales")
+        scales = node.elements(1, "the scales")
         axes = {axis: Axis(size, _scaled(size, scale), scale) for axis, (size, scale) in enumerate(zip(x.shape, scales, strict=True))}
         return _resized(x, axes, Sampling(mode, "asymmetric", "floor"))
     sampling = Sampling(
@@ -76,14 +76,14 @@ def _scaled(size: Any, scale: Any) -> Any:
 def _axes(node: Node, x: Tensor, sampling: Sampling) -> dict[int, Axis]:
     told = node.integers("axes")
     axes = [axis % x.dim() for axis in (range(x.dim()) if told is None else told)]
-    roi = node.list(1, "the region") if node.has(1) and sampling.coordinates == "tf_crop_and_resize" else []
+    roi = node.elements(1, "the region") if node.has(1) and sampling.coordinates == "tf_crop_and_resize" else []
     roi = roi or [0.0] * len(axes) + [1.0] * len(axes)
-    scales = node.list(2, "the scales") if node.has(2) else []
+    scales = node.elements(2, "the scales") if node.has(2) else []
     policy = node.text("keep_aspect_ratio_policy", "stretch")
     if scales:
         wanted: list[Any] = [_scaled(x.shape[axis], scale) for axis, scale in zip(axes, scales, strict=True)]
     else:
-        wanted = node.list(3, "the sizes")
+        wanted = node.elements(3, "the sizes")
         scales = [_ratio(size, x.shape[axis]) for axis, size in zip(axes, wanted, strict=True)]
         if policy != "stretch":
             scale = min(scales) if policy == "not_larger" else max(scales)
@@ -120,7 +120,9 @@ def _resized(x: Tensor, axes: dict[int, Axis], sampling: Sampling) -> Tensor:
         return F.interpolate(x, size=sizes, mode=torch_mode, align_corners=align)
     for axis, part in changed.items():
         if any(is_symbolic(item) for item in (part.size, part.wanted, part.scale)):
-            raise RefusalError(f"expected a size along axis {axis} that does not vary, got {part.size} -> {part.wanted} in mode {sampling.mode}")
+            raise RefusalError(
+                f"expected a size along axis {axis} that does not vary, got {part.size} -> {part.wanted} in mode {sampling.mode}"
+            )
         x = _along(x, axis, part, sampling)
     return x
 
@@ -245,5 +247,3 @@ def grid_sample(node: Node) -> Tensor:
     return F.grid_sample(
         node.tensor(0), node.tensor(1), mode=mode, padding_mode=node.text("padding_mode", "zeros"), align_corners=node.flag("align_corners")
     )
-
-

@@ -73,9 +73,7 @@ def split(node: Node) -> list[Tensor]:
     x = node.tensor(0)
     axis, keep = node.integer("axis", 0) % x.dim(), node.flag("keepdims", True)
     if not node.has(1):
-        return list(torch.split(x, 1, axis) if keep else x.unbind(axis))  # type: ignore[no-untyped-call]
+        return list(torch.split(x, 1, axis) if keep else x.unbind(axis))
     told = node.numbers(1, "the sizes")
     sizes: Any = int(told.flat[0]) if told.array.ndim == 0 else [int(item) for item in told.flat]
-    return list(torch.split(x, sizes, axis))  # type: ignore[no-untyped-call]
-
-
+    return list(torch.split(x, sizes, axis))

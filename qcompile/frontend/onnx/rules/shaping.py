@@ -20,7 +20,7 @@ from qcompile.frontend.onnx.values import Held, RefusalError, is_symbolic
 @rule("Reshape")
 def reshape(node: Node) -> Tensor:
     """To a shape where 0 keeps a size (unless `allowzero`) and -1 takes what is left."""
-    x, wanted = node.tensor(0), node.list(1, "the shape")
+    x, wanted = node.tensor(0), node.elements(1, "the shape")
     keeps = not node.flag("allowzero")
     return x.reshape([x.shape[axis] if keeps and not is_symbolic(size) and size == 0 else size for axis, size in enumerate(wanted)])
 
@@ -48,9 +48,9 @@ def unsqueeze(node: Node) -> Tensor:
 def squeeze(node: Node) -> Tensor:
     """Without axes of one element; all of them where none are told."""
     x, axes = node.tensor(0), node.axes()
+    if axes is None and any(is_symbolic(size) for size in x.shape):
+        raise RefusalError("expected the axes to squeeze, or sizes that do not vary, got neither")
     if axes is None:
-        if any(is_symbolic(size) for size in x.shape):
-            raise RefusalError("expected the axes to squeeze, or sizes that do not vary, got neither")
         return x.squeeze()
     for axis in sorted((axis % x.dim() for axis in axes), reverse=True):
         if not is_symbolic(x.shape[axis]) and x.shape[axis] != 1:
@@ -114,19 +114,19 @@ def split(node: Node) -> tuple[Tensor, ...]:
     x = node.tensor(0)
     axis = node.integer("axis", 0) % x.dim()
     sizes = split_sizes(node, x.shape[axis])
-    return torch.split(x, sizes, axis)  # type: ignore[no-any-return, no-untyped-call]
+    return torch.split(x, sizes, axis)
 
 
 @rule("Tile")
 def tile(node: Node) -> Tensor:
     """Repeated along each axis."""
-    return node.tensor(0).repeat(node.list(1, "the repeats"))
+    return node.tensor(0).repeat(node.elements(1, "the repeats"))
 
 
 @rule("Expand")
 def expand(node: Node) -> Tensor:
     """Broadcast with a shape, in both directions."""
-    x, wanted = node.tensor(0), node.list(1, "the shape")
+    x, wanted = node.tensor(0), node.elements(1, "the shape")
     dims = max(x.dim(), len(wanted))
     mine: list[Any] = [1] * (dims - x.dim()) + list(x.shape)
     other: list[Any] = [1] * (dims - len(wanted)) + wanted
@@ -138,7 +138,7 @@ def expand(node: Node) -> Tensor:
 def constant_of_shape(node: Node) -> Tensor:
     """One number everywhere."""
     value, dtype = fill_value(node)
-    return torch.full(node.list(0, "the shape"), value, dtype=dtype)
+    return torch.full(node.elements(0, "the shape"), value, dtype=dtype)
 
 
 @rule("Range")
@@ -219,8 +219,8 @@ def pad(node: Node) -> Tensor:
     """By a constant, the edge, a reflection or a wrap; negative amounts cut off."""
     x, mode = node.tensor(0), node.text("mode", "constant")
     amounts = node.attribute("pads")
-    amounts = list(amounts) if amounts is not None else node.list(1, "the amounts")
-    axes = [int(axis) % x.dim() for axis in node.list(3, "axes")] if node.has(3) else list(range(x.dim()))
+    amounts = list(amounts) if amounts is not None else node.elements(1, "the amounts")
+    axes = [int(axis) % x.dim() for axis in node.elements(3, "axes")] if node.has(3) else list(range(x.dim()))
     before, after = amounts[: len(axes)], amounts[len(axes) :]
     value = _fill(node)
     if mode == "constant":
