@@ -24,6 +24,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from qcompile.errors import QCompileError
+from qcompile.frontend.onnx.fusions import fuse
 from qcompile.frontend.onnx.interpreter import OnnxModule, UnreadableInputError
 from qcompile.frontend.onnx.kinds import BITS, STORED
 from qcompile.frontend.onnx.load import capture_program
@@ -144,6 +145,7 @@ def with_input(model: ModelProto) -> ModelProto:
 
 def _run(model: ModelProto, given: dict[str, Any], outputs: Sequence[Any], case: Any, captured: bool) -> str:
     program = program_of(with_input(model), Path(tempfile.gettempdir()) / f"{case.name}.onnx")
+    fuse(program.body)
     if any(not isinstance(value, np.ndarray | np.generic | TensorProto) for value in given.values()):
         raise QCompileError("expected tensors as inputs, got another kind of value")
     inputs = {item.name: as_tensor(given.get(item.name, np.zeros(1, np.float32)), item.kind) for item in program.inputs}
@@ -224,9 +226,9 @@ def table(outcomes: Sequence[Outcome]) -> str:
         "# ONNX operators that are read",
         "",
         f"Made by `python benchmarks/onnx_node_tests.py --out docs/onnx-operators.md` with onnx {onnx.__version__}: the package's own",
-        "node tests through the importer, interpreted and traced. A case is passed, refused by name, or failed (a wrong answer: there must",
-        "be none). Shapes, axes and other numbers that a model keeps as constants are constants here too. A `no` in the second column means",
-        "that there is no rule: such an operator is refused by name.",
+        "node tests through the importer, interpreted and traced. A case is passed, refused by name, or failed (a wrong answer:",
+        "there must be none). Shapes, axes and other numbers that a model keeps as constants are constants here too. A `no` in the",
+        "second column means that there is no rule: such an operator is refused by name.",
         "",
         f"{summary(outcomes)}.",
         "",

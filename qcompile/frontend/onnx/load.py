@@ -12,6 +12,7 @@ from torch.fx import traceback
 from qcompile.errors import TraceError
 from qcompile.frontend.capture import capture_module
 from qcompile.frontend.loaded import Loaded
+from qcompile.frontend.onnx.fusions import fuse
 from qcompile.frontend.onnx.inputs import dynamic_shapes as named_shapes
 from qcompile.frontend.onnx.inputs import free_shapes, given_inputs, made_inputs, name_symbols
 from qcompile.frontend.onnx.interpreter import OnnxModule
@@ -37,6 +38,7 @@ def load_onnx(path: Path, example_inputs: Any = None, dynamic_shapes: Any = None
         TraceError: for inputs that do not fit, or a dimension that the model fixes.
     """
     program = read_program(path)
+    fuse(program.body)
     return Loaded(capture_program(program, example_inputs, dynamic_shapes), Assets(model_type="onnx", name=path.name))
 
 

@@ -252,7 +252,7 @@ def _check_names(block: Block, path: Path, outer: set[str]) -> None:
                     f"{path}: node {step.name!r} ({step.operator}): expected the value {name!r} from an input, an initialiser or an "
                     "earlier node, got none; the file is incomplete, or its nodes are out of order"
                 )
-        for inner in _blocks(step.attributes.values()):
+        for inner in blocks_of(step):
             _check_names(inner, path, known)
         known |= set(step.outputs)
     missing = [name for name in block.outputs if name not in known]
@@ -260,8 +260,9 @@ def _check_names(block: Block, path: Path, outer: set[str]) -> None:
         raise SourceError(f"{path}: output {missing[0]!r}: expected a node that computes it, got none; export the model again")
 
 
-def _blocks(values: Sequence[Any] | Any) -> list[Block]:
-    return [value for value in values if isinstance(value, Block)]
+def blocks_of(step: Step) -> list[Block]:
+    """The branches of a step."""
+    return [value for value in step.attributes.values() if isinstance(value, Block)]
 
 
 def _refuse_unknown(block: Block, path: Path) -> None:

@@ -9,10 +9,13 @@ from qcompile.frontend.onnx.node import Node
 
 Rule = Callable[[Node], Any]
 
-STANDARD, MICROSOFT = "", "com.microsoft"
+STANDARD, MICROSOFT, OWN = "", "com.microsoft", "qcompile"
 DOMAINS = (STANDARD, MICROSOFT)
 RULES: dict[tuple[str, str], Rule] = {}
-"""(domain, operator) -> rule on tensors; numbers among the inputs become tensors, or Python numbers, as the rule asks for them."""
+"""(domain, operator) -> rule on tensors; numbers among the inputs become tensors, or Python numbers, as the rule asks for them.
+
+What idioms are fused to is in a domain of its own.
+"""
 NUMBER_RULES: dict[str, Rule] = {}
 """Standard operator -> rule for inputs that are all numbers; tried first."""
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from qcompile.frontend.onnx.kinds import UNSIGNED
 from qcompile.frontend.onnx.node import Node
-from qcompile.frontend.onnx.registry import rule
+from qcompile.frontend.onnx.registry import OWN, rule
 from qcompile.frontend.onnx.values import Held, Numbers, RefusalError, is_symbolic, known_numbers
 
 Operand = Any
@@ -165,6 +165,12 @@ _UNARY: dict[str, Callable[[Tensor], Tensor]] = {
 def unary(node: Node) -> Tensor:
     """One operand and nothing else."""
     return _UNARY[node.operator](node.tensor(0))
+
+
+@rule("Rsqrt", domain=OWN)
+def inverse_root(node: Node) -> Tensor:
+    """1 / sqrt(x)."""
+    return torch.rsqrt(node.tensor(0))
 
 
 @rule("Identity")

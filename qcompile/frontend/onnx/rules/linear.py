@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qcompile.frontend.onnx.node import Node
-from qcompile.frontend.onnx.registry import rule
+from qcompile.frontend.onnx.registry import OWN, rule
 from qcompile.frontend.onnx.values import Held
 
 
@@ -29,9 +29,16 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight.t(), bias)
 
 
+@rule("Linear", domain=OWN)
+def linear(node: Node) -> Tensor:
+    """A product with a weight [K, N], or transposed [N, K], plus a bias [N]."""
+    x, weight = node.tensor(0), node.tensor(1)
+    return F.linear(x, weight if node.flag("transposed") else weight.t(), node.tensor(2))
+
+
 @rule("Gemm")
 def gemm(node: Node) -> Tensor:
-    """alpha · A B + beta · C, either transposed."""
+    """Alpha · A B + beta · C, either transposed."""
     a, b, c = node.tensor(0), node.tensor(1), node.optional(2)
     alpha, beta = node.real("alpha", 1.0), node.real("beta", 1.0)
     a = a.t() if node.flag("transA") else a

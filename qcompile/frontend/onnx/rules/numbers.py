@@ -106,6 +106,7 @@ def _half_to_even(item: Any) -> Any:
 _UNARY: dict[str, Callable[[Any], Any]] = {
     "Neg": operator.neg, "Abs": lambda item: _max_of(item, -item), "Not": lambda item: not _decided(item), "Identity": lambda item: item,
     "Sqrt": _plain(lambda item: math.sqrt(item) if item >= 0 else math.nan), "Reciprocal": lambda item: _quotient(1.0, item),
+    "Rsqrt": _plain(lambda item: 1 / math.sqrt(item) if item > 0 else math.inf if item == 0 else math.nan),
     "Floor": lambda item: math.floor(item), "Ceil": lambda item: math.ceil(item), "Round": _plain(_half_to_even),
     "Exp": _plain(math.exp), "Log": _plain(lambda item: math.log(item) if item > 0 else (-math.inf if item == 0 else math.nan)),
 }  # fmt: skip
