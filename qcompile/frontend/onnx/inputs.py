@@ -19,6 +19,7 @@ from qcompile.ir.graph import Graph
 
 _NAME = re.compile(r"[A-Za-z_][\w.:/ -]*")
 _FEW = 3
+_UNBOUNDED = 1 << 62
 
 
 def given_inputs(program: Program, keywords: Mapping[str, str], example_inputs: Any) -> dict[str, Tensor]:
@@ -131,11 +132,15 @@ def _evaluated(label: str, sizes: Mapping[str, int]) -> int:
     return sum(part for part in known if part is not None) if None not in known else 11
 
 
-def dynamic_shapes(program: Program, keywords: Mapping[str, str]) -> dict[str, dict[int, Any]]:
-    """Per keyword, which axes vary: equal names are one dimension, sums of names are left to the trace to relate."""
+def dynamic_shapes(program: Program, keywords: Mapping[str, str], longest: Mapping[str, int] | None = None) -> dict[str, dict[int, Any]]:
+    """Per keyword, which axes vary: equal names are one dimension, sums of names are left to the trace to relate.
+
+    `longest` gives bounds by name.
+    """
     labels = list(dict.fromkeys(label for label, _, _ in _labels(program.inputs)))
     names = keyword_names(labels)
-    dims = {label: Dim(names[label], min=1) if _is_name(label) else Dim.AUTO for label in labels}
+    limits = longest or {}
+    dims = {label: Dim(names[label], min=1, max=limits.get(label)) if _is_name(label) else Dim.AUTO for label in labels}
     shapes: dict[str, dict[int, Any]] = {keyword: {} for keyword in keywords.values()}
     for label, item, axis in _labels(program.inputs):
         shapes[keywords[item.name]][axis] = dims[label]
@@ -145,6 +150,18 @@ def dynamic_shapes(program: Program, keywords: Mapping[str, str]) -> dict[str, d
 def free_shapes(shapes: Mapping[str, Mapping[int, Any]]) -> dict[str, dict[int, Any]]:
     """The same axes, left to the trace to relate and to bound."""
     return {keyword: dict.fromkeys(axes, Dim.AUTO) for keyword, axes in shapes.items()}
+
+
+def bounded_shapes(graph: Graph, program: Program, keywords: Mapping[str, str]) -> dict[str, dict[int, Any]]:
+    """`dynamic_shapes` with the longest sizes that a trace of free axes found for each name."""
+    longest: dict[str, int] = {}
+    values = {node.name: node.meta["val"] for node in graph.placeholders}
+    for label, item, axis in _labels(program.inputs):
+        size = values[keywords[item.name]].shape[axis]
+        upper = size.node.shape_env.bound_sympy(size.node.expr).upper
+        if upper.is_Integer and int(upper) < _UNBOUNDED:
+            longest[label] = min(int(upper), longest.get(label, _UNBOUNDED))
+    return dynamic_shapes(program, keywords, longest)
 
 
 def name_symbols(graph: Graph, program: Program, keywords: Mapping[str, str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, Guar
 
 from qcompile.errors import QCompileError, UnsupportedModelError
 from qcompile.frontend.onnx import rules as _rules  # noqa: F401  registers the rules
-from qcompile.frontend.onnx.kinds import UNSIGNED
+from qcompile.frontend.onnx.kinds import BITS, UNSIGNED
 from qcompile.frontend.onnx.node import Node
 from qcompile.frontend.onnx.program import Block, Program, Step
 from qcompile.frontend.onnx.registry import MICROSOFT, NUMBER_RULES, RULES
@@ -78,7 +78,7 @@ class OnnxModule(nn.Module):
         tensors = [_result(value, name, self.program) for name, value in zip(names, results, strict=True)]
         return tensors[0] if len(tensors) == 1 else dict(zip(names, tensors, strict=True))
 
-    def _run_block(self, block: Block, outer: Scope, kinds: Mapping[str, int]) -> list[Value]:
+    def _run_block(self, block: Block, outer: Scope, kinds: dict[str, int]) -> list[Value]:
         scope = dict(outer)
         for name, weight in block.weights.items():
             scope[name] = Held(getattr(self, self._buffer_of[id(weight)]), weight)
@@ -88,14 +88,16 @@ class OnnxModule(nn.Module):
             scope.update({name: value for name, value in zip(step.outputs, results, strict=False) if name})
         return [scope[name] for name in block.outputs]
 
-    def _run_step(self, step: Step, scope: Scope, kinds: Mapping[str, int]) -> Sequence[Value]:
+    def _run_step(self, step: Step, scope: Scope, kinds: dict[str, int]) -> Sequence[Value]:
         inputs = [scope[name] if name else None for name in step.inputs]
         node = Node(
             step.operator, self.program.opset, inputs, step.inputs, [kinds.get(name) for name in step.inputs], step.attributes,
             step.outputs, lambda block: self._run_block(block, scope, kinds),
         )  # fmt: skip
         try:
-            return _apply(node, step)
+            results = _apply(node, step)
+            _note_kind(node, kinds)
+            return results  # noqa: TRY300  (what follows are messages)
         except NeedsConstantError as error:
             raise UnreadableInputError(self._message(step, str(error)), error.name) from error
         except RefusalError as error:
@@ -130,6 +132,15 @@ def _apply(node: Node, step: Step) -> Sequence[Value]:
     if len(results) < len(node.outputs) and any(node.outputs[len(results) :]):
         raise RefusalError(f"expected {len(results)} outputs, got {len(node.outputs)}")
     return results
+
+
+def _note_kind(node: Node, kinds: dict[str, int]) -> None:
+    """Remember that a result has elements of 2 or 4 bits, which its dtype does not tell; what only moves bits keeps them."""
+    made = node.made
+    if made is None and node.operator in _MOVES and node.inputs and isinstance(node.inputs[0], Tensor | Held):
+        made = node.kind(0)
+    if made in BITS:
+        kinds.update({name: made for name in node.outputs if name})
 
 
 def _on_numbers(node: Node) -> Any:

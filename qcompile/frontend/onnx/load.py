@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from qcompile.errors import TraceError
 from qcompile.frontend.capture import capture_module
 from qcompile.frontend.loaded import Loaded
 from qcompile.frontend.onnx.fusions import fuse
+from qcompile.frontend.onnx.inputs import bounded_shapes, free_shapes, given_inputs, made_inputs, name_symbols
 from qcompile.frontend.onnx.inputs import dynamic_shapes as named_shapes
-from qcompile.frontend.onnx.inputs import free_shapes, given_inputs, made_inputs, name_symbols
 from qcompile.frontend.onnx.interpreter import OnnxModule
 from qcompile.frontend.onnx.program import Program, read_program
 from qcompile.ir.constants import Constant, tensor_constant
@@ -61,11 +62,14 @@ def capture_program(program: Program, example_inputs: Any = None, dynamic_shapes
     except TraceError as error:
         if dynamic_shapes is not None or not any(shapes.values()):
             raise
-        # A size may have bounds (a table of positions, a kernel), or be tied to another: then the trace finds them out.
+        # A size may have bounds (a table of positions, a kernel), or be tied to another: then a trace finds them out.
         try:
             graph = trace(free_shapes(shapes))
         except TraceError:
             raise error from None
+        # Once more with names, so that dimensions of one name are one symbol; where other ties are in the way, without.
+        with contextlib.suppress(TraceError):
+            graph = trace(bounded_shapes(graph, program, keywords))
     name_symbols(graph, program, keywords)
     _rename(graph, {buffer: weight.name for buffer, weight in module.weights.items()})
     return graph

@@ -28,6 +28,7 @@ class Node:
         attributes: as Python values.
         outputs: names of the results, empty for one that nobody wants.
         run_block: runs a branch that is in an attribute.
+        made: element type of the result, where a rule sets it: torch has no 2- and 4-bit integers.
     """
 
     operator: str
@@ -39,6 +40,7 @@ class Node:
     outputs: Sequence[str]
     run_block: RunBlock
     read: set[str | int] = field(default_factory=set)
+    made: int | None = None
 
     def has(self, index: int) -> bool:
         """Whether an optional input is given."""

@@ -77,7 +77,7 @@ def program_of(model: ModelProto, path: Path) -> Program:
     model = _inlined(model, path)
     opset = _opset(model, path)
     graph = model.graph
-    body = _block(graph, path, set())
+    body = _block(graph, path, "")
     inputs = [_input(item, path) for item in graph.input if item.name not in body.weights]
     if not inputs:
         raise SourceError(f"{path}: expected a graph with inputs, got none; a model without inputs has nothing to compile")
@@ -176,21 +176,21 @@ def _is_composite(node: NodeProto, version: int) -> bool:
     return any(getattr(schema, name, False) for name in ("has_function", "has_context_dependent_function"))
 
 
-def _block(graph: GraphProto, path: Path, scope: set[str]) -> Block:
+def _block(graph: GraphProto, path: Path, scope: str) -> Block:
     if graph.sparse_initializer:
         raise UnsupportedModelError(f"{path}: expected dense initialisers, got sparse ones; export the model without sparsity")
     block = Block(tuple(item.name for item in graph.input), outputs=tuple(item.name for item in graph.output))
     for proto in graph.initializer:
-        block.weights[proto.name] = weight_of(proto, path)
+        block.weights[proto.name] = weight_of(proto, path, scope)
     for index, node in enumerate(graph.node):
         if node.op_type == "Constant" and not domain_of(node.domain):
-            block.weights[node.output[0]] = _constant(node, path)
+            block.weights[node.output[0]] = _constant(node, path, scope)
         else:
-            block.steps.append(_step(node, path, index))
+            block.steps.append(_step(node, path, index, scope))
     return block
 
 
-def _constant(node: NodeProto, path: Path) -> Weight:
+def _constant(node: NodeProto, path: Path, scope: str) -> Weight:
     (attribute,) = node.attribute if len(node.attribute) == 1 else (AttributeProto(),)
     value = helper.get_attribute_value(attribute) if attribute.type and not attribute.ref_attr_name else None
     name = node.output[0]
@@ -206,10 +206,10 @@ def _constant(node: NodeProto, path: Path) -> Weight:
         tensor = helper.make_tensor(name, TensorProto.FLOAT, [] if attribute.name == "value_float" else [len(listed)], listed)
     else:
         raise UnsupportedModelError(f"{path}: Constant {name!r}: expected a dense tensor of numbers, got {attribute.name or 'nothing'}")
-    return weight_of(tensor, path)
+    return weight_of(tensor, path, scope)
 
 
-def _step(node: NodeProto, path: Path, index: int) -> Step:
+def _step(node: NodeProto, path: Path, index: int, scope: str) -> Step:
     attributes: dict[str, Any] = {}
     for attribute in node.attribute:
         if attribute.ref_attr_name:
@@ -219,7 +219,7 @@ def _step(node: NodeProto, path: Path, index: int) -> Step:
             )
         value = helper.get_attribute_value(attribute)
         if attribute.type == AttributeProto.GRAPH:
-            value = _block(value, path, set())
+            value = _block(value, path, f"{scope}{node.name or index}.{attribute.name}.")
         attributes[attribute.name] = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
     name = node.name or (node.output[0] if node.output else f"node {index}")
     return Step(node.op_type, domain_of(node.domain), name, tuple(node.input), tuple(node.output), attributes)

@@ -54,6 +54,7 @@ class Weight:
         kind: ONNX's element type.
         shape: its shape.
         origin: the parsed tensor, or where its bytes lie in a file beside the model.
+        scope: the branch that it belongs to, because two branches may use one name.
     """
 
     file: str
@@ -61,6 +62,7 @@ class Weight:
     kind: int
     shape: tuple[int, ...]
     origin: TensorProto | Place = field(repr=False)
+    scope: str = ""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,7 +78,7 @@ class Weight:
     def key(self) -> str:
         """Small ones by value, so that equal constants are one; large ones by file and name."""
         if self.numel > _SMALL or isinstance(self.origin, Place):
-            return f"onnx:{self.file}:{self.name}"
+            return f"onnx:{self.file}:{self.scope}{self.name}"
         flat = self.load().contiguous().reshape(-1).view(torch.uint8)
         return f"value:{kind_name(self.kind)}{list(self.shape)}:{hashlib.sha256(flat.numpy().tobytes()).hexdigest()[:16]}"
 
@@ -115,8 +117,8 @@ class Weight:
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 
 
-def weight_of(proto: TensorProto, path: Path) -> Weight:
-    """The handle of one initialiser of the model at `path`.
+def weight_of(proto: TensorProto, path: Path, scope: str = "") -> Weight:
+    """The handle of one initialiser of the model at `path`, or of a branch of it.
 
     Raises:
         SourceError: for an element type that is not served, or bytes that are not where the model says.
@@ -134,7 +136,7 @@ def weight_of(proto: TensorProto, path: Path) -> Weight:
         origin = _place({item.key: item.value for item in proto.external_data}, path, where, _nbytes(proto.data_type, shape))
     else:
         _check_embedded(proto, where, shape)
-    return Weight(path.name, proto.name, proto.data_type, shape, origin)
+    return Weight(path.name, proto.name, proto.data_type, shape, origin, scope)
 
 
 def _nbytes(kind: int, shape: tuple[int, ...]) -> int:

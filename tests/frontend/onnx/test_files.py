@@ -12,10 +12,12 @@ import torch
 
 pytest.importorskip("onnx")
 
+import onnx
 from onnx import ModelProto, TensorProto, external_data_helper, helper, numpy_helper
 
 from qcompile.errors import SourceError, TraceError, UnsupportedModelError
 from qcompile.frontend import load
+from qcompile.frontend.onnx.weights import Weight
 from tests.frontend.onnx.making import FLOAT, make, node, random, saved
 
 
@@ -51,6 +53,22 @@ def test_external_data_is_read_where_it_lies(tmp_path: Path) -> None:
     assert constant.key.startswith("onnx:model.onnx:w")
     x = torch.randn(5, 4)
     assert torch.allclose(graph(x=x), x @ torch.from_numpy(random(4, 3)), atol=1e-6)
+
+
+@pytest.mark.parametrize("external", [True, False])
+def test_a_large_weight_is_not_read_before_it_is_needed(external: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = random(128, 64)
+    path = tmp_path / "model.onnx"
+    model = make([node("MatMul", "x w", "y")], {"x": (["batch", 128], FLOAT)}, "y", {"w": weight})
+    onnx.save(model, path, save_as_external_data=external, location="model.data", size_threshold=0)
+    read: list[str] = []
+    original = Weight.load
+    monkeypatch.setattr(Weight, "load", lambda self: read.append(self.name) or original(self))
+    graph = load(path).graph
+    assert read == []
+    x = torch.randn(2, 128)
+    assert torch.allclose(graph(x=x), x @ torch.from_numpy(weight), atol=1e-4)
+    assert read == ["w"]
 
 
 @pytest.mark.parametrize(

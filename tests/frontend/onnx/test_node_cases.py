@@ -10,14 +10,14 @@ import pytest
 pytest.importorskip("onnx")
 
 from benchmarks.onnx_node_tests import Outcome, cases, is_served, run_case, summary, table
-from qcompile.frontend.onnx.registry import RULES
+from qcompile.frontend.onnx.registry import OWN, RULES
 
 _ROW = re.compile(r"^\| ([^|]+) \| (yes|no) \| (\d+) \| (\d+) \| (\d+) \|$", re.MULTILINE)
 
 
 def test_no_case_fails() -> None:
-    """Every sixteenth case, as a module and as a graph: right or refused by name, never wrong."""
-    outcomes = [run_case(case, captured=True) for case in cases()[::16]]
+    """Every 32nd case, as a module and as a graph: right or refused by name, never wrong."""
+    outcomes = [run_case(case, captured=True) for case in cases()[::32]]
     assert [item for item in outcomes if item.outcome == "failed"] == []
     served = [item for item in outcomes if is_served(item)]
     assert sum(item.outcome == "passed" for item in served) >= 0.85 * len(served), summary(outcomes)
@@ -30,7 +30,7 @@ def test_the_table_in_the_docs(root: Path) -> None:
     assert all(row[3] == 0 for row in rows.values()), "no wrong answers"
     served = [row for row in rows.values() if row[0] == "yes"]
     assert sum(row[1] for row in served) >= 0.85 * sum(row[1] + row[2] for row in served)
-    missing = [name for domain, name in RULES if not re.search(rf"\b{name}\b", text)]
+    missing = [name for domain, name in RULES if domain != OWN and not re.search(rf"\b{name}\b", text)]
     assert missing == [], "make the table again"
 
 

@@ -142,6 +142,42 @@ def test_weights_in_blocks(kind: int, tmp_path: Path) -> None:
     _agree(saved(make(nodes, {"x": (["batch", 8], FLOAT)}, "y", weights, opset=21), tmp_path), {"x": torch.randn(3, 8)})
 
 
+def test_a_zero_point_of_4_bits_that_is_computed(tmp_path: Path) -> None:
+    """Torch knows it as int8; saturation is to 4 bits."""
+    nodes = [
+        node("Cast", "z", "c", to=TensorProto.INT4),
+        node("Reshape", "c n", "r"),
+        node("QuantizeLinear", "x s r", "q"),
+        node("Cast", "q", "y", to=FLOAT),
+    ]
+    inputs = {"x": (["batch", 8], FLOAT), "z": ([1], TensorProto.INT32)}
+    path = saved(make(nodes, inputs, "y", {"s": np.float32(0.1), "n": np.array([], np.int64)}, opset=21), tmp_path)
+    (y,) = imported(path, {"x": torch.linspace(-9, 9, 24).reshape(3, 8), "z": torch.tensor([2], dtype=torch.int32)})
+    assert (y.min(), y.max()) == (-8, 7)
+
+
+@pytest.mark.parametrize("taken", [0, 1])
+def test_branches_that_use_one_name(taken: int, tmp_path: Path) -> None:
+    large = [random(80, 80, seed=seed) for seed in range(2)]
+    parts = [
+        helper.make_graph([node("MatMul", "x same", "out")], f"branch{index}", [], [helper.make_empty_tensor_value_info("out")],
+                          [numpy_helper.from_array(large[index], "same")])
+        for index in range(2)
+    ]  # fmt: skip
+    both = [
+        node("If", "yes", "a", then_branch=parts[taken], else_branch=parts[1 - taken]),
+        node("If", "no", "b", then_branch=parts[taken], else_branch=parts[1 - taken]),
+    ]
+    model = make(both, {"x": (["batch", 80], FLOAT)}, "a b", {"yes": np.array(True), "no": np.array(False)})
+    graph = load(saved(model, tmp_path)).graph
+    keys = [constant.key for constant in graph.constants.values()]
+    assert len(set(keys)) == 2, "equal keys mean equal tensors"
+    x = torch.randn(2, 80)
+    result = graph(x=x)
+    assert torch.allclose(result["a"], x @ torch.from_numpy(large[taken]), atol=1e-4)
+    assert torch.allclose(result["b"], x @ torch.from_numpy(large[1 - taken]), atol=1e-4)
+
+
 def test_integer_products(tmp_path: Path) -> None:
     weights = {
         "w": np.random.default_rng(0).integers(-127, 128, (8, 6), dtype=np.int8), "zw": np.int8(0), "s": np.float32(0.01),

@@ -59,6 +59,23 @@ def test_sums_of_names_are_related(tmp_path: Path) -> None:
     assert torch.equal(result, torch.full((3, 9), 2.0))
 
 
+def test_a_bound_is_found_and_names_stay_shared(tmp_path: Path) -> None:
+    """A table of 16 positions, cut to the length: the trace finds the longest, and both inputs keep one symbol per name."""
+    nodes = [
+        node("Shape", "x", "s"), node("Gather", "s one", "l"), node("Slice", "table zero l zero", "p"), node("Add", "x p", "a"),
+        node("Unsqueeze", "mask two", "m"), node("Mul", "a m", "y"),
+    ]  # fmt: skip
+    weights = {"table": random(16, 4), "zero": np.array([0]), "one": np.array([1]), "two": np.array([2])}
+    inputs = {"x": (["batch", "length", 4], FLOAT), "mask": (["batch", "length"], FLOAT)}
+    graph = load(saved(make(nodes, inputs, "y", weights), tmp_path)).graph
+    x, mask = (item.meta["val"] for item in graph.placeholders)
+    assert list(map(str, x.shape[:2])) == list(map(str, mask.shape))
+    assert sorted(graph.interface.symbols.values()) == ["batch", "length"]
+    for length in (1, 16):
+        value = torch.randn(3, length, 4)
+        assert torch.allclose(graph(x=value, mask=torch.full((3, length), 2.0)), (value + torch.from_numpy(random(16, 4))[:length]) * 2)
+
+
 @pytest.mark.parametrize("length", [3, 8])
 def test_ranges_and_masks_follow_the_length(length: int, tmp_path: Path) -> None:
     """A causal mask from a range of the length, and -1 replaced in a shape to expand to, as exporters write them."""

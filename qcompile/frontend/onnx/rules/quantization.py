@@ -38,7 +38,7 @@ def quantize(node: Node) -> Tensor:
     x, scale = node.tensor(0), node.tensor(1)
     axis, block, saturate = node.integer("axis", 1), node.integer("block_size", 0), node.flag("saturate", True)
     told, precision = node.integer("output_dtype", 0), node.integer("precision", 0)
-    kind = node.kind(2) if node.has(2) else told or TensorProto.UINT8
+    kind = node.made = node.kind(2) if node.has(2) else told or TensorProto.UINT8
     if precision not in (0, TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16):
         raise RefusalError(f"expected a division in float32 or less, got {kind_name(precision)}")
     if not x.dtype.is_floating_point:
@@ -82,6 +82,7 @@ def dynamic_quantize(node: Node) -> tuple[Tensor, Tensor, Tensor]:
     x = node.tensor(0)
     low, high = torch.clamp(torch.amin(x), max=0), torch.clamp(torch.amax(x), min=0)
     scale = (high - low) / 255
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # of zeros alone, as onnxruntime
     zero = torch.round(torch.clamp(-low / scale, 0, 255))
     codes = torch.clamp(torch.round(x / scale) + zero, 0, 255)
     return codes.to(torch.uint8), scale, zero.to(torch.uint8)

@@ -179,7 +179,7 @@ def cast_like(node: Node) -> Any:
 
 def converted(node: Node, kind: int) -> Any:
     """The first input as another element type; 8-bit floats saturate unless told otherwise."""
-    value = node.value(0)
+    value, node.made = node.value(0), kind
     saturate = node.flag("saturate", True)
     if node.text("round_mode", "up") != "up":
         raise RefusalError(f"expected rounding up of shared exponents, got round_mode {node.text('round_mode', 'up')}")
