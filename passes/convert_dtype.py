@@ -46,7 +46,7 @@ def convert(graph: Graph, dtype: torch.dtype, *, values: bool = True) -> bool:
     """
     kept = set() if dtype == torch.float64 else _position_arithmetic(graph)
     # A cache is stored in a dtype of its own, and a cast copy of it is not what is written; float64 is there to see no rounding at all.
-    kept_as_is = set() if dtype == torch.float64 else {*_rotations(graph), *_cache_tables(graph), *graph.states}
+    kept_as_is = set() if dtype == torch.float64 else {*_rotations(graph), *_cache_tables(graph), *_static_scales(graph), *graph.states}
     changed = False
     for node in graph.nodes:
         if node in kept_as_is:
@@ -67,6 +67,12 @@ def convert(graph: Graph, dtype: torch.dtype, *, values: bool = True) -> bool:
 def _rotations(graph: Graph) -> set[fx.Node]:
     """Matrices of online rotations: float32 always, because rounded further they would not be orthogonal."""
     found = (call.args[1] for call in graph.calls(torch.ops.qcompile.hadamard.default))
+    return {node for node in found if isinstance(node, fx.Node) and node.op == "get_attr"}
+
+
+def _static_scales(graph: Graph) -> set[fx.Node]:
+    """Scales of activations that are constants: codes are made and read by the number that is stored."""
+    found = (call.args[1] for call in graph.calls(*_SCALED))
     return {node for node in found if isinstance(node, fx.Node) and node.op == "get_attr"}
 
 
@@ -97,6 +103,10 @@ _CACHE_OPERATORS = (
     torch.ops.qcompile.pack_vectors.default, torch.ops.qcompile.settle.default, torch.ops.qcompile.cache_attend_packed.default,
     torch.ops.qcompile.attend_settled.default, torch.ops.qcompile.attend_ranked.default,
     torch.ops.qcompile.attend_rematerialized.default, torch.ops.qcompile.attend_settled_sources.default,
+)  # fmt: skip
+_SCALED = (
+    torch.ops.qcompile.quantize_static.default, torch.ops.qcompile.dequantize_activation.default, torch.ops.qcompile.integer_linear.default,
+    torch.ops.qcompile.integer_conv2d.default,
 )  # fmt: skip
 _LEARNED = (torch.ops.aten.linear.default, torch.ops.aten.embedding.default, torch.ops.aten.conv2d.default)
 

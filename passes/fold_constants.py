@@ -39,7 +39,8 @@ class FoldConstants(Pass):
         if not all(isinstance(size, int) for size in value.shape) or value.nbytes > self.limit:
             return False
         constants = [graph.constant(used) for used in node.all_input_nodes]
-        return all(item is not None and item.is_bound and item.nbytes <= self.limit for item in constants)
+        # Packed weights are constants with a format: folded, they would be floats again.
+        return all(item is not None and item.is_bound and item.format is None and item.nbytes <= self.limit for item in constants)
 
 
 def _fold(graph: Graph, node: fx.Node) -> None:

@@ -12,7 +12,7 @@ from torch import fx
 from qcompile.errors import PipelineError
 from qcompile.ir.graph import Graph, fake_value
 from qcompile.passes.base import Pass, PassContext
-from qcompile.passes.selection import find_sites
+from qcompile.passes.selection import find_sites, is_quantized
 from qcompile.passes.statistics import Request
 from qcompile.quant.activation_format import ActivationFormat
 from qcompile.quant.granularity import PER_CHANNEL
@@ -68,10 +68,12 @@ class QuantizeActivations(Pass):
         looking = replace(ctx, fuel=None, notes=[])
         ahead = {reader for site in find_sites(graph, looking, self.name) for reader in site.readers}
         for node in graph.calls(aten.linear.default, *_CONVOLUTIONS):
-            if node not in ahead and not _is_quantized(node.args[1]):
+            if node not in ahead and not is_quantized(node.args[1]):
                 continue
             value = node.args[0]
             assert isinstance(value, fx.Node)
+            if value.target is qcompile.dequantize_activation.default:
+                continue  # the model came with its activations quantized
             chosen = form
             if node.target in _CONVOLUTIONS:
                 chosen = replace(form, granularity=PER_CHANNEL, static=True, symmetric=not form.element.is_integer)
@@ -81,13 +83,6 @@ class QuantizeActivations(Pass):
             if (value, chosen) in found or ctx.spend():
                 found.setdefault((value, chosen), []).append(node)
         return found
-
-
-def _is_quantized(weight: object) -> bool:
-    """Whether a weight operand is dequantized, perhaps unfolded to filters."""
-    if isinstance(weight, fx.Node) and weight.target is aten.reshape.default:
-        weight = weight.args[0]
-    return isinstance(weight, fx.Node) and weight.target is qcompile.dequantize.default
 
 
 def _dynamic_pair(graph: Graph, value: fx.Node, first: fx.Node, form: ActivationFormat) -> fx.Node:

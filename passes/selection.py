@@ -57,6 +57,13 @@ def weight_operand(node: fx.Node) -> fx.Node:
     return operand
 
 
+def is_quantized(weight: object) -> bool:
+    """Whether a weight operand is dequantized, perhaps unfolded to filters."""
+    if isinstance(weight, fx.Node) and weight.target is aten.reshape.default:
+        weight = weight.args[0]
+    return isinstance(weight, fx.Node) and weight.target is qcompile.dequantize.default
+
+
 def behind_cast(node: fx.Node) -> fx.Node:
     """What a cast casts; any other node itself."""
     source = node.args[0] if node.target is aten.to.dtype else node
@@ -68,6 +75,8 @@ def _chosen(node: fx.Node, scheme: QuantScheme, heads: set[fx.Node], routers: se
     """Why the scheme or the user wants this node left alone, or None."""
     if node.target is qcompile.moe_experts.default:
         return None
+    if is_quantized(weight_operand(node)):
+        return "its weight came quantized, and stays as it came"
     if is_branch(str(behind_cast(weight_operand(node)).target)):
         return "it is the high-precision side of a weight that is split"
     if is_carrier(str(behind_cast(weight_operand(node)).target)):

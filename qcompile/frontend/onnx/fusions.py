@@ -23,10 +23,10 @@ class Idioms:
         self.block = block
         self.makers = {name: step for step in block.steps for name in step.outputs if name}
 
-    def made_by(self, name: str, operator: str) -> Step | None:
-        """The step that makes a value, if it is a plain `operator`."""
+    def made_by(self, name: str, operator: str, domain: str = "") -> Step | None:
+        """The step that makes a value, if it is an `operator` of the domain, by default a plain one."""
         step = self.makers.get(name)
-        return step if step is not None and step.operator == operator and step.domain == "" else None
+        return step if step is not None and step.operator == operator and step.domain == domain else None
 
     def weight(self, name: str, dims: int) -> Weight | None:
         """A constant of floats with so many dimensions."""
@@ -65,7 +65,7 @@ def silu(idioms: Idioms, step: Step) -> list[Step] | None:
 
 def gelu(idioms: Idioms, step: Step) -> list[Step] | None:
     """X · (1 + erf(x / √2)) · 0.5, multiplied in any order."""
-    factors = list(_factors(idioms, step, 2))
+    factors = list(factors(idioms, step, 2))
     if len(factors) != 3:
         return None
     halves = [name for name in factors if idioms.is_number(name, 0.5)]
@@ -78,13 +78,14 @@ def gelu(idioms: Idioms, step: Step) -> list[Step] | None:
     return None
 
 
-def _factors(idioms: Idioms, step: Step, depth: int) -> Iterator[str]:
+def factors(idioms: Idioms, step: Step, depth: int) -> Iterator[str]:
+    """What a product is made of, looking through products among its factors `depth` deep."""
     for name in step.inputs:
         maker = idioms.made_by(name, "Mul") if depth > 1 else None
         if maker is None:
             yield name
         else:
-            yield from _factors(idioms, maker, depth - 1)
+            yield from factors(idioms, maker, depth - 1)
 
 
 def _erf_of(idioms: Idioms, name: str) -> str | None:
@@ -173,6 +174,9 @@ def _over_last(idioms: Idioms, mean: Step) -> bool:
 def linear(idioms: Idioms, step: Step) -> list[Step] | None:
     """A product with a weight, transposed or not, plus a bias."""
     for product, bias in idioms.splits(step):
+        packed = _packed_linear(idioms, step, product, bias)
+        if packed is not None:
+            return [packed]
         maker, vector = idioms.made_by(product, "MatMul"), idioms.weight(bias, 1)
         if maker is None or vector is None or maker.inputs[0] in idioms.block.weights:
             continue
@@ -183,6 +187,19 @@ def linear(idioms: Idioms, step: Step) -> list[Step] | None:
         matrix = idioms.weight(weight, 2)
         if matrix is not None and matrix.shape[0 if transposed else 1] == vector.shape[0] > 1:
             return [_becomes(step, "Linear", (maker.inputs[0], weight, bias), OWN, transposed=transposed)]
+    return None
+
+
+def _packed_linear(idioms: Idioms, step: Step, product: str, bias: str) -> Step | None:
+    """The same with a weight that was read back."""
+    vector = idioms.weight(bias, 1)
+    for operator, count in (("Linear", 2), ("IntegerLinear", 6)):
+        maker = idioms.made_by(product, operator, OWN)
+        if maker is None or len(maker.inputs) != count or vector is None:
+            continue
+        holder = maker if operator == "IntegerLinear" else idioms.made_by(maker.inputs[1], "Unpack", OWN)
+        if holder is not None and holder.attributes["rows"] == vector.shape[0]:
+            return _becomes(step, operator, (*maker.inputs, bias), OWN, **maker.attributes)
     return None
 
 

@@ -18,6 +18,7 @@ from qcompile.frontend.onnx.inputs import bounded_shapes, free_shapes, given_inp
 from qcompile.frontend.onnx.inputs import dynamic_shapes as named_shapes
 from qcompile.frontend.onnx.interpreter import OnnxModule
 from qcompile.frontend.onnx.program import Program, read_program
+from qcompile.frontend.onnx.read_back import read_back
 from qcompile.ir.constants import Constant, tensor_constant
 from qcompile.ir.graph import Graph
 from qcompile.ir.records import Assets
@@ -39,6 +40,7 @@ def load_onnx(path: Path, example_inputs: Any = None, dynamic_shapes: Any = None
         TraceError: for inputs that do not fit, or a dimension that the model fixes.
     """
     program = read_program(path)
+    read_back(program)
     fuse(program.body)
     return Loaded(capture_program(program, example_inputs, dynamic_shapes), Assets(model_type="onnx", name=path.name))
 

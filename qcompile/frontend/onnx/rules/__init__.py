@@ -11,6 +11,7 @@ from qcompile.frontend.onnx.rules import (
     normalization,
     number_shapes,
     numbers,
+    packed,
     pooling,
     quantization,
     recurrent,
@@ -23,5 +24,5 @@ from qcompile.frontend.onnx.rules import (
 
 __all__ = [
     "attention", "control", "convolution", "elementwise", "indexing", "linear", "microsoft", "normalization", "number_shapes", "numbers",
-    "pooling", "quantization", "recurrent", "reduction", "resize", "scatter", "sequences", "shaping",
+    "packed", "pooling", "quantization", "recurrent", "reduction", "resize", "scatter", "sequences", "shaping",
 ]  # fmt: skip

@@ -31,9 +31,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @rule("Linear", domain=OWN)
 def linear(node: Node) -> Tensor:
-    """A product with a weight [K, N], or transposed [N, K], plus a bias [N]."""
+    """A product with a weight [K, N], or transposed [N, K], plus a bias [N] if there is one."""
     x, weight = node.tensor(0), node.tensor(1)
-    return F.linear(x, weight if node.flag("transposed") else weight.t(), node.tensor(2))
+    return F.linear(x, weight if node.flag("transposed") else weight.t(), node.optional(2))
 
 
 @rule("Gemm")
