@@ -65,11 +65,11 @@ def silu(idioms: Idioms, step: Step) -> list[Step] | None:
 
 def gelu(idioms: Idioms, step: Step) -> list[Step] | None:
     """X · (1 + erf(x / √2)) · 0.5, multiplied in any order."""
-    factors = list(factors(idioms, step, 2))
-    if len(factors) != 3:
+    parts = list(factors(idioms, step, 2))
+    if len(parts) != 3:
         return None
-    halves = [name for name in factors if idioms.is_number(name, 0.5)]
-    rest = [name for name in factors if name not in halves]
+    halves = [name for name in parts if idioms.is_number(name, 0.5)]
+    rest = [name for name in parts if name not in halves]
     if len(halves) != 1 or len(rest) != 2:
         return None
     for x, other in (rest, rest[::-1]):

@@ -43,10 +43,6 @@ class Part(Weight):
         """A handle for the graph, in the dtype it is stored as."""
         return Constant(self, format=self.format)
 
-    def stand_in(self) -> Tensor:
-        """A tensor to trace with, which takes address space and no memory."""
-        return torch.empty(self.shape, dtype=self.dtype)
-
 
 def unsigned(codes: Tensor, bits: int, signed: bool) -> Tensor:
     """Codes, or zero points, of a byte each as uint8 that begin at 0."""
