@@ -78,6 +78,17 @@ class Constants:
             name = step.inputs[0]
         return self.weights[name]
 
+    def kind(self, name: str) -> int:
+        """The element type of what only moves or casts a constant, else 0."""
+        while name not in self.weights:
+            step = self.makers.get(name)
+            if step is None or step.domain or step.operator not in _KEEPS_VALUES:
+                return 0
+            if step.operator == "Cast":
+                return int(step.attributes["to"])
+            name = step.inputs[0]
+        return self.weights[name].kind
+
     def load(self, name: str) -> Tensor:
         """The value: floats as they are stored, elements of 2 and 4 bits in a byte each."""
         if name in self.weights:
@@ -103,12 +114,12 @@ class Constants:
         return self.weights[name].dtype if name in self.weights else self.load(name).dtype
 
     def part(self, name: str, kind: int, shape: tuple[int, ...], make: Callable[[], Tensor], form: QuantFormat | None = None) -> str:
-        """A new constant under a name that nothing else has; returns the name."""
+        """A new constant called `name`; returns the name that steps read it by, which nothing else has."""
         unique, count = name, 0
         while unique in self.weights or unique in self.makers:
             count += 1
             unique = f"{name}_{count}"
-        self.weights[unique] = Part(self.program.path.name, unique, kind, shape, TensorProto(), make=make, format=form)
+        self.weights[unique] = Part(self.program.path.name, name, kind, shape, TensorProto(), "packed:", make=make, format=form)
         return unique
 
 

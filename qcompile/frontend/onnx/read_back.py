@@ -169,8 +169,7 @@ class _Reader:
 
     def _kind(self, step: Step) -> int:
         if len(step.inputs) > 2 and step.inputs[2]:
-            stored = self.constants.stored(step.inputs[2])
-            return 0 if stored is None else stored.kind
+            return self.constants.kind(step.inputs[2])
         return int(step.attributes.get("output_dtype", 0)) or TensorProto.UINT8
 
     def _by_one_scale(self, step: Step | None) -> bool:
