@@ -149,7 +149,7 @@ def _per_row(constants: Constants, name: str, rows: int) -> str:
 
 
 def _unpacked(weight: Weight, rows: int, bits: int, columns: int) -> Tensor:
-    return unpack(weight.load().reshape(rows, -1), bits, columns)
+    return unpack(weight.load().reshape(rows, -1), bits, columns)[:, :columns].contiguous()
 
 
 def _packed_zero_points(constants: Constants, name: str, rows: int, groups: int, bits: int) -> Tensor:
