@@ -151,7 +151,9 @@ class _Reader:
             return None
         bits, signed = CODES[kind]
         hidden = signed and bits == 8
-        if not hidden and not all(reader is not None and reader.operator == "DequantizeLinear" for reader in self._readers[step.outputs[0]]):
+        if not hidden and not all(
+            reader is not None and reader.operator == "DequantizeLinear" for reader in self._readers[step.outputs[0]]
+        ):
             return None
         if not all(self._by_one_scale(reader) for reader in self._readers[step.outputs[0]] if _is(reader, "DequantizeLinear")):
             return None

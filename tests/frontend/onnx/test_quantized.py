@@ -28,8 +28,8 @@ from qcompile.passes.convert_dtype import convert
 from qcompile.passes.selection import find_sites
 from qcompile.quant.reference import dequantize
 from tests.frontend.onnx.making import FLOAT, INT64, make, node, random, saved
-from tests.passes.helpers import context
 from tests.models import example_inputs, tiny
+from tests.passes.helpers import context
 
 CLOSE = 1e-5
 """Of results, relative to the largest: both sides add the same numbers in float32."""
@@ -72,9 +72,7 @@ def packed_values(graph: Graph) -> Tensor:
     columns = int(call.args[5]) if call.target is ops.dequantize.default else int(graph.placeholders[0].meta["val"].shape[-1])
     zero = parts["zero"].materialize() if "zero" in parts else None
     size = form.granularity.group_size
-    return dequantize(
-        parts["codes"].materialize(), parts["scale"].materialize(), zero, form.element.bits, size, columns, torch.float32
-    )
+    return dequantize(parts["codes"].materialize(), parts["scale"].materialize(), zero, form.element.bits, size, columns, torch.float32)
 
 
 K, N = 40, 24
