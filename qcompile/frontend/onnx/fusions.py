@@ -224,10 +224,11 @@ def fuse(block: Block) -> None:
             fuse(inner)
         found = (fusion(idioms, step) for fusion in FUSIONS.get(step.operator, ()) if not step.domain)
         steps += next((made for made in found if made is not None), [step])
-    block.steps = _used(steps, set(block.outputs))
+    block.steps = used(steps, set(block.outputs))
 
 
-def _used(steps: list[Step], wanted: set[str]) -> list[Step]:
+def used(steps: list[Step], wanted: set[str]) -> list[Step]:
+    """The steps without those that make nothing of what is wanted, in the end."""
     kept: list[Step] = []
     for step in reversed(steps):
         if wanted & set(step.outputs):

@@ -45,14 +45,14 @@ def dequantized(constants: Constants, step: Step, *, transposed: bool) -> Matrix
     bits, signed = CODES[weight.kind]
     rows, columns = _sizes(weight, transposed)
     arrange, group = _arrangement(constants, step, weight, (rows, columns), transposed)
+    if zero_name and constants.shape(zero_name) != constants.shape(scale_name):
+        raise UnfitError(f"its zero points have the shape {list(constants.shape(zero_name))}, which is not that of its scale")
     scale = _scales(constants, scale_name, arrange)
     zero = None if not zero_name else partial(_zero_points, constants, zero_name, arrange, bits, signed)
     if zero is None and not signed:
         zero = partial(_nought, rows, -(-columns // (columns if group == -1 else group)))
-    symmetric = zero is None or bool((zero() == 1 << (bits - 1)).all())
-    form = QuantFormat(ELEMENTS[f"int{bits}"], Granularity(group), symmetric, constants.dtype(scale_name))
-    codes = partial(_codes, weight, bits, signed, rows, transposed)
-    return Matrix(plain_name(codes_name), rows, columns, form, codes, scale, None if symmetric else zero)
+    form = QuantFormat(ELEMENTS[f"int{bits}"], Granularity(group), _in_the_middle(zero, bits), constants.dtype(scale_name))
+    return Matrix(plain_name(codes_name), rows, columns, form, partial(_codes, weight, bits, signed, rows, transposed), scale, zero)
 
 
 def plain_name(name: str) -> str:
@@ -82,7 +82,7 @@ def _arrangement(
     axis, block = int(step.attributes.get("axis", 1)) % dims, int(step.attributes.get("block_size", 0))
     along_rows = axis == (1 if transposed else 0)
     if not block:
-        if len(shape) > 1 or (shape and shape[0] != 1 and not along_rows):
+        if len(shape) > 1 or (shape and shape[0] != 1 and not (along_rows and shape[0] == rows)):
             raise UnfitError(f"its scale has the shape {list(shape)} along axis {axis}, which is not that of output rows")
         return lambda part: part.reshape(-1, 1).expand(rows, 1).contiguous(), -1
     if along_rows or dims != 2 or block < 2:
@@ -103,6 +103,11 @@ def _zero_points(constants: Constants, name: str, arrange: Callable[[Tensor], Te
     return arrange(unsigned(constants.load(name), bits, signed))
 
 
+def _in_the_middle(zero: Callable[[], Tensor] | None, bits: int) -> bool:
+    """Whether zero points are what a format without any has."""
+    return zero is None or bool((zero() == 1 << (bits - 1)).all())
+
+
 def _nought(rows: int, groups: int) -> Tensor:
     return torch.zeros(rows, groups, dtype=torch.uint8)
 
@@ -119,25 +124,26 @@ def multiplied_bits(constants: Constants, step: Step) -> Matrix:
         UnfitError: for another order of columns, zero points between the levels, or other bits.
     """
     _, codes_name, scale_name, zero_name, order, _ = (*step.inputs, "", "", "")[:6]
-    rows, columns, bits = int(step.attributes["N"]), int(step.attributes["K"]), int(step.attributes.get("bits", 4))
-    block = int(step.attributes["block_size"])
-    weight = constants.weights.get(codes_name)
+    rows, columns, block = (int(step.attributes.get(name, 0)) for name in ("N", "K", "block_size"))
+    bits, weight = int(step.attributes.get("bits", 4)), constants.weights.get(codes_name)
     if weight is None or bits not in (2, 4, 8) or order:
         raise UnfitError("its codes are computed or in another order, or not of 2, 4 or 8 bits")
+    if min(rows, columns, block) < 1 or weight.numel * 8 != rows * -(-columns // block) * block * bits:
+        raise UnfitError(f"its codes have the shape {list(weight.shape)} for {rows} rows of {columns} columns in blocks of {block}")
     if zero_name and not (constants.known(zero_name) and constants.dtype(zero_name) == torch.uint8):
         raise UnfitError("its zero points lie between the levels")
     if not constants.known(scale_name):
         raise UnfitError("its scale is computed")
     groups = -(-columns // block)
+    if torch.Size(constants.shape(scale_name)).numel() != rows * groups:
+        raise UnfitError(f"its scale has the shape {list(constants.shape(scale_name))} for {rows} rows of {groups} blocks")
     source = "" if zero_name else _per_row(constants, scale_name, rows)
     width = 1 if source else groups
     scale = _scales(constants, source or scale_name, lambda part: part.reshape(rows, width).contiguous())
     zero = None if not zero_name else partial(_packed_zero_points, constants, zero_name, rows, groups, bits)
-    symmetric = zero is None or bool((zero() == 1 << (bits - 1)).all())
     granularity = Granularity(-1 if width == 1 or groups == 1 else block)
-    form = QuantFormat(ELEMENTS[f"int{bits}"], granularity, symmetric, constants.dtype(source or scale_name))
-    codes = partial(_unpacked, weight, rows, bits, columns)
-    return Matrix(plain_name(codes_name), rows, columns, form, codes, scale, None if symmetric else zero)
+    form = QuantFormat(ELEMENTS[f"int{bits}"], granularity, _in_the_middle(zero, bits), constants.dtype(source or scale_name))
+    return Matrix(plain_name(codes_name), rows, columns, form, partial(_unpacked, weight, rows, bits, columns), scale, zero)
 
 
 def _per_row(constants: Constants, name: str, rows: int) -> str:
@@ -179,7 +185,5 @@ def integer_product(constants: Constants, weight_name: str, zero_name: str, scal
     zero = partial(_zero_points, constants, zero_name, arrange, bits, signed) if zero_name else None
     if zero is None and not signed:
         zero = partial(_nought, rows, 1)
-    symmetric = zero is None or bool((zero() == 1 << (bits - 1)).all())
-    form = QuantFormat(ELEMENTS[f"int{bits}"], Granularity(-1), symmetric, constants.dtype(scale_name))
-    codes = partial(_codes, weight, bits, signed, rows, True)
-    return Matrix(plain_name(weight_name), rows, columns, form, codes, scale, None if symmetric else zero)
+    form = QuantFormat(ELEMENTS[f"int{bits}"], Granularity(-1), _in_the_middle(zero, bits), constants.dtype(scale_name))
+    return Matrix(plain_name(weight_name), rows, columns, form, partial(_codes, weight, bits, signed, rows, True), scale, zero)

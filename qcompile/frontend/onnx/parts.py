@@ -134,7 +134,7 @@ class Matrix:
         form: the format it has.
         codes: makes the unsigned codes uint8 [N, K].
         scale: makes the scales [N, G] as the format stores them.
-        zero: makes the unsigned zero points uint8 [N, G], or None where the format is symmetric.
+        zero: makes the unsigned zero points uint8 [N, G]; nobody asks for them where the format is symmetric.
     """
 
     name: str

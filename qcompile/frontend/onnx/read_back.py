@@ -15,7 +15,7 @@ from typing import Any
 
 from onnx import TensorProto
 
-from qcompile.frontend.onnx.fusions import Idioms, factors
+from qcompile.frontend.onnx.fusions import Idioms, factors, used
 from qcompile.frontend.onnx.matrices import UnfitError, dequantized, integer_product, multiplied_bits
 from qcompile.frontend.onnx.parts import CODES, Constants, Matrix, unsigned
 from qcompile.frontend.onnx.program import Program, Step, blocks_of
@@ -26,16 +26,26 @@ _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
 def read_back(program: Program) -> None:
-    """Rewrite the steps of a program's body, in place; what nobody reads any more is left for `fuse` to drop."""
+    """Rewrite the steps of a program's body, in place, without those that nobody reads any more."""
     reader = _Reader(program)
     steps: list[Step] = []
     for step in program.body.steps:
         steps += reader.rewritten(step)
-    program.body.steps = steps
-    if reader.unfit:
-        told = "; ".join(f"{name!r}: {reason}" for name, reason in list(reader.unfit.items())[:5])
-        more = f" and {len(reader.unfit) - 5} more" if len(reader.unfit) > 5 else ""
+    program.body.steps = used(steps, set(program.body.outputs))
+    unfit = {**dict(_left(program)), **reader.unfit}
+    if unfit:
+        told = "; ".join(f"{name!r}: {reason}" for name, reason in list(unfit.items())[:5])
+        more = f" and {len(unfit) - 5} more" if len(unfit) > 5 else ""
         warnings.warn(f"{program.path}: quantized weights that are read as floats: {told}{more}", stacklevel=3)
+
+
+def _left(program: Program) -> Iterator[tuple[str, str]]:
+    """Names of quantized matrices and filters that are still dequantized, and what reads them."""
+    for step in program.body.steps:
+        stored = program.body.weights.get(step.inputs[0]) if step.operator == "DequantizeLinear" else None
+        if stored is not None and len(stored.shape) > 1:
+            readers = {reader.operator: None for reader in program.body.steps if step.outputs[0] in reader.inputs}
+            yield step.outputs[0], f"{', '.join(readers) or 'the model'} reads its numbers"
 
 
 class _Reader:
@@ -46,7 +56,7 @@ class _Reader:
         self.idioms = Idioms(program.body)
         self.unfit: dict[str, str] = {}
         self._unpacked: dict[tuple[str, bool, tuple[int, ...]], tuple[str, list[Step]]] = {}
-        self._rounded: dict[str, tuple[str, str]] = {}
+        self._rounded: dict[str, tuple[int, bool]] = {}
         self._parts: dict[tuple[Any, ...], str] = {}
         self._readers: dict[str, list[Step | None]] = defaultdict(list)
         for step in program.body.steps:
@@ -61,7 +71,7 @@ class _Reader:
         try:
             found = None if rule is None else rule(self, step)
         except UnfitError as error:
-            self.unfit.setdefault(step.inputs[1] if len(step.inputs) > 1 else step.name, str(error))
+            self.unfit.setdefault(step.inputs[0 if step.operator == "Gather" else 1], str(error))
             found = None
         return [step] if found is None else found
 
@@ -113,7 +123,7 @@ class _Reader:
                 if not self.constants.known(step.inputs[1]) or transposed:
                     return None
                 shape = shape or tuple(int(size) for size in self.constants.load(step.inputs[1]))
-            if step.operator == "Cast" and step.attributes["to"] not in _FLOATS:
+            if step.operator == "Cast" and step.attributes.get("to") not in _FLOATS:
                 return None
             step = self.idioms.makers.get(step.inputs[0])
         if step is None or step.operator != "DequantizeLinear" or not self.constants.known(step.inputs[0]):
@@ -158,7 +168,7 @@ class _Reader:
         if not all(self._by_one_scale(reader) for reader in self._readers[step.outputs[0]] if _is(reader, "DequantizeLinear")):
             return None
         scale, zero = self._scale_parts(step, bits, signed)
-        self._rounded[step.outputs[0]] = bits, signed  # type: ignore[assignment]
+        self._rounded[step.outputs[0]] = bits, signed
         return [Step("QuantizeStatic", OWN, step.name, (step.inputs[0], scale, zero), step.outputs, {"bits": bits})]
 
     def dequantize(self, step: Step) -> list[Step] | None:
@@ -166,7 +176,7 @@ class _Reader:
         if step.inputs[0] not in self._rounded:
             return None
         bits, signed = self._rounded[step.inputs[0]]
-        scale, zero = self._scale_parts(step, bits, signed)  # type: ignore[arg-type]
+        scale, zero = self._scale_parts(step, bits, signed)
         return [Step("DequantizeActivation", OWN, step.name, (step.inputs[0], scale, zero), step.outputs, {})]
 
     def _kind(self, step: Step) -> int:
@@ -218,6 +228,8 @@ class _Reader:
         codes, weight, zero, w_zero = (*product.inputs, "", "")[:4]
         if not self.constants.known(w_scale) or (w_zero and not self.constants.known(w_zero)) or self.constants.known(codes):
             return None
+        if any(self.constants.known(name) and _more_than_one(self.constants.shape(name)) for name in (x_scale, zero) if name):
+            return None
         matrix = integer_product(self.constants, weight, w_zero, w_scale)
         if shift is not None and (zero or not self._shifts(shift[1], matrix)):
             return None
@@ -228,7 +240,7 @@ class _Reader:
 
     def _integers(self, cast: Step) -> tuple[Step, tuple[str, str] | None] | None:
         """The product behind a cast to floats, and the zero point and sums of columns whose product is taken off it, if any is."""
-        if cast.attributes["to"] != TensorProto.FLOAT:
+        if cast.attributes.get("to") != TensorProto.FLOAT:
             return None
         product = self.idioms.made_by(cast.inputs[0], "MatMulInteger")
         if product is not None:
@@ -247,7 +259,7 @@ class _Reader:
         """Whether a constant is the sum of each column of a symmetric weight."""
         import torch
 
-        if matrix.zero is not None:
+        if not matrix.form.symmetric:
             return False
         wanted = (matrix.codes().to(torch.int32) - (1 << (matrix.form.element.bits - 1))).sum(1)
         return torch.equal(self.constants.load(sums).reshape(-1).to(wanted.dtype), wanted)

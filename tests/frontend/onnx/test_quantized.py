@@ -144,7 +144,8 @@ def test_filters_and_tables(tmp_path: Path) -> None:
     path = saved(make(nodes, {"i": (["B", "S"], INT64)}, "y", table, opset=21), tmp_path)
     ids = {"i": torch.randint(0, 50, (2, 7))}
     compiled = qcompile.compile(path, "cpu-fp32")
-    assert torch.equal(compiled(**ids), stock(path, ids))
+    compiled.save(tmp_path / "saved")
+    assert torch.equal(qcompile.load(tmp_path / "saved")(**ids), stock(path, ids))
     assert [(row.operator, row.format) for row in compiled.coverage] == [("quantized_embedding", "int4 g16 sym fp32")]
 
 
@@ -165,11 +166,17 @@ def test_blocks_of_onnxruntime(bits: int, zero: bool, columns: int, tmp_path: Pa
 
 
 def test_what_has_no_format_stays_as_it_is_and_is_named(tmp_path: Path) -> None:
-    """Blocks along the rows, and zero points between the levels."""
+    """Blocks along the rows, an operator without a packed form, zero points between the levels."""
     weights = {"w": tensor("w", INT8, codes(INT8, K, N)), "s": scales(K, 3)}
     nodes = [node("DequantizeLinear", "w s", "d", axis=1, block_size=8), node("MatMul", "x d", "y")]
     path, x = saved(make(nodes, {"x": (["B", K], FLOAT)}, "y", weights, opset=21), tmp_path), {"x": torch.from_numpy(random(5, K))}
     with pytest.warns(UserWarning, match=r"read as floats: 'd': its blocks of 8 along axis 1 are not runs of two or more input columns"):
+        graph = load(path).graph
+    assert same(graph(**x), stock(path, x))
+    weights = {"w": tensor("w", INT8, codes(INT8, 3, 4, 2, 2)), "s": scales()}
+    nodes = [node("DequantizeLinear", "w s", "d"), node("ConvTranspose", "x d", "y")]
+    path, x = saved(make(nodes, {"x": (["B", 3, 4, 4], FLOAT)}, "y", weights), tmp_path), {"x": torch.from_numpy(random(2, 3, 4, 4))}
+    with pytest.warns(UserWarning, match="'d': ConvTranspose reads its numbers"):
         graph = load(path).graph
     assert same(graph(**x), stock(path, x))
     parts = {"q": np.random.default_rng(0).integers(0, 256, (N, 2, 16), np.uint8), "s": scales(N, 2), "z": scales(N, 2) * 10}

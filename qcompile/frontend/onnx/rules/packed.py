@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from qcompile.frontend.onnx.node import Node
 from qcompile.frontend.onnx.registry import OWN, rule
+from qcompile.frontend.onnx.values import RefusalError
 from qcompile.ir import allowed as _allowed  # noqa: F401  registers the operators
 
 qcompile = torch.ops.qcompile
@@ -66,4 +67,6 @@ def _beside(part: Tensor, codes: Tensor) -> Tensor:
     """One number as [1]; one for each token as [..., 1]."""
     if part.numel() == 1 and part.dim() < 2:
         return part.reshape(1)
+    if part.shape[-1] != 1 or part.dim() > codes.dim():
+        raise RefusalError(f"expected one scale and zero point for each row of codes, got {list(part.shape)}")
     return part.expand([*codes.shape[:-1], 1])
