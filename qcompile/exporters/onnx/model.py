@@ -38,7 +38,17 @@ def make_model(graph: Graph, opset: int, profile: str, accuracy_level: int = 0) 
         inputs = e.shared["cache"].inputs
     domains = {"": opset} | ({MICROSOFT: 1} if any(node.domain == MICROSOFT for node in e.nodes) else {})
     made = ir.Graph(inputs, outputs, nodes=e.nodes, initializers=_used(e), opset_imports=domains, name="qcompile")
-    return ir.Model(made, ir_version=IR_VERSIONS[opset], producer_name="qcompile", producer_version=__version__)
+    return ir.Model(
+        made, ir_version=IR_VERSIONS[opset], producer_name="qcompile", producer_version=__version__, metadata_props=_metadata(e)
+    )
+
+
+def _metadata(e: Emitter) -> dict[str, str]:
+    """What the engine asks for (`runtime/engines/onnxruntime.py`): onnxruntime's attention takes one memory as past and as present."""
+    if e.graph.interface.kind != "cached_lm":
+        return {}
+    makers = {value.producer() for state in e.shared["cache"].states for value in state.present}
+    return {"qcompile.shared_past": "1"} if all(node is not None and node.op_type == "GroupQueryAttention" for node in makers) else {}
 
 
 def _inputs(e: Emitter) -> list[Value]:
