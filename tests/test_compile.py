@@ -303,11 +303,6 @@ def test_positions_that_would_skip_tokens_are_refused(tiny_int4: Path) -> None:
         compiled(ids, position_ids=torch.tensor([[4, 5, 6, 7]]))
 
 
-def test_export_to_onnx_is_refused_by_name(tiny_int4: Path) -> None:
-    with pytest.raises(QCompileError, match=r"export_onnx: m.onnx: expected a version of qcompile with an ONNX exporter"):
-        qcompile.load(tiny_int4).export_onnx("m.onnx")
-
-
 @pytest.fixture
 def plain() -> Iterator[nn.Module]:
     torch.manual_seed(0)

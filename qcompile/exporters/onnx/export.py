@@ -21,7 +21,7 @@ from qcompile.exporters.onnx.writer import write
 from qcompile.ir.graph import Graph
 from qcompile.ir.records import Assets
 
-_ROUNDS = ("quantize", "pack_vectors", "integer_", "float8_linear")
+_ROUNDS = ("quantize_activation", "quantize_static", "_quantize", "pack_vectors", "integer_", "float8_linear")
 """What the names of operators hold that round while running."""
 _LEVELS = (0, 4)
 
@@ -116,7 +116,7 @@ def _require_free(directory: Path, names: list[str], overwrite: bool) -> None:
 def _require_close(error: float | None, graph: Graph, accuracy_level: int, target: Path) -> None:
     if error is None:
         return
-    values = [node.meta.get("val") for node in graph.fx.nodes]
+    values = [node.meta.get("val") for node in graph.fx.nodes if node.op != "get_attr"]
     half = any(isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16) for value in values)
     rounds = half or accuracy_level == 4 or any(part in str(node.target) for node in graph.fx.nodes for part in _ROUNDS)
     bound = check.ROUNDED if rounds else check.EXACT

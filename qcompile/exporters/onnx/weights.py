@@ -158,7 +158,6 @@ def _standard(e: Emitter, weight: Weight, dtype: torch.dtype, *, transposed: boo
     if weight.groups == 1:
         options: dict[str, Any] = {"axis": 1 if transposed else 0}
         scale = e.reshape(scale, [-1])
-        zero = None if zero is None else e.reshape(zero, [-1])
     else:
         options = {"axis": 0 if transposed else 1, "block_size": weight.group}
         scale = e.swap_last(scale, 2) if transposed else scale
@@ -169,14 +168,15 @@ def _standard(e: Emitter, weight: Weight, dtype: torch.dtype, *, transposed: boo
 
 
 def _stored_zero(e: Emitter, weight: Weight, *, transposed: bool) -> Value:
-    """Zero points [G, N] or [N, G], unsigned."""
+    """Zero points [G, N] or [N, G], unsigned; [N] of one group, because not every runtime reshapes 4 bits."""
     assert weight.zero is not None
     name, form = str(weight.zero.target), "columns" if transposed else "rows"
-    shape = (weight.groups, weight.rows) if transposed else (weight.rows, weight.groups)
+    shape: tuple[int, ...] = (weight.groups, weight.rows) if transposed else (weight.rows, weight.groups)
+    shape = (weight.rows,) if weight.groups == 1 else shape
     make = partial(_arranged, e.graph.constants[name], weight.bits, weight.groups, False, transposed)
     if weight.bits == 4:
         return e.packed(f"{name}.{form}", ir.DataType.UINT4, shape, make)
-    return e.initializer(f"{name}.{form}", torch.uint8, shape, make)
+    return e.initializer(f"{name}.{form}", torch.uint8, shape, lambda: make().view(shape))
 
 
 # Scales
