@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompile.exporters.onnx import OnnxFile
 from qcompile.ir.records import Assets, CoverageRow, PassRecord
 from qcompile.runtime.cache_layers import CacheLayer
 from qcompile.target import Target, parse_target
@@ -62,6 +63,10 @@ class FakeModel:
     def generate(self, prompt: Any, **options: Any) -> Iterator[str]:
         self.asked |= {"prompt": prompt, **options}
         yield from self.says
+
+    def export_onnx(self, path: Path, **options: Any) -> OnnxFile:
+        self.asked = {"arguments": (path,), **options}
+        return OnnxFile(path, (path,), 1_002_000, 23, options["profile"], 4e-6)
 
     def save(self, path: Path, *, overwrite: bool = False) -> None:
         path.mkdir(exist_ok=overwrite)

@@ -93,6 +93,20 @@ def test_run_chat_wraps_the_prompt(model: FakeModel, invoke: Invoke) -> None:
     assert model.asked["prompt"] == [{"role": "user", "content": "Hello"}]
 
 
+def test_export_hands_every_option_on(model: FakeModel, invoke: Invoke, tmp_path: Path) -> None:
+    options = ("--profile", "ort", "--opset", "23", "--external-data", "--accuracy-level", "4", "--genai", "--overwrite", "--json")
+    result = invoke("export", "out", "-o", tmp_path / "m.onnx", *options)
+    assert model.asked == {
+        "arguments": (tmp_path / "m.onnx",), "profile": "ort", "opset": 23, "external_data": True, "accuracy_level": 4, "genai": True,
+        "overwrite": True,
+    }  # fmt: skip
+    printed = json.loads(result.stdout)
+    assert (printed["bytes"], printed["error"], printed["opset"]) == (1_002_000, 4e-6, 23)
+    assert "1 MB" in invoke("export", "out", "-o", tmp_path / "m.onnx").stdout
+    refused = invoke("export", "out", "-o", tmp_path / "m.gguf", "--format", "gguf")
+    assert (refused.exit_code, refused.stderr) == (2, "error: format 'gguf': expected one of onnx\n")
+
+
 def test_eval_prints_the_four_keys(model: FakeModel, invoke: Invoke, tmp_path: Path) -> None:
     np.save(tmp_path / "t.npy", np.array([[0, 0, 1], [2, 2, 2]], dtype=np.int32))
     (tmp_path / "manifest.json").write_text("{}")

@@ -283,13 +283,23 @@ def test_packages_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
         load("model.gguf")
 
 
+def test_onnx_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    for name in [name for name in sys.modules if name.startswith("qcompile.frontend.onnx")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(
+        SourceError, match=r"model.onnx: expected the packages that read this model, got no onnx; pip install 'qcompile\[onnx\]'"
+    ):
+        load("model.onnx")
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("model.onnx", r"model.onnx: .* got ONNX, which a later version reads"),
+        ("missing.onnx", r"missing.onnx: expected an ONNX file, got none"),
         (
             "no/such/place/at/all",
-            r"expected a Hugging Face directory, a .gguf file or the name of a model on the hub, got a path that does not exist",
+            r"expected a Hugging Face directory, a .gguf or .onnx file or the name of a model on the hub, got a path that does not exist",
         ),
         ("missing.gguf", r"missing.gguf: expected a GGUF file, got none"),
     ],

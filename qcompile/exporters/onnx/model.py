@@ -93,7 +93,8 @@ def _outputs(e: Emitter) -> list[Value]:
         named = [("logits", e.value(results[0])), *cache.outputs]
     else:
         named = [(name, e.value(result)) for name, result in zip(output_names(e.graph), results, strict=True)]
-    made = [_named(e, name, value) for name, value in named]
+    taken: set[Value] = set()
+    made = [_named(e, taken, name, value) for name, value in named]
     if e.graph.interface.kind != "cached_lm":
         for value, result in zip(made, results, strict=True):
             value.type, value.shape = ir.TensorType(DTYPES[e.dtype(result)]), ir.Shape(_dims(e, result.meta["val"]))
@@ -102,10 +103,11 @@ def _outputs(e: Emitter) -> list[Value]:
     return made
 
 
-def _named(e: Emitter, name: str, value: Value) -> Value:
-    """A result of its own under `name`, whatever else reads the value."""
-    made = e.op("Identity", value)
+def _named(e: Emitter, taken: set[Value], name: str, value: Value) -> Value:
+    """A result under `name`: the value itself, or a copy of an input, a constant or what is a result already."""
+    made = value if value.producer() is not None and value not in taken else e.op("Identity", value)
     made.name = name
+    taken.add(made)
     return made
 
 

@@ -220,3 +220,13 @@ def test_a_file_that_computes_something_else_is_not_left_behind(
     ):
         int4.export_onnx(tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("added", ["insert-low-rank-branch{rank=4}", "split-outliers", "reorder-channels,rotate-hadamard{online=keys}"])
+def test_what_passes_make_of_a_graph_is_exported(added: str, tmp_path: Path) -> None:
+    """Low-rank branches, weights in two parts, reordered channels and rotated keys of a packed cache."""
+    pipeline = qcompile.compile(tiny("llama"), "cpu-int4-kv8", recipe="nearest", max_context=32).contents.pipeline
+    passes = pipeline.replace("rewrite-kv-cache", f"{added},rewrite-kv-cache", 1)
+    written = compiled("cpu-int4-kv8", passes=passes).export_onnx(tmp_path / "m.onnx")
+    assert written.error is not None
+    assert written.error <= CLOSE
