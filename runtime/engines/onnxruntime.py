@@ -88,12 +88,30 @@ class OnnxRuntimeEngine(SequenceEngine):
         if self._session is not None:
             return
         session = _session(self.model)
+        self._require_interface(session)
         if "decode" in self.contents.plan.entries:
             parts = [_part(given) for given in session.get_inputs() if given.name.startswith(_PAST)]
             shared = session.get_modelmeta().custom_metadata_map.get(SHARED_PAST) == "1"
             self._cache = DenseCache(self._layout, self._named(parts), shared=shared)
             self._mask = torch.ones(1, self.max_context, dtype=torch.int64)
         self._session, self._binding = session, session.io_binding()
+
+    def _require_interface(self, session: Any) -> None:
+        """Refuse the file of another model."""
+        given, made = ([item.name for item in items] for items in (session.get_inputs(), session.get_outputs()))
+        if "decode" in self.contents.plan.entries:
+            past = [item for item in session.get_inputs() if item.name.startswith(_PAST)]
+            sized = all(len(item.shape) == 4 and isinstance(item.shape[1], int) and isinstance(item.shape[3], int) for item in past)
+            wanted = ["input_ids", "attention_mask", *(item.name for item in past)]
+            results = [_LOGITS, *(item.name.replace(_PAST, _PRESENT, 1) for item in past)]
+            fits = sized and sorted(given) == sorted(wanted) and made == results and isinstance(session.get_outputs()[0].shape[-1], int)
+        else:
+            fits = set(given) <= set(self._forward.inputs) and len(made) == len(self._forward.outputs)
+        if not fits:
+            raise EngineError(
+                f"engine onnxruntime: {self.model}: expected the ONNX file of this model, got one that takes {', '.join(given[:6])} "
+                f"and gives {', '.join(made[:6])}; save the artifact again"
+            )
 
     def _named(self, parts: Sequence[Part]) -> list[Part]:
         """Parts under the names of the plan's buffers, if they are stored just as there: then other engines read what this one saves."""

@@ -321,6 +321,16 @@ def test_the_engine_needs_a_file(plain: CompiledModel) -> None:
         make_engine(plain.contents, name="onnxruntime")
 
 
+def test_the_file_of_another_model_is_refused(plain: CompiledModel, onnx: CompiledModel, tmp_path: Path) -> None:
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
+    other = qcompile.compile(Gated().eval(), "cpu-fp32", example_inputs=x)
+    path = other.export_onnx(tmp_path).path
+    with pytest.raises(EngineError, match=r"expected the ONNX file of this model, got one that takes .* and gives .*; save the artifact"):
+        make_engine(plain.contents, name="onnxruntime", onnx_model=path).prepare()
+    with pytest.raises(EngineError, match=r"got one that takes input_ids, attention_mask, past_key_values.* and gives logits, present"):
+        make_engine(other.contents, name="onnxruntime", onnx_model=onnx._onnx_model()).prepare()
+
+
 def test_evaluation_runs_through_it(onnx: CompiledModel) -> None:
     tokens = torch.tensor(TEXT[:96]).view(3, 32)
     result = evaluate(logits_of(onnx), tokens, logits_of(CompiledModel(onnx.contents, engine="reference")))
