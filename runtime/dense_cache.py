@@ -41,7 +41,7 @@ class DenseCache(CachedRows):
         """All rows are empty and have no memory."""
         super().__init__(layout)
         self.parts, self.shared = tuple(parts), shared
-        self._rows: list[dict[str, Tensor]] = [{} for _ in range(layout.max_batch)]
+        self._rows: list[dict[str, Tensor]] = [{} for _ in range(layout.max_batch)]  # flat, unless past and present are one
         self._laid = [0] * layout.max_batch
         self._spare: dict[str, Tensor] = {}
 
@@ -60,9 +60,9 @@ class DenseCache(CachedRows):
         return len(self._owned[row]) * self.layout.page_tokens
 
     def past(self, row: int) -> dict[str, Tensor]:
-        """What a row holds, [1, L, T, D]; T is its room where past and present are one, else its length."""
+        """What a row holds, [1, L, T, D]: T is its length, or its room where past and present are one; then the mapping stays the same."""
         self._make_room(row)
-        return self._views(self._rows[row], self.room(row) if self.shared else self.lengths[row])
+        return self._rows[row] if self.shared else self._views(self._rows[row], self.lengths[row])
 
     def present(self, row: int, count: int) -> dict[str, Tensor]:
         """Where the past and `count` more tokens are to be written, which `reserve` has granted; `keep` once they are."""
@@ -90,7 +90,7 @@ class DenseCache(CachedRows):
         """Memory for the tokens of a row's pages, with what it holds as it is laid out now."""
         held, length = self._rows[row], self.lengths[row]
         if self.shared:
-            before = next((held[part.name].numel() // part.elements(1) for part in self.parts if part.name in held), 0)
+            before = next((tensor.shape[2] for tensor in held.values()), 0)
             if before < self.room(row):
                 self._lay(row, before, self.room(row), min(before, length))
         elif not held or self._laid[row] != length:  # a run that was given up may have left more
@@ -99,11 +99,13 @@ class DenseCache(CachedRows):
 
     def _lay(self, row: int, before: int, after: int, kept: int) -> None:
         """The first `kept` tokens again in tensors of `after` tokens."""
-        old = self._views(self._rows[row], before) if before else {}
-        self._rows[row] = {part.name: torch.zeros(max(1, part.elements(after)), dtype=part.dtype) for part in self.parts}
-        new = self._views(self._rows[row], after)
+        held = self._rows[row]
+        old = {} if not before else held if self.shared else self._views(held, before)
+        flat = {part.name: torch.zeros(max(1, part.elements(after)), dtype=part.dtype) for part in self.parts}
+        new = self._views(flat, after)
         for name in old:
             new[name][:, :, :kept] = old[name][:, :, :kept]
+        self._rows[row] = new if self.shared else flat
 
     def require_new(self, lengths: Sequence[int], shared: Sequence[int] = (), *, keeping: bool = True) -> None:
         """As for other caches; what sequences have in common is held by each."""

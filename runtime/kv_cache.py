@@ -15,15 +15,12 @@ from qcompile.runtime.cached_rows import CachedRows
 
 
 class KVCache(CachedRows):
-    """Keys and values of rows. Nothing is written beyond what `reserve` has granted, and it grants all or nothing.
+    """Keys and values of rows in pages and rows of one memory.
 
     Attributes:
-        layout: sizes.
         tensors: buffer name -> [P, L, R, D] or [C, L, N, D]; zeros at first, because masked positions are multiplied by a weight of 0.
         page_table: int32 [max_batch, pages per sequence], what programs read: `bind` writes it, row after row of a batch.
         slots: int32 [max_batch], which row of the cache each row of a batch is; None where no token is kept in rows.
-        pool: pages.
-        lengths: tokens that each row holds.
     """
 
     def __init__(self, layout: CacheLayout, device: torch.device | str = "cpu") -> None:

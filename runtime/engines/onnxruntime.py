@@ -78,6 +78,8 @@ class OnnxRuntimeEngine(SequenceEngine):
         self._binding: Any = None
         self._cache: DenseCache | None = None
         self._mask = torch.ones(1, 0, dtype=torch.int64)
+        self._bound: Mapping[str, Tensor] | None = None
+        self._width, self._logits_dtype = 0, torch.float32
 
     def prepare(self) -> None:
         """Read the file.
@@ -94,6 +96,8 @@ class OnnxRuntimeEngine(SequenceEngine):
             shared = session.get_modelmeta().custom_metadata_map.get(SHARED_PAST) == "1"
             self._cache = DenseCache(self._layout, self._named(parts), shared=shared)
             self._mask = torch.ones(1, self.max_context, dtype=torch.int64)
+            logits = session.get_outputs()[0]
+            self._width, self._logits_dtype = int(logits.shape[-1]), _type(logits)
         self._session, self._binding = session, session.io_binding()
 
     def _require_interface(self, session: Any) -> None:
@@ -114,11 +118,12 @@ class OnnxRuntimeEngine(SequenceEngine):
             )
 
     def _named(self, parts: Sequence[Part]) -> list[Part]:
-        """Parts under the names of the plan's buffers, if they are stored just as there: then other engines read what this one saves."""
+        """Parts under the names of the plan's buffers, if they are numbers as there: then other engines read what this one saves."""
         buffers = {state.name: state for state in state_buffers(self.contents.plan.entries["decode"])}
         named = [Part(_buffer_name(part.name), part.dtype, part.heads, part.size) for part in parts]
         alike = len(named) == len(buffers) and all(
             part.name in buffers
+            and part.dtype.is_floating_point
             and (dtype_of(buffers[part.name].dtype), *buffers[part.name].shape[1::2]) == (part.dtype, part.heads, part.size)
             for part in named
         )
@@ -175,9 +180,11 @@ class OnnxRuntimeEngine(SequenceEngine):
         self._bind_input("input_ids", ids)
         self._bind_input("attention_mask", self._ones(total))
         self._bind_output(_LOGITS, logits)
-        for name, tensor in past.items():
-            self._bind_input(f"{_PAST}{_plain(name)}", tensor)
-            self._bind_output(f"{_PRESENT}{_plain(name)}", present[name])
+        if past is not self._bound:
+            for name, tensor in past.items():
+                self._bind_input(f"{_PAST}{_plain(name)}", tensor)
+                self._bind_output(f"{_PRESENT}{_plain(name)}", present[name])
+        self._bound = past if past is present else None
         self._session.run_with_iobinding(self._binding)
         return logits
 
@@ -191,15 +198,6 @@ class OnnxRuntimeEngine(SequenceEngine):
 
     def _bind_output(self, name: str, tensor: Tensor) -> None:
         self._binding.bind_output(name, "cpu", 0, _NUMBERS[tensor.dtype], list(tensor.shape), tensor.data_ptr())
-
-    @property
-    def _width(self) -> int:
-        """V."""
-        return int(self._session.get_outputs()[0].shape[-1])
-
-    @property
-    def _logits_dtype(self) -> torch.dtype:
-        return _type(self._session.get_outputs()[0])
 
     def forward(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """The outputs on inputs by name; a model with a cache is given an empty one and runs row by row, padding gives zeros.
