@@ -21,7 +21,7 @@ from qcompile.ir.records import Assets, CoverageRow, MemoryPlan, PassRecord
 from qcompile.ir.structure import flatten, unflatten
 from qcompile.runtime.artifact import ArtifactContents, load_artifact, save_artifact
 from qcompile.runtime.cache_layers import CacheLayer, cache_layers
-from qcompile.runtime.engines import default_engine, has_onnxruntime, make_engine
+from qcompile.runtime.engines import default_engine, has_onnxruntime, make_engine, require_onnxruntime
 from qcompile.target import Target, parse_target
 
 if TYPE_CHECKING:
@@ -154,6 +154,8 @@ class CompiledModel:
             # Engines lay a plan out anew where its arena is too small for them; the contents stay what was compiled.
             contents = self.contents
             name = self._engine_name or default_engine(contents.target, self._device)
+            if name == "onnxruntime":
+                require_onnxruntime()  # before anything is exported for it
             self._engine = make_engine(
                 contents, name=name, device=self._device, max_batch=self.max_batch, max_context=self.max_context,
                 page_tokens=self.page_tokens, kv_bytes=self.kv_bytes, share_prefixes=self.share_prefixes,
@@ -162,7 +164,7 @@ class CompiledModel:
         return self._engine
 
     def _onnx_model(self) -> Path:
-        """The ONNX file of the graph: the artifact's own, or one that is made now."""
+        """The ONNX file of the graph: the artifact's own, verified, or one that is made now."""
         if self.contents.onnx is not None:
             return self.contents.onnx.verified()
         if self._onnx is None:

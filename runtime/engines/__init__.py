@@ -28,6 +28,19 @@ def has_onnxruntime() -> bool:
     return importlib.util.find_spec("onnxruntime") is not None
 
 
+def require_onnxruntime() -> None:
+    """Refuse to go on without it.
+
+    Raises:
+        EngineError: with the remedy.
+    """
+    if not has_onnxruntime():
+        raise EngineError(
+            "engine onnxruntime: expected the package onnxruntime, got none installed; pip install 'qcompile[onnx]', or load with "
+            "engine='reference'"
+        )
+
+
 def make_engine(
     contents: ArtifactContents, *, name: str | None = None, device: str | None = None, max_batch: int = 1, max_context: int = 2048,
     page_tokens: int | None = None, kv_bytes: int | None = None, share_prefixes: bool = False, onnx_model: Path | None = None,

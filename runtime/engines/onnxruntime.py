@@ -22,7 +22,7 @@ from qcompile.ir.size import evaluate
 from qcompile.runtime.artifact import ArtifactContents
 from qcompile.runtime.cache_layout import describe, layout_of, state_buffers
 from qcompile.runtime.dense_cache import DenseCache, Part
-from qcompile.runtime.engines import has_onnxruntime
+from qcompile.runtime.engines import require_onnxruntime
 from qcompile.runtime.engines.base import require_vocabulary, sizes_of, vocabulary_of
 from qcompile.runtime.sequences import SequenceEngine
 
@@ -59,11 +59,7 @@ class OnnxRuntimeEngine(SequenceEngine):
             EngineError: without onnxruntime.
         """
         super().__init__()
-        if not has_onnxruntime():
-            raise EngineError(
-                "engine onnxruntime: expected the package onnxruntime, got none installed; pip install 'qcompile[onnx]', or load with "
-                "engine='reference'"
-            )
+        require_onnxruntime()
         self.contents, self.model, self.max_batch, self.share_prefixes = contents, model, max_batch, share_prefixes
         entries = contents.plan.entries
         self._forward = entries["forward"]

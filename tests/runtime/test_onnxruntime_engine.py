@@ -273,13 +273,14 @@ def test_a_damaged_file_is_refused(onnx: CompiledModel, tmp_path: Path) -> None:
 def test_without_onnxruntime_the_reference_serves_and_says_so(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (engines, compiled_module):
         monkeypatch.setattr(module, "has_onnxruntime", lambda: False)
-    monkeypatch.setattr("qcompile.runtime.engines.onnxruntime.has_onnxruntime", lambda: False)
     with pytest.warns(
         UserWarning, match="compiled for onnx-int4, served by reference: the package onnxruntime is not installed; pip install"
     ):
         assert qcompile.load(artifact).engine.name == "reference"
     with pytest.raises(EngineError, match=r"expected the package onnxruntime, got none installed; pip install 'qcompile\[onnx\]'"):
         qcompile.load(artifact, engine="onnxruntime").engine  # noqa: B018  the engine is made when it is asked for
+    with pytest.raises(EngineError, match="expected the package onnxruntime, got none installed"):
+        OnnxRuntimeEngine(qcompile.load(artifact, engine="reference").contents, artifact / "model.onnx")
 
 
 def test_without_the_packages_that_write_nothing_is_compiled(plain: CompiledModel, monkeypatch: pytest.MonkeyPatch) -> None:

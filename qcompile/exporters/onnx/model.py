@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, fx
 
 from qcompile.errors import ExportError
@@ -38,9 +39,11 @@ def make_model(graph: Graph, opset: int, profile: str, accuracy_level: int = 0) 
         inputs = e.shared["cache"].inputs
     domains = {"": opset} | ({MICROSOFT: 1} if any(node.domain == MICROSOFT for node in e.nodes) else {})
     made = ir.Graph(inputs, outputs, nodes=e.nodes, initializers=_used(e), opset_imports=domains, name="qcompile")
-    return ir.Model(
+    model = ir.Model(
         made, ir_version=IR_VERSIONS[opset], producer_name="qcompile", producer_version=__version__, metadata_props=_metadata(e)
     )
+    RemoveUnusedNodesPass()(model)  # what undid something, and was undone
+    return model
 
 
 def _metadata(e: Emitter) -> dict[str, str]:

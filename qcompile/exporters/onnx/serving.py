@@ -6,7 +6,6 @@ import hashlib
 import shutil
 import tempfile
 import weakref
-from importlib.metadata import version
 from pathlib import Path
 
 from qcompile.exporters.onnx.check import newest_opset
@@ -54,7 +53,7 @@ def _exported(contents: ArtifactContents, directory: Path) -> Path:
 
 
 def _key(digest: str) -> str:
-    """Of an artifact, this exporter and the runtime that the file is made for."""
+    """Of an artifact, this exporter and the opset that the file is written in."""
     sources = sorted(Path(__file__).resolve().parent.rglob("*.py"))
-    content = [digest.encode(), version("onnxruntime").encode(), *(path.read_bytes() for path in sources)]
+    content = [digest.encode(), str(newest_opset()).encode(), *(path.read_bytes() for path in sources)]
     return hashlib.sha256(b"\0".join(content)).hexdigest()[:32]
