@@ -349,3 +349,15 @@ def test_threads_are_those_of_torch(plain: CompiledModel) -> None:
         assert engine._session.get_session_options().intra_op_num_threads == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_one_memory_is_past_and_present_where_it_can_be(compiled: CompiledModel) -> None:
+    """Numbers as they are computed in and static codes; scales of each token are joined elsewhere, and need a spare."""
+    engine = engine_of(compiled)
+    engine.prefill([[5, 6]])
+    alone = compiled.contents.target in ("cpu-fp32", "cpu-int4", "cpu-int4-kv8-static")
+    assert engine.cache.shared == alone
+    assert (engine.memory.arena == 0) == alone
+    before = {name: tensor.data_ptr() for name, tensor in engine.cache.past(0).items()}
+    engine.decode([7])
+    assert ({name: tensor.data_ptr() for name, tensor in engine.cache.past(0).items()} == before) == alone
