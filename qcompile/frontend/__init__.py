@@ -28,9 +28,9 @@ def load(
     """Capture a model.
 
     Args:
-        model: a module, an exported program, a Hugging Face directory, the name of a model on the hub, or a .gguf file.
+        model: a module, an exported program, a Hugging Face directory, the name of a model on the hub, a .gguf or an .onnx file.
         example_inputs: a tensor, a tuple of positional inputs or a mapping of keyword inputs; a Hugging Face model of text or
-            images needs none.
+            images and an ONNX model need none.
         dynamic_shapes: see `capture_module`.
         revision: branch, tag or commit of a model on the hub.
         trust_remote_code: run the code that a model directory brings along; never implied.
@@ -46,17 +46,14 @@ def load(
         return _load_module(model, example_inputs, dynamic_shapes)
     path = Path(model)
     if path.suffix == ".onnx":
-        raise SourceError(
-            f"{path}: expected a module, a Hugging Face directory or a .gguf file, got ONNX, which a later version reads; "
-            "pass the original model"
-        )
+        return _reader("onnx", "load_onnx", path)(path, example_inputs, dynamic_shapes)
     if path.suffix == ".gguf":
         return _reader("gguf", "load_gguf", path)(path)
     if path.is_dir():
         return _reader("huggingface", "load_directory", path)(path, trust_remote_code, example_inputs, dynamic_shapes)
     if path.exists() or not _HUB_NAME.fullmatch(str(model)):
         raise SourceError(
-            f"{path}: expected a Hugging Face directory, a .gguf file or the name of a model on the hub, "
+            f"{path}: expected a Hugging Face directory, a .gguf or .onnx file or the name of a model on the hub, "
             f"got {'another file' if path.exists() else 'a path that does not exist'}"
         )
     return _reader("huggingface", "load_hub", path)(str(model), revision, trust_remote_code, example_inputs, dynamic_shapes)
@@ -67,8 +64,9 @@ def _reader(module: str, function: str, model: object) -> Callable[..., Loaded]:
     try:
         found: Callable[..., Loaded] = getattr(importlib.import_module(f"qcompile.frontend.{module}"), function)
     except ModuleNotFoundError as error:
+        extra = "onnx" if module == "onnx" else "huggingface"
         raise SourceError(
-            f"{model}: expected the packages that read this model, got no {error.name}; pip install 'qcompile[huggingface]'"
+            f"{model}: expected the packages that read this model, got no {error.name}; pip install 'qcompile[{extra}]'"
         ) from error
     return found
 

@@ -200,6 +200,10 @@ def refuse_operators(graph: Graph, name: str) -> None:
 
 
 def _source(node: fx.Node) -> str:
+    """The model's line, or the node of the file that it was read from."""
+    told = (node.meta.get("custom") or {}).get("source")
+    if told:
+        return str(told)
     return user_frame((file, int(line)) for file, line in _FRAME.findall(node.meta.get("stack_trace") or ""))
 
 

@@ -24,32 +24,37 @@ from qcompile.ir import rematerialize_ops as _rematerialize_ops  # noqa: F401  r
 from qcompile.ir import retention_ops as _retention_ops  # noqa: F401  registers operators of caches that keep tokens as they came
 
 _ATEN = """
-__and__.Scalar __and__.Tensor __or__.Tensor _native_batch_norm_legit_no_training.default _to_copy.default abs.default
-adaptive_avg_pool1d.default adaptive_avg_pool2d.default add.Scalar add.Tensor addmm.default all.default all.dim amax.default
-amin.default any.default any.dim arange.default arange.start arange.start_step argmax.default argmin.default avg_pool2d.default
-baddbmm.default batch_norm.default bitwise_and.Scalar bitwise_and.Tensor bitwise_not.default bitwise_or.Tensor bitwise_xor.Tensor
-bmm.default bucketize.Tensor cat.default ceil.default chunk.default clamp.Tensor clamp.default clamp_max.default clamp_min.default
-clone.default constant_pad_nd.default contiguous.default conv1d.default conv2d.default conv2d.padding conv3d.default copy.default
-cos.default cumsum.default detach.default detach_.default diff.default div.Scalar div.Tensor div.Tensor_mode dropout.default
-einsum.default elu.default embedding.default empty.memory_format empty_like.default eq.Scalar eq.Tensor erf.default exp.default
-expand.default expand_as.default expm1.default fill.Scalar fill.Tensor flatten.using_ints flip.default floor.default
-floor_divide.default full.default full_like.default gather.default ge.Scalar ge.Tensor gelu.default group_norm.default gt.Scalar
-gt.Tensor hardsigmoid.default hardswish.default hardtanh.default index.Tensor index_add.default index_put.default index_select.default
+__and__.Scalar __and__.Tensor __or__.Tensor _native_batch_norm_legit_no_training.default _to_copy.default abs.default acos.default
+acosh.default adaptive_avg_pool1d.default adaptive_avg_pool2d.default add.Scalar add.Tensor addmm.default all.default all.dim
+amax.default amin.default any.default any.dim arange.default arange.start arange.start_step argmax.default argmin.default
+asin.default asinh.default atan.default atanh.default avg_pool1d.default avg_pool2d.default avg_pool3d.default baddbmm.default
+batch_norm.default bitwise_and.Scalar bitwise_and.Tensor bitwise_left_shift.Tensor bitwise_not.default bitwise_or.Tensor
+bitwise_right_shift.Tensor bitwise_right_shift.Tensor_Scalar bitwise_xor.Tensor bmm.default bucketize.Tensor cat.default
+ceil.default chunk.default clamp.Tensor clamp.default clamp_max.default clamp_min.default clone.default constant_pad_nd.default
+contiguous.default conv1d.default conv2d.default conv2d.padding conv3d.default conv_transpose1d.default conv_transpose2d.input
+conv_transpose3d.input copy.default cos.default cosh.default cumprod.default cumsum.default detach.default detach_.default
+diff.default div.Scalar div.Tensor div.Tensor_mode dropout.default einsum.default elu.default embedding.default empty.memory_format
+empty_like.default eq.Scalar eq.Tensor erf.default exp.default expand.default expand_as.default expm1.default fill.Scalar
+fill.Tensor flatten.using_ints flip.default floor.default floor_divide.default fmod.Scalar fmod.Tensor full.default
+full_like.default gather.default ge.Scalar ge.Tensor gelu.default grid_sampler.default group_norm.default gt.Scalar gt.Tensor
+hardsigmoid.default hardswish.default hardtanh.default index.Tensor index_add.default index_put.default index_select.default
 instance_norm.default isinf.default isnan.default layer_norm.default le.Scalar le.Tensor leaky_relu.default lift_fresh_copy.default
-linear.default log.default log1p.default log2.default log_softmax.int logical_and.default logical_not.default logical_or.default
-logsumexp.default lt.Scalar lt.Tensor masked_fill.Scalar masked_fill.Tensor matmul.default max.default max.dim max.other
-max_pool1d.default max_pool2d.default maximum.default mean.default mean.dim min.default min.dim min.other minimum.default mish.default
-movedim.int mul.Scalar mul.Tensor narrow.default ne.Scalar ne.Tensor neg.default new_empty.default new_full.default new_ones.default
-new_zeros.default one_hot.default ones.default ones_like.default pad.default permute.default pixel_shuffle.default pow.Scalar
-pow.Tensor_Scalar pow.Tensor_Tensor prelu.default reciprocal.default relu.default relu6.default remainder.Scalar remainder.Tensor
-repeat.default repeat_interleave.self_int reshape.default rms_norm.default roll.default round.default rsqrt.default rsub.Scalar
-scalar_tensor.default scaled_dot_product_attention.default scatter.src scatter.value scatter_add.default select.int
-select_scatter.default selu.default sigmoid.default sign.default silu.default sin.default slice.Tensor slice_scatter.default softmax.int
-softplus.default sort.default split.Tensor split_with_sizes.default sqrt.default square.default squeeze.default squeeze.dim squeeze.dims
-stack.default sub.Scalar sub.Tensor sum.default sum.dim_IntList sym_size.int t.default tan.default tanh.default tensor_split.sections
-tile.default to.device to.dtype to.dtype_layout topk.default transpose.int tril.default triu.default true_divide.Tensor type_as.default
-unbind.int unflatten.int unfold.default unsqueeze.default upsample_bilinear2d.vec upsample_nearest2d.vec var.correction var.dim
-view.default view_as.default where.Scalar where.ScalarOther where.ScalarSelf where.self zeros.default zeros_like.default
+linalg_det.default linear.default log.default log1p.default log2.default log_softmax.int logical_and.default logical_not.default
+logical_or.default logsumexp.default lt.Scalar lt.Tensor masked_fill.Scalar masked_fill.Tensor matmul.default max.default max.dim
+max.other max_pool1d.default max_pool2d.default max_pool3d.default maximum.default mean.default mean.dim min.default min.dim
+min.other minimum.default mish.default movedim.int mul.Scalar mul.Tensor narrow.default ne.Scalar ne.Tensor neg.default
+new_empty.default new_full.default new_ones.default new_zeros.default one_hot.default ones.default ones_like.default pad.default
+permute.default pixel_shuffle.default pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor prelu.default prod.dim_int reciprocal.default
+relu.default relu6.default remainder.Scalar remainder.Scalar_Tensor remainder.Tensor repeat.default repeat_interleave.self_int
+reshape.default rms_norm.default roll.default round.default rsqrt.default rsub.Scalar scalar_tensor.default
+scaled_dot_product_attention.default scatter.src scatter.value scatter_add.default scatter_reduce.two select.int
+select_scatter.default selu.default sigmoid.default sign.default silu.default sin.default sinh.default slice.Tensor
+slice_scatter.default softmax.int softplus.default sort.default sort.stable split.Tensor split_with_sizes.default sqrt.default
+square.default squeeze.default squeeze.dim squeeze.dims stack.default sub.Scalar sub.Tensor sum.default sum.dim_IntList sym_size.int
+t.default tan.default tanh.default tensor_split.sections tile.default to.device to.dtype to.dtype_layout topk.default transpose.int
+tril.default triu.default true_divide.Tensor type_as.default unbind.int unflatten.int unfold.default unsqueeze.default
+upsample_bilinear2d.vec upsample_nearest2d.vec var.correction var.dim view.default view_as.default where.Scalar where.ScalarOther
+where.ScalarSelf where.self zeros.default zeros_like.default
 """
 _QCOMPILE = """
 rms_norm add_rms_norm rotary_table rope gated_activation attention cache_append cache_append_ cache_attend dequantize quantized_linear

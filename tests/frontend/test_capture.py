@@ -286,10 +286,10 @@ def test_packages_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("model.onnx", r"model.onnx: .* got ONNX, which a later version reads"),
+        ("missing.onnx", r"missing.onnx: expected an ONNX file, got none"),
         (
             "no/such/place/at/all",
-            r"expected a Hugging Face directory, a .gguf file or the name of a model on the hub, got a path that does not exist",
+            r"expected a Hugging Face directory, a .gguf or .onnx file or the name of a model on the hub, got a path that does not exist",
         ),
         ("missing.gguf", r"missing.gguf: expected a GGUF file, got none"),
     ],

@@ -1,0 +1,27 @@
+"""Operators, by family; importing this registers all rules."""
+
+from qcompile.frontend.onnx.rules import (
+    attention,
+    control,
+    convolution,
+    elementwise,
+    indexing,
+    linear,
+    microsoft,
+    normalization,
+    number_shapes,
+    numbers,
+    pooling,
+    quantization,
+    recurrent,
+    reduction,
+    resize,
+    scatter,
+    sequences,
+    shaping,
+)
+
+__all__ = [
+    "attention", "control", "convolution", "elementwise", "indexing", "linear", "microsoft", "normalization", "number_shapes", "numbers",
+    "pooling", "quantization", "recurrent", "reduction", "resize", "scatter", "sequences", "shaping",
+]  # fmt: skip
