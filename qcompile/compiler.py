@@ -59,7 +59,8 @@ def compile(  # noqa: A001  the name is the product's
     """Compile a model for a target.
 
     Args:
-        model: an nn.Module, a Hugging Face causal LM (module, directory or hub id), an ExportedProgram, or the path of a `.gguf` file.
+        model: an nn.Module, a Hugging Face causal LM (module, directory or hub id), an ExportedProgram, or the path of a `.gguf` or
+            `.onnx` file.
         target: `ARCH-SCHEME[-KV]`, such as `cpu-int4` or `sm90-bf16`; `qcompile targets` lists them.
         example_inputs: what a plain module is traced with: a tensor, a tuple, or a mapping of keyword arguments.
         dynamic_shapes: as in `torch.export.export`; by default the batch dimension is symbolic.

@@ -42,7 +42,7 @@ class StatusInstrument:
 
 
 def compile_model(
-    model: Annotated[str, typer.Argument(help="A Hugging Face directory or hub id, or a .gguf file.")],
+    model: Annotated[str, typer.Argument(help="A Hugging Face directory or hub id, or a .gguf or .onnx file.")],
     target: Annotated[str, typer.Option("--target", "-t", help="ARCH-SCHEME[-KV], such as cpu-int4; see `qcompile targets`.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the artifact.")],
     recipe: Annotated[str, typer.Option(help="How hard to try at the same bits: best or nearest.")] = "best",

@@ -257,3 +257,11 @@ def test_a_shape_that_is_known_at_run_time_only(tmp_path: Path) -> None:
     path = saved(make([node("Reshape", "x s", "y")], {"x": ([4], FLOAT), "s": ([2], INT64)}, "y"), tmp_path)
     with pytest.raises(UnsupportedModelError, match=r"expected the shape \(s\) to be a constant or computed from shapes"):
         load(path)
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, -3.0])
+def test_dynamic_quantization_of_one_value(value: float, tmp_path: Path) -> None:
+    model = make([node("DynamicQuantizeLinear", "x", "q s z")], {"x": (["batch", 4], FLOAT)}, "q s z")
+    path, x = saved(model, tmp_path), torch.full((2, 4), value)
+    for ours, theirs in zip(imported(path, {"x": x}), stock(path, {"x": x}), strict=True):
+        assert torch.allclose(ours.float(), theirs.float())
