@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.ir.graph import Graph
-from qcompile.passes.probing import Probe, Unknown, behind
+from qcompile.passes.probing import Probe, UnknownValueError, behind
 
 _LENGTHS = (1, 2, 7, 16)
 _LONGEST = 8200
@@ -70,7 +70,7 @@ def visibility(graph: Graph, node: fx.Node, mask: fx.Node) -> Visibility | None:
         padding = paddings(length, anywhere=not by_length)
         try:
             seen = _seen(graph, node, mask, padding)
-        except Unknown:
+        except UnknownValueError:
             return None
         guess = found or _guess(seen, padding)
         if guess is None or not _agree(guess, seen, padding):
@@ -99,7 +99,7 @@ def _seen(graph: Graph, node: fx.Node, mask: fx.Node, padding: Tensor) -> Tensor
     """Bool [B, H or 1, S, S]: which keys have a weight.
 
     Raises:
-        Unknown: if the mask depends on more than sizes and padding, or is no mask.
+        UnknownValueError: if the mask depends on more than sizes and padding, or is no mask.
     """
     batch, length = padding.shape
     sizes = dict(zip((str(size) for size in mask.meta["val"].shape), (batch, length), strict=True))
@@ -112,7 +112,7 @@ def _seen(graph: Graph, node: fx.Node, mask: fx.Node, padding: Tensor) -> Tensor
         value = probe.value(bias)
         visible = value == 0
         if not bool((visible | (value <= _HIDDEN)).all()):
-            raise Unknown("masks: expected 0 and very low numbers, got a bias between")
+            raise UnknownValueError("masks: expected 0 and very low numbers, got a bias between")
         seen = seen & visible
     return seen
 
@@ -135,5 +135,3 @@ def _agree(guess: Visibility, seen: Tensor, padding: Tensor) -> bool:
     """Whether both say the same of all queries that are tokens."""
     tokens = (padding != 0).view(padding.shape[0], 1, -1, 1)
     return not bool(((guess.keep(padding) != seen) & tokens).any())
-
-

@@ -16,7 +16,7 @@ _MOST_BYTES = 1 << 26
 """Of a constant that is read: tables of masks are smaller, weights of models are not looked at."""
 
 
-class Unknown(QCompileError):
+class UnknownValueError(QCompileError):
     """A value depends on what was not given."""
 
 
@@ -33,7 +33,7 @@ class Probe:
         """The value of a node.
 
         Raises:
-            Unknown: if it depends on an input that was not given, on a large constant, or on another symbol.
+            UnknownValueError: if it depends on an input that was not given, on a large constant, or on another symbol.
         """
         for needed in self._order(node):
             if needed not in self._known:
@@ -47,7 +47,7 @@ class Probe:
         expression = value.node.expr
         missing = [str(symbol) for symbol in expression.free_symbols if str(symbol) not in self._sizes]
         if missing:
-            raise Unknown(f"probe: expected sizes of all symbols, got none of {missing[0]}")
+            raise UnknownValueError(f"probe: expected sizes of all symbols, got none of {missing[0]}")
         return int(expression.subs({symbol: self._sizes[str(symbol)] for symbol in expression.free_symbols}))
 
     def shape(self, node: fx.Node) -> list[int]:
@@ -74,14 +74,14 @@ class Probe:
         if node.op == "get_attr":
             return _read(self._graph.constants[str(node.target)], node)
         if node.op != "call_function":
-            raise Unknown(f"probe: expected a value of {node.name}, got none")
+            raise UnknownValueError(f"probe: expected a value of {node.name}, got none")
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda item: self._known[item])
         try:
             with real_tensors(), torch.no_grad():
                 return node.target(*args, **kwargs)  # type: ignore[operator]
         # Sizes of one's choice may not fit; then the part is not what it was taken for.
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            raise Unknown(f"probe: {node.name}: cannot be computed at these sizes: {error}") from error
+            raise UnknownValueError(f"probe: {node.name}: cannot be computed at these sizes: {error}") from error
 
 
 def _is_size(node: fx.Node) -> bool:
@@ -90,7 +90,7 @@ def _is_size(node: fx.Node) -> bool:
 
 def _read(constant: Constant, node: fx.Node) -> Tensor:
     if not constant.is_bound or constant.nbytes > _MOST_BYTES:
-        raise Unknown(f"probe: {node.name}: expected a small constant, got one of {constant.nbytes} bytes")
+        raise UnknownValueError(f"probe: {node.name}: expected a small constant, got one of {constant.nbytes} bytes")
     with real_tensors():
         return constant.materialize()
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.ir.graph import Graph
-from qcompile.passes.probing import Probe, Unknown, symbols_of
+from qcompile.passes.probing import Probe, UnknownValueError, symbols_of
 
 aten = torch.ops.aten
 attend = torch.ops.qcompile.attention.default
 
-_SOFTMAX = (aten.softmax.int, aten._softmax.default)
+SOFTMAX = (aten.softmax.int, aten._softmax.default)
 _CHOICES = (aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar)
 _FILLS = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 _VIEWS = (
@@ -251,7 +251,7 @@ def _same(graph: Graph, region: Region, operands: tuple[fx.Node, fx.Node, fx.Nod
             keep[..., 0] = True
             bias = torch.zeros(keep.shape).masked_fill(~keep, region.fill)
         found = Probe(graph, sizes, given).value(region.result)
-    except Unknown:
+    except UnknownValueError:
         return False
     q, k, v = (given[node] for node in operands)
     wanted = attend(q, k, v, None, bias, scale, False, 0, region.softcap)
@@ -274,7 +274,7 @@ def _bias(graph: Graph, region: Region) -> fx.Node | None:
 
 def raise_attentions(graph: Graph) -> int:
     """Every attention around a softmax, all of them; returns how many."""
-    made = [raise_attention(graph, node) for node in graph.calls(*_SOFTMAX)]
+    made = [raise_attention(graph, node) for node in graph.calls(*SOFTMAX)]
     graph.remove_dead()
     return sum(node is not None for node in made)
 
@@ -304,7 +304,7 @@ def _repeats(graph: Graph, before: fx.Node, after: fx.Node) -> bool:
         probe = Probe(graph, sizes, {})
         given = torch.randn(probe.shape(before), generator=torch.Generator().manual_seed(0))
         found = Probe(graph, sizes, {before: given}).value(after)
-    except Unknown:
+    except UnknownValueError:
         return False
     times, rest = divmod(int(found.shape[1]), int(given.shape[1]))
     return times > 0 and rest == 0 and torch.equal(found, given.repeat_interleave(times, 1))

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from qcompile.ir.graph import Graph
 from qcompile.ir.matcher import Bindings, Either, Pattern, Var, call, first_match
 from qcompile.passes.base import Pass, PassContext
+from qcompile.passes.raise_attention import SOFTMAX, raise_attention
 
 aten = torch.ops.aten
 qcompile = torch.ops.qcompile
@@ -37,6 +38,8 @@ class RaisePatterns(Pass):
                 if raised is not None:
                     graph.replace(node, raised)
                     changed = True
+        for node in graph.calls(*SOFTMAX):
+            changed |= ctx.spend() and raise_attention(graph, node) is not None
         if changed:
             graph.remove_dead()
         return changed
@@ -107,10 +110,8 @@ _ROPE = call(
 
 def _rope(graph: Graph, node: fx.Node, bound: Bindings) -> fx.Node | None:
     size = bound["x"].meta["val"].shape[-1]
-    if "sizes" in bound:
-        halves = list(bound["sizes"]) == [size // 2, size // 2]
-    else:
-        halves = bound["middle"] * 2 == size and bound["end"] >= size
+    split = "sizes" in bound
+    halves = list(bound["sizes"]) == [size // 2] * 2 if split else bound["middle"] * 2 == size and bound["end"] >= size
     whole = bound["dim"] in (-1, bound["x"].meta["val"].dim() - 1) and halves
     three = bound["cos"].meta["val"].dim() == 3 and bound["sin"].meta["val"].dim() == 3 and bound["cos"].meta["val"].shape[-1] == size
     if not whole or not three or bound["x"].meta["val"].dim() != 4:

@@ -15,7 +15,7 @@ from qcompile.ir.graph import Graph
 from qcompile.ir.structure import template_of
 from qcompile.passes.attention_masks import paddings, visibility
 from qcompile.passes.canonicalize import drop_nothing
-from qcompile.passes.probing import Probe, Unknown, behind
+from qcompile.passes.probing import Probe, UnknownValueError, behind
 from qcompile.passes.raise_attention import group_heads, raise_attentions
 
 aten = torch.ops.aten
@@ -86,7 +86,7 @@ def counts_tokens(graph: Graph, node: fx.Node, mask: fx.Node) -> bool:
         padding = paddings(length, anywhere=True)
         try:
             found = Probe(graph, dict(zip(symbols, padding.shape, strict=True)), {mask: padding}).value(node)
-        except Unknown:
+        except UnknownValueError:
             return False
         if found.shape[-1] != length or found.shape[0] not in (1, padding.shape[0]):
             return False

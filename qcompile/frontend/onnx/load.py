@@ -11,15 +11,15 @@ from typing import Any
 from torch import Tensor
 from torch.fx import traceback
 
-from qcompile.errors import TraceError
+from qcompile.errors import TraceError, UnsupportedModelError
 from qcompile.frontend.capture import capture_module
 from qcompile.frontend.loaded import Loaded
 from qcompile.frontend.onnx.assets import beside
+from qcompile.frontend.onnx.causal import finish
 from qcompile.frontend.onnx.fusions import fuse
 from qcompile.frontend.onnx.inputs import bounded_shapes, free_shapes, given_inputs, made_inputs, name_symbols
 from qcompile.frontend.onnx.inputs import dynamic_shapes as named_shapes
 from qcompile.frontend.onnx.interpreter import OnnxModule
-from qcompile.frontend.onnx.causal import finish
 from qcompile.frontend.onnx.language import language_model, layers
 from qcompile.frontend.onnx.program import Program, read_program
 from qcompile.ir.constants import Constant, tensor_constant
@@ -58,8 +58,11 @@ def _language_model(program: Program) -> Graph | None:
     if found is None:
         return None
     fuse(found.body)
-    graph = capture_program(found)
-    reason = finish(graph, layers(program))
+    try:
+        graph = capture_program(found)
+        reason = finish(graph, layers(program))
+    except (TraceError, UnsupportedModelError) as error:
+        reason = str(error)
     if reason:
         warnings.warn(f"{program.path}: compiled as a plain module, not as a language model: {reason}", stacklevel=3)
     return None if reason else graph

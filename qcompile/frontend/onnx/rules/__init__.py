@@ -24,6 +24,6 @@ from qcompile.frontend.onnx.rules import (
 )
 
 __all__ = [
-    "attention", "cache", "control", "convolution", "elementwise", "fused_attention", "indexing", "linear", "microsoft", "normalization", "number_shapes", "numbers",
-    "pooling", "quantization", "recurrent", "reduction", "resize", "scatter", "sequences", "shaping",
+    "attention", "cache", "control", "convolution", "elementwise", "fused_attention", "indexing", "linear", "microsoft", "normalization",
+    "number_shapes", "numbers", "pooling", "quantization", "recurrent", "reduction", "resize", "scatter", "sequences", "shaping",
 ]  # fmt: skip

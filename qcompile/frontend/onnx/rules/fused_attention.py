@@ -19,13 +19,13 @@ def group_query_attention(node: Node) -> tuple[Any, ...]:
     """Causal, with padding on the right told by lengths; without a past, which is how a language model is read."""
     heads, count = int(node.required("num_heads")), int(node.required("kv_num_heads"))
     q, k, v = _grouped(node, heads, count)
-    _refuse_past(node, 3)
     stored = {node.text(name, "NONE") for name in ("k_quant_type", "v_quant_type")}
     if stored != {"NONE"} or node.has(12) or node.has(13):
         raise RefusalError("expected keys and values as numbers, got a cache of integers, whose scales belong to the compiler's own")
     if node.flag("smooth_softmax") or node.integer("qk_output", 0):
         raise RefusalError("expected a plain softmax and its result alone, got smooth_softmax or qk_output")
     node.ignore("kv_cache_bit_width")
+    _refuse_past(node, 3)
     length = q.shape[2]
     if node.flag("do_rotary"):
         positions = node.tensor(9) if node.has(9) else torch.arange(length).unsqueeze(0)
