@@ -132,6 +132,16 @@ def _guess(seen: Tensor, padding: Tensor) -> Visibility | None:
 
 
 def _agree(guess: Visibility, seen: Tensor, padding: Tensor) -> bool:
-    """Whether both say the same of all queries that are tokens."""
-    tokens = (padding != 0).view(padding.shape[0], 1, -1, 1)
-    return not bool(((guess.keep(padding) != seen) & tokens).any())
+    """Whether both say the same of all queries that are tokens.
+
+    A window between whose tokens there is padding may count columns or tokens: such rows decide nothing, and a cache holds no padding.
+    """
+    tokens = padding != 0
+    if guess.window:
+        tokens = tokens & ~_has_holes(padding)
+    return not bool(((guess.keep(padding) != seen) & tokens.view(padding.shape[0], 1, -1, 1)).any())
+
+
+def _has_holes(padding: Tensor) -> Tensor:
+    """Bool [B, 1]: whether padding stands between tokens."""
+    return ((padding[:, 1:] != 0) & (padding[:, :-1] == 0)).sum(-1, keepdim=True) + (padding[:, :1] != 0) > 1

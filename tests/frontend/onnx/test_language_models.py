@@ -122,6 +122,10 @@ def past(mask: Tensor, window: int = 0, padded: bool = True) -> Tensor:
     return keep & (mask != 0)[:, None, None, :] if padded else keep
 
 
+def counted(mask: Tensor) -> Tensor:
+    return mask.cumsum(-1) - 1
+
+
 def given(ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
     del ids, mask
     return positions
@@ -148,6 +152,7 @@ def captured(mask: Any, positions: Any = given, behind: Any = same) -> tuple[Gra
         (lambda mask: bias_of(past(mask, window=3)), 3),
         (lambda mask: bias_of(past(mask, window=40, padded=False)), 40),
         (lambda mask: torch.full((mask.shape[1], mask.shape[1]), -torch.inf).triu(1), 0),
+        (lambda mask: bias_of(past(mask) & (counted(mask)[:, None, None, :] > counted(mask)[:, None, :, None] - 3)), 3),
     ],
 )
 def test_masks_are_what_they_are_computed_to_be(mask: Any, window: int) -> None:
