@@ -283,6 +283,16 @@ def test_packages_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
         load("model.gguf")
 
 
+def test_onnx_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    for name in [name for name in sys.modules if name.startswith("qcompile.frontend.onnx")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(
+        SourceError, match=r"model.onnx: expected the packages that read this model, got no onnx; pip install 'qcompile\[onnx\]'"
+    ):
+        load("model.onnx")
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [
