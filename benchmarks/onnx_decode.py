@@ -37,6 +37,7 @@ def main() -> None:
     """Make the files, time them in turn, measure KL, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="a Hugging Face directory")
+    parser.add_argument("--float-file", type=Path, help="what torch.onnx made of it, in place of exporting (minutes)")
     parser.add_argument("--artifact", type=Path, help="a cpu-int4 artifact of it, in place of compiling")
     parser.add_argument("--tokens", type=Path, required=True, help="token ids [windows, length] to measure on (.npy)")
     parser.add_argument("--calibration", type=Path, help="token ids to calibrate on (.npy)")
@@ -54,9 +55,8 @@ def main() -> None:
         speeds = {name: options.new_tokens / statistics.median(values) for name, values in seconds.items()}
         windows = np.load(options.tokens)[: options.windows].astype(np.int64)
         losses = divergences(runs, windows)
-        rows = [
-            {"file": name, "bytes": size_of(path), "tokens_per_second": speeds[name], "kl": losses[name]} for name, (path, _) in files.items()
-        ]  # fmt: skip
+        sizes = {name: size_of(path) for name, (path, _) in files.items()}
+    rows = [{"file": name, "bytes": sizes[name], "tokens_per_second": speeds[name], "kl": losses[name]} for name in sizes]
     print(HEADER)
     for row in rows:
         print(line(row, speeds))
@@ -74,7 +74,7 @@ def line(row: dict[str, Any], speeds: dict[str, float]) -> str:
 
 def make_files(options: argparse.Namespace, scratch: Path) -> dict[str, tuple[Path, int]]:
     """Name -> file, and the level that onnxruntime's fusion of standard operators is given."""
-    source = float_model(options.model, scratch / "float.onnx")
+    source = options.float_file or float_model(options.model, scratch / "float.onnx")
     made: dict[str, tuple[Path, int]] = {"torch.onnx, float": (source, 0)}
     for level in (0, 4):
         made[f"quantizer, level {level}"] = (quantized_model(source, scratch / f"quantizer-{level}.onnx", level), level)

@@ -11,7 +11,7 @@ from qcompile.ir.lowered import Kernel, KernelSpec
 class ReferenceBackend:
     """Serves every specification by the operator's own reference; there is no source to emit.
 
-    `name` is `reference`, or `torch_cpu` where the engine may choose torch's packed matmuls for the same definitions.
+    `name` is `reference`, or `torch_cpu` or `onnxruntime` where the engine has kernels of its own for the same definitions.
     """
 
     name: str = "reference"

@@ -8,14 +8,17 @@ from qcompile.codegen.reference import ReferenceBackend
 from qcompile.ir.lowered import Backend, Kernel
 from qcompile.target import Target
 
+_SERVED_BY = {"cpu": "torch_cpu", "onnx": "onnxruntime"}
+"""Architecture -> the engine that runs operators by kernels that are not made here."""
+
 
 def backend_for(target: Target) -> Backend:
-    """Triton for GPUs, torch's packed matmuls for CPUs, plain torch for `reference-*`."""
+    """Triton for GPUs; for others plain definitions, under the name of the engine that serves them its own way."""
     if target.is_cuda:
         from qcompile.codegen.triton.backend import TritonBackend
 
         return TritonBackend(target.arch)
-    return ReferenceBackend("torch_cpu" if target.arch == "cpu" else "reference")
+    return ReferenceBackend(_SERVED_BY.get(target.arch, "reference"))
 
 
 def build(kernels: Mapping[str, Kernel], target: Target) -> tuple[dict[str, Kernel], dict[str, bytes]]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +21,7 @@ from qcompile.ir.records import Assets, CoverageRow, MemoryPlan, PassRecord
 from qcompile.ir.structure import flatten, unflatten
 from qcompile.runtime.artifact import ArtifactContents, load_artifact, save_artifact
 from qcompile.runtime.cache_layers import CacheLayer, cache_layers
+from qcompile.runtime.engines import default_engine, has_onnxruntime, make_engine, require_onnxruntime
 from qcompile.target import Target, parse_target
 
 if TYPE_CHECKING:
@@ -47,7 +51,7 @@ class CompiledModel:
                 without `kv_bytes`, and pages have 64 tokens or fewer with it.
             share_prefixes: let prompts that begin alike share what they have in common; logits may differ in their last bits.
             device: such as `cuda:0` or `cpu`; by default what the target asks for, if it is here.
-            engine: `reference`, `torch_cpu` or `cuda` in place of the target's own.
+            engine: `reference`, `torch_cpu`, `cuda` or `onnxruntime` in place of the target's own.
 
         Raises:
             CapacityError: if the cache has no room for a page for each sequence.
@@ -57,6 +61,7 @@ class CompiledModel:
         self.max_context = self._context(max_context)
         self._device, self._engine_name = device, engine
         self._engine: Engine | None = None
+        self._onnx: Path | None = None
 
     def _context(self, max_context: int | None) -> int:
         """The most tokens of a sequence, once the cache is laid out."""
@@ -146,15 +151,25 @@ class CompiledModel:
     def engine(self) -> Engine:
         """What runs the plan, made on first use."""
         if self._engine is None:
-            from qcompile.runtime.engines import make_engine
-
             # Engines lay a plan out anew where its arena is too small for them; the contents stay what was compiled.
             contents = self.contents
+            name = self._engine_name or default_engine(contents.target, self._device)
+            if name == "onnxruntime":
+                require_onnxruntime()  # before anything is exported for it
             self._engine = make_engine(
-                contents, name=self._engine_name, device=self._device, max_batch=self.max_batch, max_context=self.max_context,
+                contents, name=name, device=self._device, max_batch=self.max_batch, max_context=self.max_context,
                 page_tokens=self.page_tokens, kv_bytes=self.kv_bytes, share_prefixes=self.share_prefixes,
+                onnx_model=self._onnx_model() if name == "onnxruntime" else None,
             )  # fmt: skip
         return self._engine
+
+    def _onnx_model(self) -> Path:
+        """The ONNX file of the graph: the artifact's own, verified, or one that is made now."""
+        if self.contents.onnx is not None:
+            return self.contents.onnx.verified()
+        if self._onnx is None:
+            self._onnx = onnx_exporter("engine onnxruntime").serving_file(self.contents)
+        return self._onnx
 
     @property
     def is_causal_lm(self) -> bool:
@@ -199,12 +214,13 @@ class CompiledModel:
         return result
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write the artifact to the directory `path`, whole or not at all.
+        """Write the artifact to the directory `path`, whole or not at all; for a target `onnx-*` with `model.onnx` in it.
 
         Raises:
             ArtifactError: if `path` exists and `overwrite` is not set.
         """
-        save_artifact(path, self.contents, overwrite=overwrite)
+        onnx_model = self._onnx_model() if self.target.is_onnx else None
+        save_artifact(path, self.contents, overwrite=overwrite, onnx_model=onnx_model)
 
     def export_onnx(
         self, path: str | os.PathLike[str], *, profile: str = "portable", opset: int | None = None, external_data: bool | None = None,
@@ -225,16 +241,11 @@ class CompiledModel:
             ExportError: for a node that ONNX does not express, a file that does not compute what the graph does, or a path that is taken.
             SourceError: without the packages that write ONNX.
         """
-        try:
-            from qcompile.exporters.onnx import export
-        except ModuleNotFoundError as error:
-            raise SourceError(
-                f"export_onnx: expected the packages that write ONNX, got no {error.name}; pip install 'qcompile[onnx]'"
-            ) from error
-        return export(
+        file: OnnxFile = onnx_exporter("export_onnx").export(
             self.graph, path, self.assets, profile=profile, opset=opset, external_data=external_data, accuracy_level=accuracy_level,
             genai=genai, max_context=self.max_context, overwrite=overwrite,
         )  # fmt: skip
+        return file
 
     def report(self) -> str:
         """Passes, size, bits, error per step, and what was left alone and why, as text."""
@@ -247,6 +258,18 @@ class CompiledModel:
         }  # fmt: skip
         tables = [pass_table(self.records), coverage_table(self.coverage), *cache_tables(self.cache_layers), value_table(readable(sizes))]
         return written([*tables, self.contents.pipeline])
+
+
+def onnx_exporter(name: str) -> ModuleType:
+    """The module that writes ONNX, for what is called `name`.
+
+    Raises:
+        SourceError: without the packages that it needs.
+    """
+    try:
+        return import_module("qcompile.exporters.onnx")
+    except ModuleNotFoundError as error:
+        raise SourceError(f"{name}: expected the packages that write ONNX, got no {error.name}; pip install 'qcompile[onnx]'") from error
 
 
 def lm_inputs(input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> dict[str, Tensor]:
@@ -285,7 +308,7 @@ def load(
         page_tokens: tokens of a page of the cache.
         share_prefixes: let prompts that begin alike share what they have in common.
         allow_native: run native code that was not built on this machine.
-        engine: `reference`, `torch_cpu` or `cuda` in place of the target's own.
+        engine: `reference`, `torch_cpu`, `cuda` or `onnxruntime` in place of the target's own.
 
     Raises:
         ArtifactError: for a missing, damaged, foreign or hostile artifact, naming the file.
@@ -293,6 +316,9 @@ def load(
     contents = load_artifact(path, allow_native=allow_native)
     if engine in (None, "cuda") and parse_target(contents.target).is_cuda:
         contents, engine = _native_or_reference(contents, engine)
+    if engine is None and parse_target(contents.target).is_onnx and not has_onnxruntime():
+        reason = "the package onnxruntime is not installed; pip install 'qcompile[onnx]'"
+        warnings.warn(f"{contents.path}: compiled for {contents.target}, served by reference: {reason}", stacklevel=2)
     return CompiledModel(
         contents, max_batch=max_batch, max_context=max_context, kv_bytes=kv_bytes, page_tokens=page_tokens, share_prefixes=share_prefixes,
         device=device, engine=engine,

@@ -10,7 +10,7 @@ from typing import Any, Unpack
 
 from qcompile import frontend
 from qcompile.codegen.select import backend_for, build
-from qcompile.compiled import CompiledModel
+from qcompile.compiled import CompiledModel, onnx_exporter
 from qcompile.errors import CapacityError, CoverageError
 from qcompile.ir.lowered import Instrument
 from qcompile.ir.records import CoverageRow
@@ -118,6 +118,7 @@ def compile(  # noqa: A001  the name is the product's
     if prefill_chunk < 1:
         raise CapacityError(f"prefill_chunk={prefill_chunk}: expected at least one token; leave it out for 512")
     choose_passes(goal, recipe, passes, disable)  # a wrong pipeline is an error before a model is read
+    exporter = onnx_exporter(f"target {goal}") if goal.is_onnx else None
     loaded = frontend.load(
         model, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, revision=revision, trust_remote_code=trust_remote_code
     )
@@ -134,6 +135,8 @@ def compile(  # noqa: A001  the name is the product's
         records = run_pipeline(loaded.graph, pipeline, ctx, [*instruments, *writer], NumericCheck() if wants_check else None)
     if strict:
         require_coverage(ctx.coverage)
+    if exporter is not None:
+        exporter.require_exportable(loaded.graph)
     kernels, binaries = build(ctx.products.get("kernels", {}), goal)
     for instrument in writer:
         instrument.finish(pipeline_text(pipeline), kernels)

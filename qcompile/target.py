@@ -1,4 +1,4 @@
-"""Targets: `ARCH-SCHEME[-KV]`, such as `sm90-int4`, `cpu-int8-kv16`, `reference-fp32`."""
+"""Targets: `ARCH-SCHEME[-KV]`, such as `sm90-int4`, `cpu-int8-kv16`, `onnx-int4`, `reference-fp32`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from qcompile.errors import TargetError
 from qcompile.quant.cache_format import CACHES, CacheFormat
 from qcompile.quant.scheme import SCHEMES, QuantScheme
 
-ARCHITECTURES = ("cpu", "reference", "sm80", "sm89", "sm90", "sm100")
+ARCHITECTURES = ("cpu", "onnx", "reference", "sm80", "sm89", "sm90", "sm100")
 _LOW_BIT = ("int8", "int4", "w8a8", "w4a8", "w4a4", "fp8", "int3", "int2", "nf4", "mxint8", "mxfp4", "nvfp4")
 _ON_CPU = ("fp32", "bf16", *_LOW_BIT)
 _ON_GPU = ("bf16", "fp16", *_LOW_BIT)
+_ON_ONNX = ("fp32", *_LOW_BIT)  # onnxruntime multiplies no bfloat16 on CPUs
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class Target:
     def is_cuda(self) -> bool:
         """Whether the target is an NVIDIA GPU."""
         return self.arch.startswith("sm")
+
+    @property
+    def is_onnx(self) -> bool:
+        """Whether the artifact is an ONNX file, which onnxruntime runs."""
+        return self.arch == "onnx"
 
     @property
     def compute(self) -> torch.dtype:
@@ -47,7 +53,8 @@ class Target:
 
 def known_targets() -> list[str]:
     """Every target that exists, without the cache suffix."""
-    return [f"{arch}-{name}" for arch in ARCHITECTURES for name in (_ON_GPU if arch.startswith("sm") else _ON_CPU)]
+    served = {arch: _ON_GPU if arch.startswith("sm") else _ON_CPU for arch in ARCHITECTURES} | {"onnx": _ON_ONNX}
+    return [f"{arch}-{name}" for arch, names in served.items() for name in names]
 
 
 def parse_target(text: str | Target) -> Target:

@@ -36,6 +36,8 @@ from qcompile.runtime.manifest import (
     require_name,
     seal,
 )
+from qcompile.runtime.onnx_files import NAMES as ONNX_NAMES
+from qcompile.runtime.onnx_files import OnnxFiles, found_onnx, put_onnx
 from qcompile.runtime.trust import trust, untrusted
 from qcompile.runtime.weights import CHUNK_BYTES, ArtifactSource, WeightsFile, chunk_hashes, write_weights
 from qcompile.version import __version__
@@ -55,6 +57,8 @@ class ArtifactContents:
         coverage: one row per linear, embedding and attention.
         constants: weights by name, read when asked for.
         path: where it was loaded from; None for one that was just compiled.
+        digest: the hash of its manifest, hence of everything in it; "" for one that was just compiled.
+        onnx: the ONNX file in it; None where there is none.
         untrusted: names of binaries that were not built on this machine and that the caller did not allow.
         torch_version: of the process that compiled it.
     """
@@ -63,7 +67,7 @@ class ArtifactContents:
         self, graph: Graph | Callable[[], Graph], plan: Plan, kernels: dict[str, Kernel], binaries: dict[str, bytes], assets: Assets,
         target: str, pipeline: str, records: Sequence[PassRecord] = (), coverage: Sequence[CoverageRow] = (), *,
         constants: Mapping[str, Constant] | None = None, path: Path | None = None, untrusted: tuple[str, ...] = (),
-        torch_version: str = torch.__version__,
+        torch_version: str = torch.__version__, digest: str = "", onnx: OnnxFiles | None = None,
     ) -> None:  # fmt: skip
         """Hold the parts; a graph given as a function is built when it is first asked for."""
         self._graph = graph
@@ -72,6 +76,7 @@ class ArtifactContents:
         self.records, self.coverage = list(records), list(coverage)
         self.constants: Mapping[str, Constant] = self.graph.constants if constants is None else constants
         self.path, self.untrusted, self.torch_version = path, untrusted, torch_version
+        self.digest, self.onnx = digest, onnx
 
     @property
     def graph(self) -> Graph:
@@ -104,8 +109,10 @@ class ArtifactContents:
         return sum(constant.nbytes for constant in self.constants.values())
 
 
-def save_artifact(path: str | os.PathLike[str], contents: ArtifactContents, *, overwrite: bool = False) -> None:
-    """Write `contents` to the directory `path`: into a temporary sibling that is renamed when it is complete.
+def save_artifact(
+    path: str | os.PathLike[str], contents: ArtifactContents, *, overwrite: bool = False, onnx_model: Path | None = None
+) -> None:
+    """Write `contents` to the directory `path`, with a copy of `onnx_model` if given: into a temporary sibling that is renamed at the end.
 
     Raises:
         ArtifactError: if `path` exists and `overwrite` is not set, or is something other than an artifact.
@@ -115,7 +122,7 @@ def save_artifact(path: str | os.PathLike[str], contents: ArtifactContents, *, o
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _temporary_sibling(target, "tmp") as directory:
-            _write(directory, contents)
+            _write(directory, contents, onnx_model)
             _put(directory, target)
     except OSError as error:
         raise ArtifactError(f"{target}: expected a path that can be written, got {error}; choose another or make room") from error
@@ -162,7 +169,7 @@ def _temporary_sibling(target: Path, purpose: str) -> Iterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _write(directory: Path, contents: ArtifactContents) -> None:
+def _write(directory: Path, contents: ArtifactContents, onnx_model: Path | None) -> None:
     """All files, the manifest last: a directory without one is no artifact."""
     files: dict[str, bytes] = {
         GRAPH: canonical(graph_to_json(contents.graph)),
@@ -172,14 +179,15 @@ def _write(directory: Path, contents: ArtifactContents) -> None:
     files |= {f"kernels/{require_name(name)}.py": kernel.source.encode() for name, kernel in contents.kernels.items() if kernel.source}
     files |= {f"kernels/{require_name(name)}": binary for name, binary in contents.binaries.items()}
     for name, content in contents.assets.files.items():
-        if require_name(name) in (MANIFEST, GRAPH, PLAN, WEIGHTS, "kernels"):
+        if require_name(name) in (MANIFEST, GRAPH, PLAN, WEIGHTS, "kernels", *ONNX_NAMES):
             raise ArtifactError(f"asset {name!r}: expected a name that the artifact does not use itself; rename it")
         files[name] = content
     write_weights(directory / WEIGHTS, contents.constants)
     (directory / "kernels").mkdir()
     for name, content in files.items():
         (directory / name).write_bytes(content)
-    (directory / MANIFEST).write_bytes(seal(_manifest(directory, contents, files)))
+    onnx = {} if onnx_model is None else {"onnx": put_onnx(onnx_model, directory)}
+    (directory / MANIFEST).write_bytes(seal(_manifest(directory, contents, files) | onnx))
 
 
 def _manifest(directory: Path, contents: ArtifactContents, files: Mapping[str, bytes]) -> dict[str, Any]:
@@ -243,6 +251,8 @@ def load_artifact(path: str | os.PathLike[str], *, allow_native: bool = False) -
         path=root,
         untrusted=() if allow_native else untrusted(binaries),
         torch_version=str(manifest.get("torch")),
+        digest=str(manifest["sha256"]),
+        onnx=found_onnx(root, manifest.get("onnx")),
     )
 
 

@@ -105,6 +105,34 @@ def read_checked(root: Path, name: str, entry: Any) -> bytes:
     Raises:
         ArtifactError: for a path outside the directory, a missing, truncated or changed file, naming it.
     """
+    path = checked_path(root, name, entry)
+    content = path.read_bytes()
+    require_digest(path, hashlib.sha256(content).hexdigest(), entry)
+    return content
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file that may be larger than memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_digest(path: Path, digest: str, entry: Any) -> None:
+    """Refuse a file whose hash is not the manifest's.
+
+    Raises:
+        ArtifactError: naming it.
+    """
+    if digest != entry.get("sha256"):
+        raise ArtifactError(f"{path}: damaged: its contents do not have the SHA-256 that the manifest gives; copy the artifact again")
+
+
+def checked_path(root: Path, name: str, entry: Any) -> Path:
+    """The path of a file of the artifact, which lies inside it and has the size that the manifest says.
+
+    Raises:
+        ArtifactError: for a path outside the directory, a missing or a truncated file, naming it.
+    """
     if not all(map(_NAME.fullmatch, name.split("/"))):
         raise ArtifactError(f"{root / MANIFEST}: expected files inside the artifact, got {name!r}; do not load this artifact")
     path = root / name
@@ -115,12 +143,9 @@ def read_checked(root: Path, name: str, entry: Any) -> bytes:
         )
     if not path.is_file():
         raise ArtifactError(f"{path}: expected a file of the artifact, got none; copy the artifact again")
-    size, digest = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+    size = entry.get("bytes") if isinstance(entry, dict) else None
     if path.stat().st_size != size:
         raise ArtifactError(
             f"{path}: expected {size} bytes, got {path.stat().st_size}: it is truncated or was changed; copy the artifact again"
         )
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != digest:
-        raise ArtifactError(f"{path}: damaged: its contents do not have the SHA-256 that the manifest gives; copy the artifact again")
-    return content
+    return path

@@ -1,4 +1,4 @@
-"""Sequences that come and go: what every engine over a `KVCache` offers, whatever it runs on."""
+"""Sequences that come and go: what every engine over a cache of rows offers, whatever it runs on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qcompile.errors import ArtifactError, CapacityError, EngineError
 from qcompile.ir.constants import Constant
-from qcompile.runtime.kv_cache import KVCache
+from qcompile.runtime.cached_rows import CachedRows
 from qcompile.runtime.prefixes import Beginning, next_parts, shared_beginnings
 from qcompile.runtime.saved_sequence import Origin, SavedSequence, fingerprint, read_sequence, write_sequence
 
@@ -43,7 +43,7 @@ class SequenceEngine:
         self._histories: dict[int, list[int] | None] = {}
 
     @property
-    def cache(self) -> KVCache:
+    def cache(self) -> CachedRows:
         """Where keys and values are; prepares the engine."""
         raise NotImplementedError
 

@@ -84,7 +84,7 @@ def split_transform(matrix: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
 
     A vector seen as V [a, b] is then transformed by `L V Rᵀ`: two small matrix products, for a processor the fastest way.
     """
-    left = torch.ones(1, 1, dtype=torch.float64) if matrix is None else matrix.double()
+    left = torch.ones(1, 1, dtype=torch.float64) if matrix is None else matrix.double().contiguous()
     order, twos = left.shape[0], size // left.shape[0]
     while order < twos:
         order, twos = 2 * order, twos // 2
@@ -101,7 +101,7 @@ def fast_hadamard(x: Tensor, matrix: Tensor | None, size: int) -> Tensor:
     """
     left, right = (factor.to(x.dtype) for factor in split_transform(matrix, size))
     grid = x.reshape(-1, left.shape[0], right.shape[0])
-    return (left @ (grid @ right)).view(x.shape)  # R is its own transpose
+    return (left @ (grid @ right)).reshape(x.shape)  # R is its own transpose
 
 
 def _exists(order: int) -> bool:

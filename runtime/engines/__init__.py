@@ -1,7 +1,9 @@
-"""What executes a plan: the reference, torch on CPUs, CUDA through libcuda."""
+"""What executes a plan: the reference, torch on CPUs, CUDA through libcuda, and onnxruntime beside it."""
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from qcompile.errors import EngineError
@@ -18,20 +20,38 @@ class _Sizes(TypedDict):
     kv_bytes: int | None
 
 
-ENGINES = ("reference", "torch_cpu", "cuda")
+ENGINES = ("reference", "torch_cpu", "cuda", "onnxruntime")
+
+
+def has_onnxruntime() -> bool:
+    """Whether onnxruntime can be imported."""
+    return importlib.util.find_spec("onnxruntime") is not None
+
+
+def require_onnxruntime() -> None:
+    """Refuse to go on without it.
+
+    Raises:
+        EngineError: with the remedy.
+    """
+    if not has_onnxruntime():
+        raise EngineError(
+            "engine onnxruntime: expected the package onnxruntime, got none installed; pip install 'qcompile[onnx]', or load with "
+            "engine='reference'"
+        )
 
 
 def make_engine(
     contents: ArtifactContents, *, name: str | None = None, device: str | None = None, max_batch: int = 1, max_context: int = 2048,
-    page_tokens: int | None = None, kv_bytes: int | None = None, share_prefixes: bool = False,
+    page_tokens: int | None = None, kv_bytes: int | None = None, share_prefixes: bool = False, onnx_model: Path | None = None,
 ) -> Engine:  # fmt: skip
     """The engine called `name`, by default the one that the contents' target asks for and that can run here.
 
     Raises:
-        EngineError: for an unknown name.
+        EngineError: for an unknown name, or `onnxruntime` without `onnx_model`, the file that was exported from the contents' graph.
         CapacityError: if the cache has no room for a page for each row.
     """
-    chosen = name or _default(contents.target, device)
+    chosen = name or default_engine(contents.target, device)
     sizes: _Sizes = {"max_batch": max_batch, "max_context": max_context, "page_tokens": page_tokens, "kv_bytes": kv_bytes}
     if chosen == "reference":
         from qcompile.runtime.engines.reference import ReferenceEngine
@@ -45,13 +65,21 @@ def make_engine(
         from qcompile.runtime.engines.cuda import CudaEngine
 
         return CudaEngine(contents, share_prefixes=share_prefixes, device=device or "cuda", **sizes)
+    if chosen == "onnxruntime":
+        from qcompile.runtime.engines.onnxruntime import OnnxRuntimeEngine
+
+        if onnx_model is None:
+            raise EngineError("engine onnxruntime: expected the ONNX file of the model, got none; use CompiledModel, which makes it")
+        return OnnxRuntimeEngine(contents, onnx_model, share_prefixes=share_prefixes, **sizes)
     raise EngineError(f"engine {chosen!r}: expected one of {', '.join(ENGINES)}")
 
 
-def _default(target: str, device: str | None) -> str:
-    """`cuda` only where there is a device: an artifact for a GPU is served by reference elsewhere."""
+def default_engine(target: str, device: str | None = None) -> str:
+    """What a target asks for: `cuda` only where there is a device, `onnxruntime` only where it is installed; else `reference`."""
     import torch
 
     if target.startswith("sm") and (device or "cuda").startswith("cuda") and torch.cuda.is_available():
         return "cuda"
+    if target.startswith("onnx"):
+        return "onnxruntime" if has_onnxruntime() else "reference"
     return "torch_cpu" if target.startswith("cpu") else "reference"

@@ -48,7 +48,7 @@ class PlanEngine(SequenceEngine):
             )
             self.max_context = self._layout.capacity
             self.chunk = self._entries["prefill"].limits["sequence"]
-        self.vocabulary = _vocabulary(self._entries["forward"])
+        self.vocabulary = vocabulary_of(self._entries["forward"])
         self._constants: dict[str, Tensor] = {}
         self._arena = torch.empty(0, dtype=torch.uint8)
         self._programs: dict[tuple[str, int, int], Program] = {}
@@ -127,7 +127,7 @@ class PlanEngine(SequenceEngine):
         given = dict(inputs)
         cache = None
         if "input_ids" in given:
-            _require_vocabulary("forward", given["input_ids"], self.vocabulary)
+            require_vocabulary("forward", given["input_ids"], self.vocabulary)
         if "page_table" in entry.inputs:
             batch, length = sizes["batch"], sizes["sequence"]
             given.setdefault("positions", torch.arange(length).repeat(batch, 1))
@@ -153,7 +153,12 @@ def _planned_for(plan: Plan, max_batch: int) -> Plan:
     return plan if enough else with_batch(plan, max_batch)
 
 
-def _require_vocabulary(name: str, ids: Tensor, vocabulary: int) -> None:
+def require_vocabulary(name: str, ids: Tensor, vocabulary: int) -> None:
+    """Refuse tokens that a model of so many does not know.
+
+    Raises:
+        EngineError: naming the first, or for no tokens at all.
+    """
     if not ids.numel():
         raise EngineError(f"{name}: input_ids: expected at least one token, got shape {list(ids.shape)}")
     least, greatest = int(ids.min()), int(ids.max())
@@ -161,7 +166,7 @@ def _require_vocabulary(name: str, ids: Tensor, vocabulary: int) -> None:
         raise EngineError(f"{name}: input_ids: expected tokens of 0 to {vocabulary - 1}, got {least if least < 0 else greatest}")
 
 
-def _vocabulary(entry: Entry) -> int:
+def vocabulary_of(entry: Entry) -> int:
     """How many tokens the model knows: the rows of the tables that `input_ids` index."""
     rows = [
         entry.buffers[step.args[table]["buffer"]].shape[0]

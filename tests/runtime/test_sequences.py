@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +18,11 @@ from qcompile.runtime.engines import make_engine
 from qcompile.runtime.engines.base import PlanEngine
 from qcompile.runtime.prefixes import Beginning, next_parts, shared_beginnings
 from tests.models import tiny
+from tests.runtime.stories import TEXT, Story, Told, assert_as_alone
 
 FORMATS = ("kv16", "kv8", "kv4-token", "kv4-kivi", "kv4-zip", "kv4-xquant")
 ENGINES = ("reference", "torch_cpu")
 CONTEXT, CHUNK = 120, 16
-TEXT = torch.randint(3, 100, (400,), generator=torch.Generator().manual_seed(7)).tolist()
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -61,79 +59,6 @@ def engine_of(compiled: CompiledModel, name: str, **options: Any) -> PlanEngine:
     assert isinstance(made, PlanEngine)
     assert made.chunk == CHUNK
     return made
-
-
-@dataclass
-class Told:
-    """A sequence, and the logits that were given out along it."""
-
-    prompt: list[int]
-    tokens: list[int] = field(default_factory=list)
-    logits: list[Tensor] = field(default_factory=list)
-
-    def copy(self) -> Told:
-        return Told(self.prompt, list(self.tokens), list(self.logits))
-
-
-def assert_as_alone(engine: PlanEngine, told: Sequence[Told], *, exact: bool) -> None:
-    """Each sequence again, by itself, in an engine without pages."""
-    for one in told:
-        expected = torch.cat([engine.prefill([one.prompt]), *(engine.decode([token]) for token in one.tokens)])
-        found = torch.stack(one.logits)
-        if exact:
-            assert torch.equal(found, expected)
-        else:
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
-            assert torch.equal(found.argmax(-1), expected.argmax(-1))
-
-
-class Story:
-    """Random actions on an engine, and what each sequence saw."""
-
-    def __init__(self, engine: PlanEngine, seed: int) -> None:
-        self.engine, self.choose = engine, random.Random(seed)
-        self.rows: dict[int, Told] = {}
-        self.aside: list[tuple[Any, Told]] = []
-        self.told: list[Told] = []
-        self.done: set[str] = set()
-
-    def act(self) -> None:
-        action = self.choose.choice(["join", "step", "step", "step", "step", "fork", "leave", "suspend", "resume"])
-        free = len(self.rows) < self.engine.max_batch
-        if action == "join" and free:
-            start, size = self.choose.randrange(300), self.choose.randint(1, 50)
-            row, logits = self.engine.join(TEXT[start : start + size])
-            self._enter(row, Told(TEXT[start : start + size], [], [logits]))
-        elif action == "step" and self.rows:
-            self.step(self.choose.sample(sorted(self.rows), self.choose.randint(1, len(self.rows))))
-        elif action == "fork" and free and self.rows:
-            source = self.choose.choice(sorted(self.rows))
-            self._enter(self.engine.fork(source), self.rows[source].copy())
-        elif action in ("leave", "suspend") and self.rows:
-            row = self.choose.choice(sorted(self.rows))
-            if action == "leave":
-                self.engine.leave(row)
-            else:
-                self.aside.append((self.engine.suspend(row), self.rows[row]))
-            del self.rows[row]
-        elif action == "resume" and free and self.aside:
-            saved, told = self.aside.pop(0)
-            self.rows[self.engine.resume(saved)] = told
-        else:
-            return
-        self.done.add(action)
-
-    def _enter(self, row: int, told: Told) -> None:
-        assert row not in self.rows
-        self.rows[row] = told
-        self.told.append(told)
-
-    def step(self, rows: Sequence[int]) -> None:
-        for _ in range(self.choose.randint(1, 8)):
-            tokens = {row: self.choose.randrange(3, 100) for row in rows}
-            for (row, token), logits in zip(tokens.items(), self.engine.step(tokens), strict=True):
-                self.rows[row].tokens.append(token)
-                self.rows[row].logits.append(logits)
 
 
 @pytest.mark.parametrize("name", ENGINES)

@@ -254,8 +254,14 @@ class Emitter:
         return self.op("Reshape", value, self.ints(sizes))
 
     def transpose(self, value: Value, order: Sequence[int]) -> Value:
-        """Axes in another order."""
-        return self.op("Transpose", value, perm=list(order))
+        """Axes in another order; what only undoes the last change is what was there before it."""
+        before = self.shared.get(("transposed", value))
+        if before is not None and [before[1][axis] for axis in order] == list(range(len(order))):
+            source: Value = before[0]
+            return source
+        made = self.op("Transpose", value, perm=list(order))
+        self.shared["transposed", made] = (value, list(order))
+        return made
 
     def slice(self, value: Value, axis: int, start: Any, end: Any = _END, step: int = 1) -> Value:
         """Part of an axis."""

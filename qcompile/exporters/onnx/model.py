@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, fx
 
 from qcompile.errors import ExportError
@@ -38,7 +39,19 @@ def make_model(graph: Graph, opset: int, profile: str, accuracy_level: int = 0) 
         inputs = e.shared["cache"].inputs
     domains = {"": opset} | ({MICROSOFT: 1} if any(node.domain == MICROSOFT for node in e.nodes) else {})
     made = ir.Graph(inputs, outputs, nodes=e.nodes, initializers=_used(e), opset_imports=domains, name="qcompile")
-    return ir.Model(made, ir_version=IR_VERSIONS[opset], producer_name="qcompile", producer_version=__version__)
+    model = ir.Model(
+        made, ir_version=IR_VERSIONS[opset], producer_name="qcompile", producer_version=__version__, metadata_props=_metadata(e)
+    )
+    RemoveUnusedNodesPass()(model)  # what undid something, and was undone
+    return model
+
+
+def _metadata(e: Emitter) -> dict[str, str]:
+    """What the engine asks for (`runtime/engines/onnxruntime.py`): onnxruntime's attention takes one memory as past and as present."""
+    if e.graph.interface.kind != "cached_lm":
+        return {}
+    makers = {value.producer() for state in e.shared["cache"].states for value in state.present}
+    return {"qcompile.shared_past": "1"} if all(node is not None and node.op_type == "GroupQueryAttention" for node in makers) else {}
 
 
 def _inputs(e: Emitter) -> list[Value]:
@@ -83,7 +96,8 @@ def _outputs(e: Emitter) -> list[Value]:
         named = [("logits", e.value(results[0])), *cache.outputs]
     else:
         named = [(name, e.value(result)) for name, result in zip(output_names(e.graph), results, strict=True)]
-    made = [_named(e, name, value) for name, value in named]
+    taken: set[Value] = set()
+    made = [_named(e, taken, name, value) for name, value in named]
     if e.graph.interface.kind != "cached_lm":
         for value, result in zip(made, results, strict=True):
             value.type, value.shape = ir.TensorType(DTYPES[e.dtype(result)]), ir.Shape(_dims(e, result.meta["val"]))
@@ -92,10 +106,11 @@ def _outputs(e: Emitter) -> list[Value]:
     return made
 
 
-def _named(e: Emitter, name: str, value: Value) -> Value:
-    """A result of its own under `name`, whatever else reads the value."""
-    made = e.op("Identity", value)
+def _named(e: Emitter, taken: set[Value], name: str, value: Value) -> Value:
+    """A result under `name`: the value itself, or a copy of an input, a constant or what is a result already."""
+    made = value if value.producer() is not None and value not in taken else e.op("Identity", value)
     made.name = name
+    taken.add(made)
     return made
 
 

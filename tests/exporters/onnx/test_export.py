@@ -136,6 +136,27 @@ def test_other_operators(tmp_path: Path) -> None:
         assert torch.allclose(torch.from_numpy(found[name]).double(), expected.double(), atol=1e-5), name
 
 
+class Rotations(nn.Module):
+    """Of runs of channels: a matrix of its own, Sylvester's in one and in two factors, and both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mixing", torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(2)))[0])
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        rotate = torch.ops.qcompile.hadamard
+        made = {"plain": rotate(x, None, 8), "long": rotate(x, None, 2048)}
+        return {**made, "own": rotate(x, self.mixing, 12), "both": rotate(x, self.mixing, 12 * 512), "runs": rotate(x, self.mixing, 24)}
+
+
+def test_rotations_are_those_of_the_graph(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 6144)
+    written = qcompile.compile(Rotations(), "cpu-fp32", example_inputs=x).export_onnx(tmp_path / "m.onnx")
+    assert written.error is not None
+    assert written.error <= 1e-5
+
+
 def test_external_data_holds_the_same_model(int4: CompiledModel, tmp_path: Path) -> None:
     one, two = int4.export_onnx(tmp_path / "one.onnx"), int4.export_onnx(tmp_path / "two", external_data=True)
     assert [file.name for file in two.files] == ["model.onnx", "model.onnx.data"]
@@ -220,3 +241,13 @@ def test_a_file_that_computes_something_else_is_not_left_behind(
     ):
         int4.export_onnx(tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("added", ["insert-low-rank-branch{rank=4}", "split-outliers", "reorder-channels,rotate-hadamard{online=keys}"])
+def test_what_passes_make_of_a_graph_is_exported(added: str, tmp_path: Path) -> None:
+    """Low-rank branches, weights in two parts, reordered channels and rotated keys of a packed cache."""
+    pipeline = qcompile.compile(tiny("llama"), "cpu-int4-kv8", recipe="nearest", max_context=32).contents.pipeline
+    passes = pipeline.replace("rewrite-kv-cache", f"{added},rewrite-kv-cache", 1)
+    written = compiled("cpu-int4-kv8", passes=passes).export_onnx(tmp_path / "m.onnx")
+    assert written.error is not None
+    assert written.error <= CLOSE

@@ -193,10 +193,13 @@ def _grouped_query(
     )  # fmt: skip
     for item, value in zip((keys, values), present, strict=True):
         item.state.present = [value]
-    size = int(values.new.shape[-1])
-    return e.transpose(e.reshape(made, [0, 0, heads[0], size]), [0, 2, 1, 3])
+    split = e.reshape(made, [0, 0, heads[0], int(values.new.shape[-1])])
+    e.shared["split", split] = made
+    return e.transpose(split, [0, 2, 1, 3])
 
 
 def _flat(e: Emitter, value: Value) -> Value:
     """[B, H, S, D] as [B, S, H·D]."""
-    return e.reshape(e.transpose(value, [0, 2, 1, 3]), [0, 0, -1])
+    heads = e.transpose(value, [0, 2, 1, 3])
+    joined: Value | None = e.shared.get(("split", heads))
+    return e.reshape(heads, [0, 0, -1]) if joined is None else joined

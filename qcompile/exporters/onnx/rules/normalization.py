@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile.exporters.onnx.emitter import Call, Emitter, Value, argument
+from qcompile.exporters.onnx.emitter import MICROSOFT, Call, Emitter, Value, argument
 from qcompile.exporters.onnx.rules.table import rule
 
 _RMS_OPSET = 23
@@ -52,8 +52,16 @@ def _gain(e: Emitter, weight: Any, offset: float, size: int, dtype: torch.dtype)
 def add_rms_norm(e: Emitter, node: Call) -> tuple[Value, Value]:
     """The sum, and that normalized."""
     x, residual, weight, eps = node.args[:4]
+    offset = float(argument(node, 4, "offset", 0.0))
+    if e.is_ort and e.dtype(x) == torch.float32:
+        gain = _gain(e, weight, offset, int(e.shape(x)[-1]), torch.float32)
+        parts = e.ops(
+            "SkipSimplifiedLayerNormalization", e.value(x), e.value(residual), gain, domain=MICROSOFT, count=4, epsilon=float(eps)
+        )
+        parts[1].name = parts[2].name = ""  # statistics, for training
+        return parts[3], parts[0]
     total = e.op("Add", e.value(x), e.value(residual))
-    return total, normalized(e, total, weight, float(eps), float(argument(node, 4, "offset", 0.0)), x)
+    return total, normalized(e, total, weight, float(eps), offset, x)
 
 
 @rule("aten.rms_norm.default")

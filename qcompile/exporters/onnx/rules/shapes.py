@@ -49,7 +49,15 @@ def getitem(e: Emitter, node: Call) -> Any:
 def reshape(e: Emitter, node: Call) -> Value:
     """To other sizes; those that stand at the same axis before and after are copied, and one other is what is left."""
     x: Any = node.args[0]
-    return e.op("Reshape", e.value(x), _reshaped(e, e.shape(x), list(node.args[1])))
+    value, before, after = e.value(x), e.shape(x), e.shape(node)
+    alike = [str(size) for size in after[:2]] == [str(size) for size in before[:2]]
+    if alike and (len(before), len(after)) == (4, 3) and ("split", value) in e.shared:
+        joined: Value = e.shared["split", value]
+        return joined
+    made = e.op("Reshape", value, _reshaped(e, before, list(node.args[1])))
+    if alike and (len(before), len(after)) == (3, 4):
+        e.shared["split", made] = value
+    return made
 
 
 def _reshaped(e: Emitter, before: list[Any], asked: list[Any]) -> Value:
