@@ -82,11 +82,15 @@ def visibility(graph: Graph, node: fx.Node, mask: fx.Node) -> Visibility | None:
 def _lengths(node: fx.Node) -> list[int] | None:
     """Lengths to try: longer than every number in the mask's arithmetic, which might be a window; None if that is too long."""
     numbers = {abs(item) for mask in node.args[3:5] if isinstance(mask, fx.Node) for used in behind(mask) for item in _integers(used)}
-    window = node.args[7] if len(node.args) > 7 else 0
-    longest = max([number for number in (*numbers, window) if number < _NO_SIZE], default=0)
+    longest = max([number for number in (*numbers, _window(node)) if number < _NO_SIZE], default=0)
     if longest + 3 > _LONGEST:
         return None
     return sorted({*_LENGTHS, longest + 3})
+
+
+def _window(node: fx.Node) -> int:
+    found: Any = node.args[7] if len(node.args) > 7 else 0
+    return int(found)
 
 
 def _integers(node: fx.Node) -> Iterator[int]:
@@ -105,7 +109,7 @@ def _seen(graph: Graph, node: fx.Node, mask: fx.Node, padding: Tensor) -> Tensor
     sizes = dict(zip((str(size) for size in mask.meta["val"].shape), (batch, length), strict=True))
     probe = Probe(graph, sizes, {mask: padding})
     padded, bias, causal = node.args[3], node.args[4], bool(node.args[6])
-    seen = Visibility(causal, int(node.args[7]) if len(node.args) > 7 else 0).keep(padding)  # type: ignore[call-overload]
+    seen = Visibility(causal, _window(node)).keep(padding)
     if isinstance(padded, fx.Node):
         seen = seen & (probe.value(padded) != 0).view(batch, 1, 1, length)
     if isinstance(bias, fx.Node):

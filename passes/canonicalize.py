@@ -143,8 +143,8 @@ def drop_nothing(graph: Graph, node: fx.Node) -> bool:
     """Parts without elements are left out of a concatenation; one part alone is the result."""
     if node.target is not aten.cat.default:
         return False
-    parts: Any = node.args[0]
-    axis = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[call-overload]
+    options: tuple[Any, ...] = (*node.args, 0)
+    parts, axis = options[:2]
     kept = [part for part in parts if not _is_zero(part.meta["val"].shape[axis])]
     if len(kept) == len(parts) or not kept:
         return False

@@ -48,7 +48,7 @@ def _grouped(node: Node, heads: int, count: int) -> list[Tensor]:
         flat = [node.tensor(index) for index in range(3)]
     else:
         size = node.tensor(0).shape[-1] // (heads + 2 * count)
-        flat = list(node.tensor(0).split([heads * size, count * size, count * size], -1))
+        flat = list(torch.split_with_sizes(node.tensor(0), [heads * size, count * size, count * size], -1))
     return [_split(x, number) for x, number in zip(flat, (heads, count, count), strict=True)]
 
 
@@ -92,6 +92,6 @@ def _many(node: Node, heads: int) -> list[Tensor]:
     flat = [node.tensor(index) for index in range(3)]
     if node.has(3):
         sizes = [x.shape[-1] if x.dim() == 3 else heads * x.shape[-1] for x in flat]
-        parts = node.tensor(3).split(sizes)
+        parts = torch.split_with_sizes(node.tensor(3), sizes)
         flat = [x + part if x.dim() == 3 else x for x, part in zip(flat, parts, strict=True)]
     return [_split(x, heads) if x.dim() == 3 else x for x in flat]
