@@ -139,6 +139,26 @@ def drop_neutral(graph: Graph, node: fx.Node) -> bool:
     return True
 
 
+def drop_nothing(graph: Graph, node: fx.Node) -> bool:
+    """Parts without elements are left out of a concatenation; one part alone is the result."""
+    if node.target is not aten.cat.default:
+        return False
+    options: tuple[Any, ...] = (*node.args, 0)
+    parts, axis = options[:2]
+    kept = [part for part in parts if not _is_zero(part.meta["val"].shape[axis])]
+    if len(kept) == len(parts) or not kept:
+        return False
+    if len(kept) == 1 and kept[0].meta["val"].dtype == node.meta["val"].dtype:
+        graph.replace(node, kept[0])
+    else:
+        node.args = (kept, axis)
+    return True
+
+
+def _is_zero(size: int | torch.SymInt) -> bool:
+    return isinstance(size, int) and size == 0
+
+
 def transposed_constant(graph: Graph, node: fx.Node) -> bool:
     """A transposed or permuted constant is a constant with one more entry in its log."""
     argument = node.args[0] if node.args else None
@@ -206,5 +226,6 @@ def _as_linear(graph: Graph, node: fx.Node) -> tuple[Any, fx.Node, Any] | None:
 
 
 RULES: tuple[Callable[[Graph, fx.Node], bool], ...] = (
-    drop_check, drop_copy, plain_cast, drop_placement, drop_full_slice, drop_same_shape, drop_neutral, transposed_constant, one_linear,
+    drop_check, drop_copy, plain_cast, drop_placement, drop_full_slice, drop_same_shape, drop_neutral, drop_nothing,
+    transposed_constant, one_linear,
 )  # fmt: skip

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from qcompile.ir.graph import Graph
 from qcompile.ir.matcher import Bindings, Either, Pattern, Var, call, first_match
 from qcompile.passes.base import Pass, PassContext
+from qcompile.passes.raise_attention import SOFTMAX, raise_attention
 
 aten = torch.ops.aten
 qcompile = torch.ops.qcompile
@@ -37,6 +38,8 @@ class RaisePatterns(Pass):
                 if raised is not None:
                     graph.replace(node, raised)
                     changed = True
+        for node in graph.calls(*SOFTMAX):
+            changed |= ctx.spend() and raise_attention(graph, node) is not None
         if changed:
             graph.remove_dead()
         return changed
@@ -93,17 +96,23 @@ _HALF_TURN = call(
     ],
     -1,
 )
+_PARTS = call(aten.split_with_sizes.default, _node("x"), Var("sizes"), Var("dim"))
+_PARTS_TURN = call(
+    aten.cat.default, [call(aten.neg.default, call(operator.getitem, _PARTS, 1)), call(operator.getitem, _PARTS, 0)], -1
+)  # fmt: skip
 _ROPE = call(
     _ADD,
     call(_MUL, _node("x"), call(aten.unsqueeze.default, _node("cos"), 1), commutes=True),
-    call(_MUL, _HALF_TURN, call(aten.unsqueeze.default, _node("sin"), 1), commutes=True),
+    call(_MUL, Either((_HALF_TURN, _PARTS_TURN)), call(aten.unsqueeze.default, _node("sin"), 1), commutes=True),
     commutes=True,
 )
 
 
 def _rope(graph: Graph, node: fx.Node, bound: Bindings) -> fx.Node | None:
     size = bound["x"].meta["val"].shape[-1]
-    whole = bound["dim"] in (-1, bound["x"].meta["val"].dim() - 1) and bound["middle"] * 2 == size and bound["end"] >= size
+    split = "sizes" in bound
+    halves = list(bound["sizes"]) == [size // 2] * 2 if split else bound["middle"] * 2 == size and bound["end"] >= size
+    whole = bound["dim"] in (-1, bound["x"].meta["val"].dim() - 1) and halves
     three = bound["cos"].meta["val"].dim() == 3 and bound["sin"].meta["val"].dim() == 3 and bound["cos"].meta["val"].shape[-1] == size
     if not whole or not three or bound["x"].meta["val"].dim() != 4:
         return None
@@ -115,6 +124,7 @@ _ANGLE = Either((
     call(aten.transpose.int, call((aten.matmul.default, aten.bmm.default), _node("frequency"), _node("position")), 1, 2),
     call(_MUL, _node("position"), _node("frequency"), commutes=True),
 ))  # fmt: skip
+_FIRST_HALF = call(aten.slice.Tensor, _node("table"), Var("dim"), 0, Var("middle"))
 _TWICE = call(aten.cat.default, [Var("angle", _is_node), Var("angle", _is_node)], -1)
 
 
@@ -134,6 +144,24 @@ def _rotary_table(index: int) -> Build:
         return graph.insert(node, operator.getitem, (table, index), source=node)
 
     return build
+
+
+def _half_table(graph: Graph, node: fx.Node, bound: Bindings) -> fx.Node | None:
+    """The same number twice of one cosine or sine per frequency."""
+    for index, function in enumerate((aten.cos.default, aten.sin.default)):
+        wave = call(function, _node("angle"))
+        found = first_match(Either((call(_MUL, wave, Var("scaling", _is_number)), wave)), bound["half"])
+        if found is not None:
+            return _rotary_table(index)(graph, node, found)
+    return None
+
+
+def _whole_table(graph: Graph, node: fx.Node, bound: Bindings) -> fx.Node | None:
+    """A table whose first half is there twice is the table: its halves are the same."""
+    del graph
+    table = bound["table"]
+    is_table = table.target is operator.getitem and table.args[0].target is qcompile.rotary_table.default
+    return table if is_table and bound["middle"] * 2 == table.meta["val"].shape[-1] and bound["dim"] in (-1, 2) else None
 
 
 def _angle_parts(graph: Graph, inner: Bindings) -> tuple[fx.Node, fx.Node] | None:
@@ -235,6 +263,8 @@ RULES: tuple[Rule, ...] = (
     Rule((_MUL,), _table_pattern(aten.sin.default), _rotary_table(1)),
     Rule((aten.cos.default,), call(aten.cos.default, _TWICE), _rotary_table(0)),
     Rule((aten.sin.default,), call(aten.sin.default, _TWICE), _rotary_table(1)),
+    Rule((aten.cat.default,), call(aten.cat.default, [Var("half", _is_node), Var("half", _is_node)], -1), _half_table),
+    Rule((aten.cat.default,), call(aten.cat.default, [_FIRST_HALF, _FIRST_HALF], -1), _whole_table),
     Rule((_MUL,), _GELU, _tanh_gelu),
     Rule((_MUL,), _GATE, _gated),
     Rule((aten.scaled_dot_product_attention.default,), Var("node"), _attention),

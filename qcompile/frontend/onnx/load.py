@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from torch.fx import traceback
 
-from qcompile.errors import TraceError
+from qcompile.errors import TraceError, UnsupportedModelError
 from qcompile.frontend.capture import capture_module
 from qcompile.frontend.loaded import Loaded
+from qcompile.frontend.onnx.assets import beside
+from qcompile.frontend.onnx.causal import finish
 from qcompile.frontend.onnx.fusions import fuse
 from qcompile.frontend.onnx.inputs import bounded_shapes, free_shapes, given_inputs, made_inputs, name_symbols
 from qcompile.frontend.onnx.inputs import dynamic_shapes as named_shapes
 from qcompile.frontend.onnx.interpreter import OnnxModule
+from qcompile.frontend.onnx.language import language_model, layers
 from qcompile.frontend.onnx.program import Program, read_program
 from qcompile.frontend.onnx.read_back import read_back
 from qcompile.ir.constants import Constant, tensor_constant
@@ -27,7 +31,8 @@ from qcompile.ir.records import Assets
 def load_onnx(path: Path, example_inputs: Any = None, dynamic_shapes: Any = None) -> Loaded:
     """An ONNX model of opset 7 to 28: inputs by name, one result as a tensor, several by name.
 
-    Weights stay where they are until they are needed. Half precision is traced as float32.
+    Weights stay where they are until they are needed. Half precision is traced as float32. A causal language model (`input_ids` and
+    perhaps a past go in, `logits` come out) is read without its past and present, because the compiler brings its own cache.
 
     Args:
         path: the `.onnx` file; external data lies beside it.
@@ -41,8 +46,28 @@ def load_onnx(path: Path, example_inputs: Any = None, dynamic_shapes: Any = None
     """
     program = read_program(path)
     read_back(program)
+    if example_inputs is None and dynamic_shapes is None:
+        graph = _language_model(program)
+        if graph is not None:
+            return Loaded(graph, beside(path, int(graph.output.args[0][0].meta["val"].shape[-1])))  # type: ignore[index, union-attr]
     fuse(program.body)
     return Loaded(capture_program(program, example_inputs, dynamic_shapes), Assets(model_type="onnx", name=path.name))
+
+
+def _language_model(program: Program) -> Graph | None:
+    """The graph of a causal language model without its cache; None for any other, with a warning where the names promised one."""
+    found = language_model(program)
+    if found is None:
+        return None
+    fuse(found.body)
+    try:
+        graph = capture_program(found)
+        reason = finish(graph, layers(program))
+    except (TraceError, UnsupportedModelError) as error:
+        reason = str(error)
+    if reason:
+        warnings.warn(f"{program.path}: compiled as a plain module, not as a language model: {reason}", stacklevel=3)
+    return None if reason else graph
 
 
 def capture_program(program: Program, example_inputs: Any = None, dynamic_shapes: Any = None) -> Graph:

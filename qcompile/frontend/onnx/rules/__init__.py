@@ -2,9 +2,11 @@
 
 from qcompile.frontend.onnx.rules import (
     attention,
+    cache,
     control,
     convolution,
     elementwise,
+    fused_attention,
     indexing,
     linear,
     microsoft,
@@ -23,6 +25,6 @@ from qcompile.frontend.onnx.rules import (
 )
 
 __all__ = [
-    "attention", "control", "convolution", "elementwise", "indexing", "linear", "microsoft", "normalization", "number_shapes", "numbers",
-    "packed", "pooling", "quantization", "recurrent", "reduction", "resize", "scatter", "sequences", "shaping",
+    "attention", "cache", "control", "convolution", "elementwise", "fused_attention", "indexing", "linear", "microsoft", "normalization",
+    "number_shapes", "numbers", "packed", "pooling", "quantization", "recurrent", "reduction", "resize", "scatter", "sequences", "shaping",
 ]  # fmt: skip
