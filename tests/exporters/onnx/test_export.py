@@ -251,3 +251,18 @@ def test_what_passes_make_of_a_graph_is_exported(added: str, tmp_path: Path) -> 
     written = compiled("cpu-int4-kv8", passes=passes).export_onnx(tmp_path / "m.onnx")
     assert written.error is not None
     assert written.error <= CLOSE
+
+
+def test_genai_decodes_as_we_do(int4: CompiledModel, tmp_path: Path) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    assets = Assets(files={"tokenizer.json": b"{}"}, eos_token_ids=(2,), vocab_size=100, model_type="llama")
+    export(int4.graph, tmp_path / "m", assets, genai=True, profile="ort")
+    model = genai.Model(str(tmp_path / "m"))
+    options = genai.GeneratorParams(model)
+    options.set_search_options(max_length=12, min_length=12, do_sample=False)
+    generator = genai.Generator(model, options)
+    generator.append_tokens([5, 6, 7])
+    for _ in range(9):
+        generator.generate_next_token()
+    expected = int4.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=9, ignore_eos=True)[0]
+    assert [int(token) for token in generator.get_sequence(0)][3:] == expected
