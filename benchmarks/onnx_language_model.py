@@ -61,9 +61,7 @@ def go_out(options: argparse.Namespace) -> None:
                 same += int((found[:-1].argmax(-1) == torch.tensor(ours)).sum())
                 worst = max(worst, float((found - expected[len(ids) - 1 :]).abs().max()))
             share = written.bytes / model.weight_bytes
-            print(
-                f"{profile}: {same} of {TOKENS * len(PROMPTS)} tokens, logits within {worst:.2g}, bytes {share:.4f} of the weights', error {written.error}"
-            )
+            print(f"{profile}: {same} of {TOKENS * len(PROMPTS)} tokens, logits within {worst:.2g}, {share:.4f} of the weights' bytes")
 
 
 def forced(run: Any, ids: list[int], tokens: list[int]) -> Tensor:
