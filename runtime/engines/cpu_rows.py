@@ -27,11 +27,16 @@ class Run:
     first: int
 
 
+LEAST_ROWS = 4
+"""Rows of a product of which each is summed the same way however many there are: fewer go other ways in the libraries behind torch."""
+
+
 class Runs:
     """The real tokens of the step that is running, read once for all layers."""
 
-    def __init__(self) -> None:
-        """Nothing is read yet."""
+    def __init__(self, *, shared: bool = False) -> None:
+        """Nothing is read yet; `shared` says that several sequences may run together, and none may notice."""
+        self.shared = shared
         self.found: list[Run] = []
         self.pages: list[list[int]] = []
         self.regular = True
@@ -56,37 +61,33 @@ class Runs:
 
 def linear(operands: Operands, runs: Runs) -> Call:
     """`x Wᵀ + b` through one matmul over all rows."""
-    del runs
-    return _matmul(operands.args[0], operands.args[1], operands.args[2] if len(operands.args) > 2 else None, operands.out)
+    return _matmul(operands.args[0], operands.args[1], operands.args[2] if len(operands.args) > 2 else None, operands.out, runs)
 
 
 def quantized_linear(operands: Operands, runs: Runs) -> Call | None:
     """The same: the codes' buffer holds the float weights they stand for."""
-    del runs
     if operands.args[1].dtype == torch.uint8:
         return None
-    return _matmul(operands.args[0], operands.args[1], operands.args[4], operands.out)
+    return _matmul(operands.args[0], operands.args[1], operands.args[4], operands.out, runs)
 
 
 def integer_linear(operands: Operands, runs: Runs) -> Call | None:
     """One int8 matmul where scales are per row; in groups a float matmul over what the codes stand for."""
-    del runs
     exact = integer_matmul(operands)
     weight, bias = operands.args[3], operands.args[6]
-    return exact if exact is not None else _rows_matmul(operands, weight, bias)
+    return exact if exact is not None else _rows_matmul(operands, weight, bias, runs)
 
 
 def float8_linear(operands: Operands, runs: Runs) -> Call | None:
     """A float matmul over what the codes stand for."""
-    del runs
-    return _rows_matmul(operands, operands.args[2], operands.args[4])
+    return _rows_matmul(operands, operands.args[2], operands.args[4], runs)
 
 
-def _rows_matmul(operands: Operands, weight: Tensor, bias: Tensor | None) -> Call | None:
+def _rows_matmul(operands: Operands, weight: Tensor, bias: Tensor | None, runs: Runs) -> Call | None:
     if weight.dtype in (torch.uint8, torch.int8):
         return None
     x = torch.empty(operands.args[0].shape, dtype=weight.dtype)
-    multiply = _matmul(x, weight, bias, operands.out)
+    multiply = _matmul(x, weight, bias, operands.out, runs)
 
     def run() -> None:
         x.copy_(dequantized_rows(operands))
@@ -95,7 +96,27 @@ def _rows_matmul(operands: Operands, weight: Tensor, bias: Tensor | None) -> Cal
     return run
 
 
-def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Call:
+def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, runs: Runs) -> Call:
+    rows = x.numel() // x.shape[-1]
+    if runs.shared and rows < LEAST_ROWS:
+        return _filled_up(x, weight, bias, out, rows)
+    return _multiply(x, weight, bias, out)
+
+
+def _filled_up(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, rows: int) -> Call:
+    """With rows of zeros behind the real ones."""
+    given, made = x.new_zeros(LEAST_ROWS, x.shape[-1]), out.new_empty(LEAST_ROWS, out.shape[-1])
+    multiply, result = _multiply(given, weight, bias, made), out.view(-1, out.shape[-1])
+
+    def run() -> None:
+        given[:rows].copy_(x.reshape(rows, -1))
+        multiply()
+        result.copy_(made[:rows])
+
+    return run
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Call:
     if weight.is_mkldnn:
         return lambda: out.copy_(torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
     if not x.is_contiguous():

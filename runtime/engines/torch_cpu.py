@@ -42,7 +42,7 @@ class TorchCpuEngine(PlanEngine):
     def kernels(self, cache: KVCache | None) -> Kernels:
         """A function of `KERNELS` where there is one, else the operator's reference."""
         del cache
-        runs = Runs()
+        runs = Runs(shared=self.max_batch > 1)
 
         def choose(step: Step, operands: Operands) -> Call | None:
             make = KERNELS.get(step.operator)

@@ -28,7 +28,10 @@ class Told:
 
 
 def assert_as_alone(engine: SequenceEngine, told: Sequence[Told], *, exact: bool, within: float = 1e-5, same_tokens: bool = True) -> None:
-    """Each sequence again, by itself, in an engine without pages: bit for bit, or within a share of the largest and the same tokens."""
+    """Each sequence again, by itself, in an engine without pages: bit for bit, or within a share of the largest and the same tokens.
+
+    An engine on CPUs that is made for one sequence alone may sum in another order than one that several share.
+    """
     for one in told:
         expected = torch.cat([engine.prefill([one.prompt]), *(engine.decode([token]) for token in one.tokens)])
         found = torch.stack(one.logits)
