@@ -22,6 +22,7 @@ from qcompile.quant.vector_format import VectorForm, VectorFormat, vector_format
 from qcompile.quant.vectors.static import StaticFormat
 
 _ATTENTION_OPSET = 23
+"""Since which Attention is a standard operator."""
 _STATE = re.compile(r"(keys|values)_(\d+)")
 _KINDS = {"keys": "key", "values": "value"}
 _STORED = (4, 8)
@@ -146,17 +147,18 @@ class CacheInputs:
         A query of padding sees itself, so that its numbers stay finite; nobody reads them.
         """
         if window not in self._masks:
-            with_none = e.current
-            e.current = None
-            column = e.op("Unsqueeze", self.columns, e.ints([1, 2]))
-            row = e.op("Slice", self.columns, e.op("Sub", self.total, self.new), self.total, e.ints([1]))
-            row = e.op("Unsqueeze", row, e.ints([1, 3]))
-            seen = e.op("And", e.op("LessOrEqual", column, row), e.op("Unsqueeze", e.cast(self.mask, torch.bool), e.ints([1, 2])))
-            if window:
-                seen = e.op("And", seen, e.op("Greater", column, e.op("Sub", row, e.ints([window]))))
-            self._masks[window] = e.op("Or", seen, self._itself(e))
-            e.current = with_none
+            with e.on_behalf_of_all():
+                self._masks[window] = self._seen(e, window)
         return self._masks[window]
+
+    def _seen(self, e: Emitter, window: int) -> Value:
+        column = e.op("Unsqueeze", self.columns, e.ints([1, 2]))
+        row = e.op("Slice", self.columns, e.op("Sub", self.total, self.new), self.total, e.ints([1]))
+        row = e.op("Unsqueeze", row, e.ints([1, 3]))
+        seen = e.op("And", e.op("LessOrEqual", column, row), e.op("Unsqueeze", e.cast(self.mask, torch.bool), e.ints([1, 2])))
+        if window:
+            seen = e.op("And", seen, e.op("Greater", column, e.op("Sub", row, e.ints([window]))))
+        return e.op("Or", seen, self._itself(e))
 
     def _itself(self, e: Emitter) -> Value:
         """Bool [S, P + S]: the query's own column."""
@@ -172,19 +174,18 @@ class CacheInputs:
         """The same as numbers to add to scores."""
         key = ("additive", window)
         if key not in self._masks:
-            keep, e.current, node = self.keep(e, window), None, e.current
-            self._masks[key] = e.op("Where", keep, e.constant(0.0, torch.float32), e.constant(-1e30, torch.float32))
-            e.current = node
+            with e.on_behalf_of_all():
+                none, least = e.constant(0.0, torch.float32), e.constant(-1e30, torch.float32)
+                self._masks[key] = e.op("Where", self.keep(e, window), none, least)
         return self._masks[key]
 
     def lengths(self, e: Emitter) -> tuple[Value, Value]:
         """Tokens of each row less one, int32 [B], and columns in all, int32 []."""
         if "lengths" not in self._masks:
-            node, e.current = e.current, None
-            tokens = e.op("Sub", e.op("ReduceSum", self.mask, e.ints([1]), keepdims=0), e.ints([1]))
-            self._masks["lengths"] = e.cast(tokens, torch.int32)
-            self._masks["columns"] = e.cast(e.op("Squeeze", self.total, e.ints([0])), torch.int32)
-            e.current = node
+            with e.on_behalf_of_all():
+                tokens = e.op("Sub", e.op("ReduceSum", self.mask, e.ints([1]), keepdims=0), e.ints([1]))
+                self._masks["lengths"] = e.cast(tokens, torch.int32)
+                self._masks["columns"] = e.cast(e.op("Squeeze", self.total, e.ints([0])), torch.int32)
         return self._masks["lengths"], self._masks["columns"]
 
     # What is stored

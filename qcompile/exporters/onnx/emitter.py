@@ -6,12 +6,11 @@ results, or what a rule leaves for the rules that read it.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor
@@ -91,6 +90,15 @@ class Emitter:
             node.doc_string = str(self.current.meta["source"])
         self.nodes.append(node)
         return tuple(outputs)
+
+    @contextlib.contextmanager
+    def on_behalf_of_all(self) -> Iterator[None]:
+        """Nodes that many others read belong to none of them."""
+        node, self.current = self.current, None
+        try:
+            yield
+        finally:
+            self.current = node
 
     # Constants
 
@@ -290,18 +298,7 @@ def axis_of(axis: int, rank: int) -> int:
     return axis + rank if axis < 0 else axis
 
 
-def elements(shape: Sequence[int]) -> int:
-    """How many numbers a tensor of known sizes has."""
-    return math.prod(shape)
-
-
 def argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
     """An argument of a call by place or by name."""
     found: Mapping[str, Any] = node.kwargs
     return node.args[place] if len(node.args) > place else found.get(name, default)
-
-
-def as_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """A tensor's numbers."""
-    found: np.ndarray[Any, Any] = tensor.detach().cpu().numpy()
-    return found

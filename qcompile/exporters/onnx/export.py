@@ -79,6 +79,7 @@ def export(
     model = make_model(graph, number, profile, accuracy_level)
     extra = genai_files(graph, assets, name, max_context) if genai else {}
     _require_free(directory, [name, f"{name}.data", *extra], overwrite)
+    existed = directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=directory))
     try:
@@ -87,6 +88,10 @@ def export(
         error, reason = check.compare(written[0], graph)
         _require_close(error, graph, accuracy_level, target)
         moved = _moved([*written, *_written(extra, scratch)], directory)
+    except BaseException:
+        if not existed:
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return OnnxFile(directory / name, moved, sum(file.stat().st_size for file in moved), number, profile, error, reason)

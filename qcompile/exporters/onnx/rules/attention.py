@@ -11,8 +11,6 @@ from qcompile.exporters.onnx.cache import Cached, CacheInputs, New, PastState
 from qcompile.exporters.onnx.emitter import MICROSOFT, Call, Emitter, Value, argument
 from qcompile.exporters.onnx.rules.table import rule
 
-_ATTENTION_OPSET = 23
-"""Since which Attention is a standard operator."""
 _LEAST = -1e30
 """What is added to the score of a key that a query may not see: a weight of 0, and no NaN where it may see none."""
 

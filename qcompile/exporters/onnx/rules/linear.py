@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from qcompile.exporters.onnx.emitter import Call, Emitter, Value, argument
 from qcompile.exporters.onnx.rules.table import rule
+
+_LINEAR = torch.ops.aten.linear.default
 
 
 @rule("aten.linear.default")
@@ -17,17 +21,10 @@ def linear(e: Emitter, node: Call) -> Value:
 
 def transposed(e: Emitter, weight: Any) -> Value:
     """A matrix [N, K] as [K, N]: stored so where it is a constant that nothing reads as it is."""
-    if weight.op != "get_attr" or len(weight.users) > len([user for user in weight.users if user.target is fx_linear()]):
+    if weight.op != "get_attr" or any(user.target is not _LINEAR for user in weight.users):
         return e.swap_last(e.value(weight), len(e.shape(weight)))
     rows, columns = e.shape(weight)
     return e.from_constant(weight, "transposed", e.dtype(weight), (columns, rows), lambda tensor: tensor.t())
-
-
-def fx_linear() -> Any:
-    """The operator."""
-    import torch
-
-    return torch.ops.aten.linear.default
 
 
 def biased(e: Emitter, made: Value, bias: Any) -> Value:
