@@ -38,8 +38,7 @@ def float_model(directory: Path, path: Path) -> Path:
     layers, heads = config.num_hidden_layers, config.num_key_value_heads
     past = [torch.zeros(2, heads, 3, config.head_dim) for _ in range(2 * layers)]
     kinds = [f"{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
-    batch, sequence, before, total = (torch.export.Dim(name, min=1, max=4096) for name in ("batch", "sequence", "past_sequence", "total"))
-    del total
+    batch, sequence, before = (torch.export.Dim(name, min=1, max=4096) for name in ("batch", "sequence", "past_sequence"))
     shapes = {
         "input_ids": {0: batch, 1: sequence}, "attention_mask": {0: batch, 1: torch.export.Dim.DYNAMIC},
         "past": [{0: batch, 2: before} for _ in past],

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,18 @@ from qcompile.runtime.saved_sequence import Origin, SavedSequence, fingerprint, 
 
 PADDING = -1
 """The position of a token that is not there: it is not stored and attends to nothing."""
+Cache = TypeVar("Cache", bound=CachedRows)
+
+
+def require_cache(cache: Cache | None) -> Cache:
+    """The cache of an engine that has one.
+
+    Raises:
+        EngineError: for a model that is no language model.
+    """
+    if cache is None:
+        raise EngineError("this model has no cache: expected a causal language model for prefill and decode; call forward")
+    return cache
 
 
 class SequenceEngine:

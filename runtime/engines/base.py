@@ -17,7 +17,7 @@ from qcompile.runtime.artifact import ArtifactContents
 from qcompile.runtime.cache_layout import CacheLayout, describe, layout_of
 from qcompile.runtime.engines.program import Kernels, Program
 from qcompile.runtime.kv_cache import KVCache
-from qcompile.runtime.sequences import SequenceEngine
+from qcompile.runtime.sequences import SequenceEngine, require_cache
 
 _KEPT = {"prefill": 7, "decode": 8}
 """Entry -> how many programs of it are kept, the last ones used: one for each number of rows and tokens."""
@@ -76,9 +76,7 @@ class PlanEngine(SequenceEngine):
     def cache(self) -> KVCache:
         """The cache of all rows."""
         self.prepare()
-        if self._cache is None:
-            raise EngineError("this model has no cache: expected a causal language model for prefill and decode; call forward")
-        return self._cache
+        return require_cache(self._cache)
 
     @property
     def model_constants(self) -> Mapping[str, Constant]:

@@ -24,7 +24,7 @@ from qcompile.runtime.cache_layout import describe, layout_of, state_buffers
 from qcompile.runtime.dense_cache import DenseCache, Part
 from qcompile.runtime.engines import require_onnxruntime
 from qcompile.runtime.engines.base import require_vocabulary, sizes_of, vocabulary_of
-from qcompile.runtime.sequences import SequenceEngine
+from qcompile.runtime.sequences import SequenceEngine, require_cache
 
 SHARED_PAST = "qcompile.shared_past"
 """What the file says in its metadata where the present may be written over the past."""
@@ -129,9 +129,7 @@ class OnnxRuntimeEngine(SequenceEngine):
     def cache(self) -> DenseCache:
         """The past of all rows."""
         self.prepare()
-        if self._cache is None:
-            raise EngineError("this model has no cache: expected a causal language model for prefill and decode; call forward")
-        return self._cache
+        return require_cache(self._cache)
 
     @property
     def model_constants(self) -> Mapping[str, Constant]:

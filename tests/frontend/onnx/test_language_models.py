@@ -17,6 +17,7 @@ from torch import Tensor, nn
 pytest.importorskip("onnx")
 
 import qcompile
+from benchmarks.onnx_peers import WithCache
 from qcompile.errors import SourceError, UnsupportedModelError
 from qcompile.frontend import capture_module, load
 from qcompile.frontend.onnx.causal import finish
@@ -30,24 +31,6 @@ TEXT = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_s
 
 
 # As torch.onnx writes them
-
-
-class WithPast(nn.Module):
-    """Past and present as plain tensors; positions count the ones of the mask."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
-        from transformers import DynamicCache
-
-        cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
-        positions = (attention_mask.cumsum(-1) - 1)[:, -input_ids.shape[1] :]
-        given = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, past_key_values=cache, use_cache=True
-        )
-        return (given.logits, *(part for layer in given.past_key_values.layers for part in (layer.keys, layer.values)))
 
 
 def written(path: Path, attention: str, opset: int) -> Path:
@@ -66,7 +49,7 @@ def written(path: Path, attention: str, opset: int) -> Path:
         "past": [torch.zeros(2, 2, 3, 8) for _ in kinds],
     }  # fmt: skip
     torch.onnx.export(
-        WithPast(model), (), str(path), dynamo=True, external_data=False, opset_version=opset, verbose=False, kwargs=inputs,
+        WithCache(model), (), str(path), dynamo=True, external_data=False, opset_version=opset, verbose=False, kwargs=inputs,
         input_names=["input_ids", "attention_mask", *(f"past_key_values.{kind}" for kind in kinds)],
         output_names=["logits", *(f"present.{kind}" for kind in kinds)], dynamic_shapes=shapes,
     )  # fmt: skip

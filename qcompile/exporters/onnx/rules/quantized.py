@@ -251,10 +251,14 @@ def integer_linear(e: Emitter, node: Call) -> Value:
     weight = Weight(w_codes, w_scale, w_zero, scale2, int(w_bits), int(w_group), columns)
     if int(e.shape(scale)[-1]) == 1 and weight.groups == 1 and weight.bits == 8 and w_zero is None and scale2 is None:
         made = exact_integers(e, e.value(codes), e.value(scale, torch.float32), e.optional(zero, torch.int32), weight)
-        made = biased(e, made, None) if bias is None else e.op("Add", made, e.value(bias, torch.float32))
-        return made if dtype == torch.float32 else e.cast(made, dtype)
-    x = _restored(e, codes, scale, zero, int(group), torch.float32)
-    made = multiply(e, x, weight, torch.float32)
+    else:
+        x = _restored(e, codes, scale, zero, int(group), torch.float32)
+        made = multiply(e, x, weight, torch.float32)
+    return _rounded(e, made, bias, dtype)
+
+
+def _rounded(e: Emitter, made: Value, bias: Any, dtype: torch.dtype) -> Value:
+    """With the bias, from float32 to the type of the result."""
     made = made if bias is None else e.op("Add", made, e.value(bias, torch.float32))
     return made if dtype == torch.float32 else e.cast(made, dtype)
 
@@ -266,9 +270,7 @@ def float8_linear(e: Emitter, node: Call) -> Value:
     columns = int(e.shape(codes)[-1])
     weight = Weight(w_codes, w_scale, None, argument(node, 8, "w_scale2", None), 8, int(w_group), columns, "fp8")
     x = _restored(e, codes, scale, None, int(group), torch.float32)
-    made = multiply(e, x, weight, torch.float32)
-    made = made if bias is None else e.op("Add", made, e.value(bias, torch.float32))
-    return made if dtype == torch.float32 else e.cast(made, dtype)
+    return _rounded(e, multiply(e, x, weight, torch.float32), bias, dtype)
 
 
 @rule("qcompile.integer_conv2d.default")
