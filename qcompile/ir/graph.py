@@ -132,6 +132,8 @@ class Graph:
             node = self.fx.create_node("call_function", operator, tuple(args), kwargs or {}, name=_node_name(operator))
         node.meta["val"] = self.infer(node) if value is None else value
         self._mark(node, source if source is not None else before)
+        if not origins(node):  # made of an input or a constant, for what reads it
+            node.meta["origins"] = origins(before)
         return node
 
     def infer(self, node: fx.Node) -> Any:
