@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, dtype
 
 from qcompile.ir.lowered import item_operand
-
-_FIRST_IS_X = {"self": "x", "input": "x", "other": "y"}
-RENAMED: dict[str, dict[str, str]] = {"aten.argmax.default": {"self": "logits"}, "aten.topk.default": {"self": "logits"}}
-"""Operator -> schema argument -> operand name, where that is neither its own name nor x (self, input) or y (other)."""
+from qcompile.ir.operands import bind_arguments as bind_arguments
+from qcompile.ir.operands import output_name as output_name
 
 _LEADING = ("logits", "gate", "x", "codes")
 """Operands over rows of features: the axes before the last count the rows."""
@@ -67,24 +65,11 @@ class Operand:
         return cls(tensor.data_ptr(), None, tuple(tensor.shape), tuple(tensor.stride()), tensor)
 
 
-def bind_arguments(name: str, operator: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Operand name -> argument of a call of the operator stored as `name`; arguments left to their default are absent."""
-    names: list[str] = [argument.name for argument in operator._schema.arguments]  # type: ignore[attr-defined]
-    given = dict(zip(names, args, strict=False)) | dict(kwargs)
-    renamed: dict[str, str] = RENAMED.get(name, _FIRST_IS_X)
-    return {renamed.get(key, key): value for key, value in given.items()}
-
-
 def named_tensors(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors among arguments by the names of operands: those of a list are `k_tables_0`, `k_tables_1` and so on."""
     lists = {name: value for name, value in arguments.items() if isinstance(value, list | tuple)}
     items = {item_operand(name, place): item for name, value in lists.items() for place, item in enumerate(value)}
     return {name: value for name, value in {**arguments, **items}.items() if isinstance(value, Tensor)}
-
-
-def output_name(index: int) -> str:
-    """The operand name of result `index`: out, out1, out2 …."""
-    return f"out{index}" if index else "out"
 
 
 def local_sizes(name: str, operands: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, int]:
