@@ -17,6 +17,7 @@ from qcompile.errors import QCompileError, SourceError
 from qcompile.ir.branches import is_branch
 from qcompile.ir.graph import Graph
 from qcompile.ir.lowered import Engine
+from qcompile.ir.native import NATIVE_SOURCE
 from qcompile.ir.records import Assets, CoverageRow, MemoryPlan, PassRecord
 from qcompile.ir.structure import flatten, unflatten
 from qcompile.runtime.artifact import ArtifactContents, load_artifact, save_artifact
@@ -51,7 +52,7 @@ class CompiledModel:
                 without `kv_bytes`, and pages have 64 tokens or fewer with it.
             share_prefixes: let prompts that begin alike share what they have in common; logits may differ in their last bits.
             device: such as `cuda:0` or `cpu`; by default what the target asks for, if it is here.
-            engine: `reference`, `torch_cpu`, `cuda` or `onnxruntime` in place of the target's own.
+            engine: `reference`, `torch_cpu`, `native`, `cuda` or `onnxruntime` in place of the target's own.
 
         Raises:
             CapacityError: if the cache has no room for a page for each sequence.
@@ -308,12 +309,16 @@ def load(
         page_tokens: tokens of a page of the cache.
         share_prefixes: let prompts that begin alike share what they have in common.
         allow_native: run native code that was not built on this machine.
-        engine: `reference`, `torch_cpu`, `cuda` or `onnxruntime` in place of the target's own.
+        engine: `reference`, `torch_cpu`, `native`, `cuda` or `onnxruntime` in place of the target's own.
 
     Raises:
         ArtifactError: for a missing, damaged, foreign or hostile artifact, naming the file.
     """
     contents = load_artifact(path, allow_native=allow_native)
+    if engine == "native" or (engine is None and NATIVE_SOURCE in contents.binaries):
+        from qcompile.rebuild import native_or_torch
+
+        contents, engine = native_or_torch(contents)
     if engine in (None, "cuda") and parse_target(contents.target).is_cuda:
         contents, engine = _native_or_reference(contents, engine)
     if engine is None and parse_target(contents.target).is_onnx and not has_onnxruntime():

@@ -53,6 +53,7 @@ def compile(  # noqa: A001  the name is the product's
     fuel: int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    engine: str | None = None,
     instruments: Sequence[Instrument] = (),
     **options: Unpack[SchemeOptions],
 ) -> CompiledModel:
@@ -84,6 +85,7 @@ def compile(  # noqa: A001  the name is the product's
         fuel: stop after this many rewrites, to find a wrong one by bisection.
         revision: of a hub id.
         trust_remote_code: run code that comes with a checkpoint; never implicit.
+        engine: what runs the model here, in place of the target's own; `native` makes C++ kernels for `cpu-*` and `reference-*`.
         instruments: further hooks before and after each pass.
         **options: what to change in the scheme (`qcompile.quant.scheme_options.SchemeOptions`). Of weights:
 
@@ -126,8 +128,9 @@ def compile(  # noqa: A001  the name is the product's
     calibrated = calibration is not None or (loaded.graph.interface.kind == "causal_lm" and "tokenizer.json" in loaded.assets.files)
     pipeline = choose_passes(goal, recipe, passes, disable, calibrated=calibrated)
     context = max_context or min(loaded.assets.max_positions or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    backend = backend_for(goal, engine)
     ctx = PassContext(
-        goal, backend_for(goal), max_batch, context, min(context, prefill_chunk), fuel, calibration=data, work=WorkStore(program_key())
+        goal, backend, max_batch, context, min(context, prefill_chunk), fuel, calibration=data, work=WorkStore(program_key())
     )
     writer = _dump_instruments(dump or os.environ.get("QCOMPILE_DUMP"))
     wants_check = check if check is not None else os.environ.get("QCOMPILE_CHECK") == "1"
@@ -137,7 +140,8 @@ def compile(  # noqa: A001  the name is the product's
         require_coverage(ctx.coverage)
     if exporter is not None:
         exporter.require_exportable(loaded.graph)
-    kernels, binaries = build(ctx.products.get("kernels", {}), goal)
+    lines = {node.name: str(node.meta.get("source", "")) for node in loaded.graph.nodes}
+    kernels, binaries = build(ctx.products.get("kernels", {}), goal, ctx.products["plan"], lines)
     for instrument in writer:
         instrument.finish(pipeline_text(pipeline), kernels)
     contents = ArtifactContents(
@@ -145,7 +149,8 @@ def compile(  # noqa: A001  the name is the product's
         pipeline=pipeline_text(pipeline), records=records, coverage=ctx.coverage,
     )  # fmt: skip
     most = max_context if kv_bytes is not None else context
-    return CompiledModel(contents, max_batch=max_batch, max_context=most, kv_bytes=kv_bytes, page_tokens=page_tokens)
+    served = None if engine == "native" and backend.name != "native" else engine
+    return CompiledModel(contents, max_batch=max_batch, max_context=most, kv_bytes=kv_bytes, page_tokens=page_tokens, engine=served)
 
 
 def _goal(target: str | Target, scheme: QuantScheme | None, options: SchemeOptions) -> Target:

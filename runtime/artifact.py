@@ -19,6 +19,7 @@ from qcompile.ir.constants import Constant
 from qcompile.ir.graph import Graph
 from qcompile.ir.lowered import Kernel, Plan
 from qcompile.ir.memory import dtype_of
+from qcompile.ir.native import NATIVE_SOURCE
 from qcompile.ir.records import Assets, CoverageRow, PassRecord
 from qcompile.ir.serialize import check_graph_json, format_of, graph_to_json
 from qcompile.ir.serialize_plan import check_constants, kernels_from_json, kernels_to_json, plan_from_json, plan_to_json
@@ -49,7 +50,7 @@ class ArtifactContents:
     Attributes:
         plan: entry points.
         kernels: kernel name -> source and launches.
-        binaries: file name -> native code, to be run only if `native_allowed`.
+        binaries: file name -> native code, to be run only if `native_allowed`, and the source of a library.
         assets: tokenizer files, end-of-sequence ids and such.
         target: `ARCH-SCHEME[-KV]`.
         pipeline: the passes that made it, as text.
@@ -176,7 +177,9 @@ def _write(directory: Path, contents: ArtifactContents, onnx_model: Path | None)
         PLAN: canonical(plan_to_json(contents.plan)),
         KERNELS: canonical(kernels_to_json(contents.kernels)),
     }
-    files |= {f"kernels/{require_name(name)}.py": kernel.source.encode() for name, kernel in contents.kernels.items() if kernel.source}
+    for name, kernel in contents.kernels.items():
+        if kernel.source:
+            files[f"kernels/{require_name(name + kernel.suffix)}"] = kernel.source.encode()
     files |= {f"kernels/{require_name(name)}": binary for name, binary in contents.binaries.items()}
     for name, content in contents.assets.files.items():
         if require_name(name) in (MANIFEST, GRAPH, PLAN, WEIGHTS, "kernels", *ONNX_NAMES):
@@ -225,7 +228,7 @@ def load_artifact(path: str | os.PathLike[str], *, allow_native: bool = False) -
     check_graph_json(stored)
     constants = _constants(root, manifest["weights"], stored)
     sources = {
-        name.removeprefix("kernels/").removesuffix(".py"): _text(root / name, content)
+        Path(name).stem: _text(root / name, content)
         for name, content in files.items()
         if _is_source(name)
     }
@@ -249,7 +252,7 @@ def load_artifact(path: str | os.PathLike[str], *, allow_native: bool = False) -
         coverage=decode(tuple[CoverageRow, ...], manifest.get("coverage"), "manifest.json: coverage"),
         constants=constants,
         path=root,
-        untrusted=() if allow_native else untrusted(binaries),
+        untrusted=() if allow_native else untrusted({name: code for name, code in binaries.items() if name != NATIVE_SOURCE}),
         torch_version=str(manifest.get("torch")),
         digest=str(manifest["sha256"]),
         onnx=found_onnx(root, manifest.get("onnx")),
@@ -257,7 +260,8 @@ def load_artifact(path: str | os.PathLike[str], *, allow_native: bool = False) -
 
 
 def _is_source(name: str) -> bool:
-    return name.startswith("kernels/") and name.endswith(".py")
+    """Whether a file is the source of one kernel; that of a whole library stays beside what was built from it."""
+    return name.startswith("kernels/") and name.endswith((".py", ".cpp")) and name != f"kernels/{NATIVE_SOURCE}"
 
 
 def _text(path: Path, content: bytes) -> str:

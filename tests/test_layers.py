@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ir",),
     ("passes", "codegen", "runtime"),
     ("frontend", "exporters", "dump"),
-    ("compiled",),
+    ("compiled", "rebuild"),
     ("compiler", "evaluation", "speed"),
     ("torch_backend",),
     ("cli",),

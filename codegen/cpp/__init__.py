@@ -1,1 +1,1 @@
-"""The C++ backend's place: it will emit CPU kernels; until then `torch_cpu` serves every `cpu-*` target."""
+"""The C++ backend: kernels for CPUs as one readable source per artifact, compiled by the machine's own compiler."""

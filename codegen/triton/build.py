@@ -15,6 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from qcompile.codegen.build_cache import kernel_cache as kernel_cache
+from qcompile.codegen.build_cache import write_atomically
 from qcompile.codegen.triton.gates import Usage, check_classes, inspect_binary, objection, triton_folder
 from qcompile.codegen.triton.tiles import Architecture, architecture
 from qcompile.errors import KernelBuildError
@@ -38,12 +40,6 @@ class Binary:
     def file_name(self) -> str:
         """Content-addressed: equal binaries share a file."""
         return f"{hashlib.sha256(self.cubin).hexdigest()}.cubin"
-
-
-def kernel_cache() -> Path:
-    """Where built kernels are kept between runs: `QCOMPILE_CACHE`/kernels, by default under ~/.cache/qcompile."""
-    root = os.environ.get("QCOMPILE_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "qcompile") / "kernels"
 
 
 def build_kernels(
@@ -249,10 +245,3 @@ def write_cached(cache: Path, key: str, binary: Binary) -> None:
     }
     write_atomically(cache / f"{key}.cubin", binary.cubin)
     write_atomically(cache / f"{key}.json", json.dumps(record).encode())
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside `path` and rename: a reader sees the whole file or none."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(content)
-    Path(file.name).replace(path)

@@ -37,7 +37,7 @@ def prepare(directory: Path) -> None:
     except OSError as error:
         raise SourceError(f"dump {directory}: expected a directory that can be made, got {error.strerror}; choose another") from None
     # Only beside a finished dump is `kernels/` known to be a dump's and not the user's.
-    stale = list((directory / "kernels").glob("*.py")) if (directory / "passes.json").is_file() else []
+    stale = [path for path in (directory / "kernels").glob("*") if path.suffix in (".py", ".cpp")] if (directory / "passes.json").is_file() else []
     stale += [path for path in directory.iterdir() if path.is_file() and _OWN_FILE.fullmatch(path.name)]
     for path in stale:
         path.unlink()
@@ -66,7 +66,7 @@ def write_summary(directory: Path, pipeline: str, records: Sequence[PassRecord],
     for kernel in kernels.values():
         if kernel.source:
             sources.mkdir(exist_ok=True)
-            (sources / f"{kernel.name}.py").write_text(kernel.source, encoding="utf-8")
+            (sources / f"{kernel.name}{kernel.suffix}").write_text(kernel.source, encoding="utf-8")
 
 
 def record_row(record: PassRecord) -> dict[str, Any]:

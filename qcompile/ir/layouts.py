@@ -87,6 +87,46 @@ def as_bytes(stored: Tensor) -> Tensor:
     return stored.view(torch.uint8)
 
 
+TILE = 16
+"""Rows that lie side by side under `tiles`: what a vector of a CPU holds."""
+
+
+def tiles(stored: Tensor) -> Tensor:
+    """Rows [N, C] of anything to [ceil(N/16), C, 16]: the same column of 16 rows is one vector. Rows that fill up are 0."""
+    padded = torch.nn.functional.pad(stored, (0, 0, 0, -len(stored) % TILE))
+    return padded.view(-1, TILE, stored.shape[1]).transpose(1, 2).contiguous()
+
+
+def _word_tiles(codes: Tensor, middle: int) -> Tensor:
+    padded = torch.nn.functional.pad(codes ^ middle, (0, -codes.shape[1] % 4))
+    return tiles(padded.view(torch.int32))
+
+
+def tiles_int8(codes: Tensor) -> Tensor:
+    """8-bit codes uint8 [N, K] to int32 [ceil(N/16), ceil(K/4), 16]: a word holds 4 columns of a row, low first, each `code - 128`."""
+    return _word_tiles(codes, 0x80)
+
+
+def tiles_int4(codes: Tensor) -> Tensor:
+    """4-bit codes uint8 [N, ceil(K/2)] to int32 [ceil(N/16), ceil(K/8), 16]: 8 columns in a word, each as two's complement of `code - 8`."""
+    return _word_tiles(codes, 0x88)
+
+
+def tiles_int2(codes: Tensor) -> Tensor:
+    """2-bit codes uint8 [N, ceil(K/4)] to int32 [ceil(N/16), ceil(K/16), 16]: 16 columns in a word, each `code - 2`."""
+    return _word_tiles(codes, 0xAA)
+
+
+def tiles_zero4(zero: Tensor) -> Tensor:
+    """Packed zero points uint8 [N, ceil(G/2)] to bytes [ceil(N/16), 2·ceil(G/2), 16]."""
+    return tiles(unpack(zero, 4, 2 * zero.shape[1]))
+
+
+def tiles_zero2(zero: Tensor) -> Tensor:
+    """Packed zero points uint8 [N, ceil(G/4)] to bytes [ceil(N/16), 4·ceil(G/4), 16]."""
+    return tiles(unpack(zero, 2, 4 * zero.shape[1]))
+
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "split-half": split_half,
     "split-half-signed": split_half_signed,
@@ -95,6 +135,12 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "signed": signed,
     "float8": float8,
     "bytes": as_bytes,
+    "tiles": tiles,
+    "tiles-int8": tiles_int8,
+    "tiles-int4": tiles_int4,
+    "tiles-int2": tiles_int2,
+    "tiles-zero4": tiles_zero4,
+    "tiles-zero2": tiles_zero2,
 }
 
 

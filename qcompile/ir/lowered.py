@@ -109,6 +109,7 @@ class Kernel:
         workspaces: scratch buffers.
         layouts: operand -> name of a layout in `qcompile.ir.layouts`, applied once at load.
         expects: instruction classes the binary must contain (`wgmma`, `mma`, `cp.async`, `load128`).
+        suffix: of its source file: `.py`, or `.cpp` for a kernel whose launch is a call of a function of the artifact's library.
     """
 
     name: str
@@ -118,6 +119,7 @@ class Kernel:
     workspaces: tuple[Workspace, ...] = ()
     layouts: tuple[tuple[str, str], ...] = ()
     expects: tuple[str, ...] = ()
+    suffix: str = ".py"
 
 
 @dataclass(frozen=True)

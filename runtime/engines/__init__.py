@@ -1,4 +1,4 @@
-"""What executes a plan: the reference, torch on CPUs, CUDA through libcuda, and onnxruntime beside it."""
+"""What executes a plan: the reference, torch or C++ kernels on CPUs, CUDA through libcuda, and onnxruntime beside them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _Sizes(TypedDict):
     kv_bytes: int | None
 
 
-ENGINES = ("reference", "torch_cpu", "cuda", "onnxruntime")
+ENGINES = ("reference", "torch_cpu", "native", "cuda", "onnxruntime")
 
 
 def has_onnxruntime() -> bool:
@@ -61,6 +61,10 @@ def make_engine(
         from qcompile.runtime.engines.torch_cpu import TorchCpuEngine
 
         return TorchCpuEngine(contents, share_prefixes=share_prefixes, **sizes)
+    if chosen == "native":
+        from qcompile.runtime.engines.native import NativeEngine
+
+        return NativeEngine(contents, share_prefixes=share_prefixes, **sizes)
     if chosen == "cuda":
         from qcompile.runtime.engines.cuda import CudaEngine
 

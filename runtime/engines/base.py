@@ -72,6 +72,10 @@ class PlanEngine(SequenceEngine):
         """How steps run over `cache`."""
         raise NotImplementedError
 
+    def program(self, entry: Entry, sizes: Mapping[str, int], states: Mapping[str, Tensor], arena: Tensor, kernels: Kernels) -> Program:
+        """An entry bound to sizes, over this engine's constants."""
+        return Program(entry, sizes, self._constants, states, arena, kernels)
+
     @property
     def cache(self) -> KVCache:
         """The cache of all rows."""
@@ -92,8 +96,12 @@ class PlanEngine(SequenceEngine):
     def memory(self) -> MemoryPlan:
         """Bytes that are allocated, by purpose; prepares the engine."""
         self.prepare()
-        weights = sum(tensor.numel() * tensor.element_size() for tensor in self._constants.values())
-        return memory_plan(weights, self._layout, self._arena.numel())
+        return memory_plan(self.weight_bytes, self._layout, self._arena.numel())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the constants in the forms that the steps want."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._constants.values())
 
     def compute(self, name: str, rows: Sequence[int], ids: Tensor, positions: Tensor) -> Tensor:
         """Through the program for that many rows and tokens."""
@@ -113,7 +121,7 @@ class PlanEngine(SequenceEngine):
                 del self._programs[kept[0]]
             cache = self.cache
             sizes = {"batch": batch, "sequence": sequence, **cache.sizes}
-            program = Program(self._entries[name], sizes, self._constants, cache.inputs(batch), self._arena, self.kernels(cache))
+            program = self.program(self._entries[name], sizes, cache.inputs(batch), self._arena, self.kernels(cache))
         self._programs[key] = program
         return program
 
@@ -137,7 +145,7 @@ class PlanEngine(SequenceEngine):
         planned = plan_entry(entry, {name: value for name, value in sizes.items() if name not in _CACHE_SIZES})
         arena = torch.empty(planned.arena_bytes, dtype=torch.uint8)
         shared = cache.inputs(sizes["batch"]) if cache else {}
-        program = Program(planned, sizes, self._constants, shared, arena, self.kernels(cache))
+        program = self.program(planned, sizes, shared, arena, self.kernels(cache))
         for name in entry.inputs:
             if name in given and name not in shared:
                 program.tensors[name].copy_(given[name])

@@ -1,0 +1,67 @@
+"""The whole source of an artifact: what kernels stand on, each kernel once, and one function for each run of native steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from qcompile.codegen.cpp.source import Lines, block, function, joined, unique
+from qcompile.ir.lowered import Entry, Kernel, Plan
+from qcompile.ir.native import NativeCall, Segment, bucket_conditions, native_kernels, plan_digest, segments
+
+SUPPORT = Path(__file__).with_name("support.h")
+HEAD = """\
+// {title}
+//
+// Made by qcompile. Each kernel is one function that every thread of a team calls; `qcompile_ENTRY_NUMBER` at the end calls them in
+// the order of the plan, over a table of tensors that the engine fills once. `qcompile_plan` says which plan that is.
+"""
+
+
+def library_source(plan: Plan, kernels: Mapping[str, Kernel], title: str, lines: Mapping[str, str] | None = None) -> str:
+    """The C++ of a plan's native kernels and entries.
+
+    Args:
+        plan: as it was lowered.
+        kernels: by name; those of other languages are left out.
+        title: the first line's comment.
+        lines: node -> where it stands in the model's source.
+    """
+    functions = unique(kernel.source for _, kernel in native_kernels(kernels))
+    entries = [
+        entry_function(entry, segment, lines or {}) for entry in plan.entries.values() for segment in segments(entry, kernels)
+    ]  # fmt: skip
+    digest = plan_digest(plan, kernels)
+    ending = function('extern "C" const char* qcompile_plan', [], "The plan that this library was made for.", [f'return "{digest}";'])
+    parts = [HEAD.format(title=title), SUPPORT.read_text(encoding="utf-8"), *(f"{text}\n" for text in functions)]
+    return "\n".join([*parts, joined([*(lines for pair in entries for lines in pair), ending])])
+
+
+def entry_function(entry: Entry, segment: Segment, lines: Mapping[str, str]) -> tuple[Lines, Lines]:
+    """The steps of a run as every thread makes them, and the function that the engine calls."""
+    body = [line for call in segment.calls for line in _call(entry, call, lines)]
+    name = segment.function.removeprefix("qcompile_")
+    first, last = segment.places[0], segment.places[-1]
+    comment = f"{entry.name}: steps {first} to {last} of {len(entry.steps)}, over {len(segment.table)} tensors."
+    steps = function(f"static void {name}", ["const Team& team", "const Tensor* t"], comment, body)
+    call = [f"run(threads, {name}, tensors);"]
+    exported = function(f'extern "C" void {segment.function}', ["const Tensor* tensors", "int64_t threads"], f"All of {name}.", call)
+    return steps, exported
+
+
+def _call(entry: Entry, call: NativeCall, lines: Mapping[str, str]) -> Lines:
+    """One step, and the wait for it."""
+    step = entry.steps[call.place]
+    node = step.node or step.operator
+    about = "  ".join(text for text in (node, lines.get(node, "")) if text)
+    given = ", ".join(["team", *(f"t[{number}]" for number in call.tensors)])
+    choices = bucket_conditions(call.kernels)
+    made = [f"// {about}"]
+    if len(choices) == 1:
+        return [*made, f"{choices[0][1]}({given});", "team.wait();"]
+    tensor, axis = call.counted
+    rows = f"t[{call.tensors[tensor]}]" + (".rows()" if axis < 0 else f".size[{axis}]")
+    for place, (most, kernel) in enumerate(choices):
+        head = f"if ({rows} <= {most})" if place == 0 else f"else if ({rows} <= {most})"
+        made += block("else" if place == len(choices) - 1 else head, [f"{kernel}({given});"])
+    return [*made, "team.wait();"]

@@ -1,0 +1,197 @@
+"""Linear layers over float32 activations: weights in tiles of 16 rows, so that 16 results are one vector and no sum crosses lanes.
+
+The same function serves one row and many: it reads a word of codes once, and multiplies what it stands for with `ROWS` rows of x.
+A result is the sum over groups of scale times the sum of the group's products, in the order of the columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from qcompile.codegen.contract import FLOATS, same_storage
+from qcompile.codegen.cpp.contract import Operator, kernel, type_of
+from qcompile.codegen.cpp.source import Lines, block, constants, function, when
+from qcompile.codegen.cpp.weights import Weight, refuses_weight, weight_of
+from qcompile.ir.lowered import BUCKETS, Kernel, KernelSpec
+
+
+def product_function(weight: Weight) -> Lines:
+    """`total` = ROWS rows of x times TILES tiles of a weight of this format."""
+    per, group = weight.per_word, weight.group
+    first_word = "column" if per == 1 else f"column / {per}"
+    whole = [
+        f"const auto word = load_bits<{weight.vector}>(codes + (t * words + {first_word}) * TILE + p * LANES);",
+        f"#pragma GCC unroll {per}",
+        *block(
+            f"for (int place = 0; place < {per}; place++)",
+            [
+                f"const Floats weight = {weight.name}_code(word, place);",
+                "for (int r = 0; r < ROWS; r++) part[r][t][p] = fma(weight, splat(x[r][column + place]), part[r][t][p]);",
+            ],
+        ),
+    ]
+    single = [
+        f"const auto word = load_bits<{weight.vector}>(codes + (t * words + {first_word}) * TILE + p * LANES);",
+        f"const Floats weight = {weight.name}_code(word, column % {per});",
+        "for (int r = 0; r < ROWS; r++) part[r][t][p] = fma(weight, splat(x[r][column]), part[r][t][p]);",
+    ]
+    last = "columns" if group == 0 else f"std::min<int64_t>(columns, (group + 1) * {group})"
+    body = [
+        f"const int64_t words = {'columns' if per == 1 else f'(columns + {per - 1}) / {per}'};",
+        f"const int64_t groups = {'1' if group == 0 else f'(columns + {group - 1}) / {group}'};",
+        *block(
+            "for (int64_t group = 0; group < groups; group++)",
+            [
+                f"const int64_t last = {last};",
+                f"int64_t column = group * {group};",
+                *_start(weight),
+                *when(group % per, [f"for (; column < last && column % {per}; column++)", *_every_part(single)]),
+                f"for (; column + {per} <= last; column += {per})",
+                *_every_part(whole),
+                *when(per > 1, ["for (; column < last; column++)", *_every_part(single)]),
+                *_finish(weight),
+            ],
+        ),
+    ]
+    parameters = ["const float* const* x", f"const {weight.word}* codes", *weight.scale_parameters, "int64_t columns"]
+    head = f"template <int ROWS, int TILES>\nstatic inline void {weight.name}_product"
+    return function(
+        head, [*parameters, "Floats (&total)[ROWS][TILES][PARTS]"], f"ROWS rows of x times TILES tiles of {weight.text}.", body
+    )
+
+
+def _every_part(lines: Lines) -> Lines:
+    """The lines for every vector of every tile."""
+    return block("    for (int t = 0; t < TILES; t++) for (int p = 0; p < PARTS; p++)", lines)
+
+
+def _start(weight: Weight) -> Lines:
+    """The sums of a group begin with what its zero point takes off."""
+    if not weight.zero:
+        return ["Floats part[ROWS][TILES][PARTS] = {};"]
+    offset = f"load_zero(zero + (t * {weight.zero_stride} + group) * TILE + p * LANES, {weight.middle}.0f)"
+    body = [f"for (int r = 0; r < ROWS; r++) part[r][t][p] = splat(-sums[r]) * {offset};"]
+    return [
+        "float sums[ROWS];",
+        "for (int r = 0; r < ROWS; r++) sums[r] = sum(x[r] + column, last - column);",
+        "Floats part[ROWS][TILES][PARTS];",
+        *_every_part(body),
+    ]
+
+
+def _finish(weight: Weight) -> Lines:
+    """The group's sums join the totals, times its scale."""
+    if not weight.scale:
+        return _every_part(["for (int r = 0; r < ROWS; r++) total[r][t][p] += part[r][t][p];"])
+    body = [
+        "const Floats factor = load(scale + (t * groups + group) * TILE + p * LANES);",
+        "for (int r = 0; r < ROWS; r++) total[r][t][p] = fma(factor, part[r][t][p], total[r][t][p]);",
+    ]
+    return _every_part(body)
+
+
+def rows_function(weight: Weight) -> Lines:
+    """ROWS rows of x from `row` on times the tiles of a range, and what comes after the sum."""
+    names = ["x", "codes", *(name for name, _ in weight.scale_strides), "bias", "out", "row", "Range{tile, tiles.last}", "rows", "columns"]
+    rest = ", ".join(names)
+    scales = "".join(f", {name} + tile * {stride} * TILE" for name, stride in weight.scale_strides)
+    body = [
+        "const float* from[ROWS];",
+        "for (int r = 0; r < ROWS; r++) from[r] = x.row<float>(row + r);",
+        *weight.stride_constants,
+        "int64_t tile = tiles.first;",
+        *block(
+            "for (; tile + TILES <= tiles.last; tile += TILES)",
+            [
+                "Floats total[ROWS][TILES][PARTS] = {};",
+                f"{weight.name}_product<ROWS, TILES>(from, codes + tile * words * TILE{scales}, columns, total);",
+                *block(
+                    "for (int t = 0; t < TILES; t++) for (int p = 0; p < PARTS; p++)",
+                    [
+                        "const int64_t first = (tile + t) * TILE + p * LANES;",
+                        "const int64_t count = std::min<int64_t>(LANES, rows - first);",
+                        "if (count <= 0) continue;",
+                        "if (bias) for (int r = 0; r < ROWS; r++) total[r][t][p] += load(bias + first, count);",
+                        "for (int r = 0; r < ROWS; r++) store(out.row<float>(row + r) + first, total[r][t][p], count);",
+                    ],
+                ),
+            ],
+        ),
+        f"if constexpr (TILES > 1) {weight.name}_rows<ROWS, 1>({rest});",
+    ]
+    parameters = [
+        "const Tensor& x", f"const {weight.word}* codes", *weight.scale_parameters, "const float* bias", "const Tensor& out", "int64_t row",
+        "Range tiles", "int64_t rows", "int64_t columns",
+    ]  # fmt: skip
+    head = f"template <int ROWS, int TILES>\nstatic void {weight.name}_rows"
+    return function(head, parameters, f"ROWS rows of x times a range of tiles of {weight.text}, stored.", body)
+
+
+def emit_linear(spec: KernelSpec) -> Kernel:
+    """`x Wᵀ + b`: one row by itself, or blocks of rows over tiles that stay near."""
+    single = BUCKETS[spec.bucket][1] == 1
+    if not single:
+        spec = replace(spec, bucket="m2-63")  # one kernel for any number of rows but one
+    weight = weight_of(spec)
+    operator = QUANTIZED_LINEAR if weight.quantized else LINEAR
+    codes = "codes" if weight.quantized else "weight"
+    pointers = [f"{name}.at<{type_of(spec, name)}>()" for name, _ in weight.scale_strides]
+    pointers = [f"{codes}.at<{weight.word}>()", *pointers, "bias.at<float>()" if spec.format("bias") else "nullptr"]
+    body = [
+        *constants({"rows": (spec.size("N"), "of the weight"), "columns": (spec.size("K"), "of the weight and of x")}),
+        "const Range mine = team.share((rows + TILE - 1) / TILE);",
+        *(_one_row(weight, pointers) if single else _many_rows(weight, pointers)),
+    ]
+    layouts = {"weight": "tiles", "codes": f"tiles-int{weight.bits}", "scale": "tiles", "zero": weight.zero_layout}
+    names = operator.present(spec)
+    helpers = [*weight.helpers, product_function(weight), rows_function(weight)]
+    return kernel(spec, names, body, helpers, [(name, layouts[name]) for name in names if name in layouts])
+
+
+def _one_row(weight: Weight, pointers: list[str]) -> Lines:
+    return [f"{weight.name}_rows<1, SINGLE_WIDE>({', '.join(['x', *pointers, 'out', '0', 'mine', 'rows', 'columns'])});"]
+
+
+def _many_rows(weight: Weight, pointers: list[str]) -> Lines:
+    given, blocks = ", ".join(["x", *pointers, "out", "row", "near", "rows", "columns"]), []
+    for count in (8, 4, 2, 1):
+        call = block(f"if (left >= {count})", [f"{weight.name}_rows<{count}, WIDE>({given});", f"row += {count};", "continue;"])
+        blocks += [f"if constexpr (MANY >= {count})", *call] if count > 2 else call
+    return [
+        f"constexpr int64_t tile_bytes = (columns * {weight.bits} + 7) / 8 * TILE;",
+        "constexpr int64_t step = std::max<int64_t>(WIDE, NEAR_BYTES / tile_bytes / WIDE * WIDE);",
+        *block(
+            "for (int64_t first = mine.first; first < mine.last; first += step)",
+            [
+                "const Range near{first, std::min(first + step, mine.last)};",
+                *block(
+                    "for (int64_t row = 0, count = x.rows(); row < count;)",
+                    ["const int64_t left = count - row;", *blocks],
+                ),
+            ],
+        ),
+    ]
+
+
+def refuses_linear(spec: KernelSpec) -> str | None:
+    """Formats that no function reads."""
+    return same_storage(spec, "x", "out") or refuses_weight(spec)
+
+
+_BUCKETS = tuple(BUCKETS)
+
+LINEAR = Operator(
+    emit=emit_linear,
+    operands={"x": ("fp32",), "weight": ("fp32",), "bias": ("fp32",), "out": ("fp32",)},
+    optional=frozenset({"bias"}),
+    sizes=("K", "N"),
+    buckets=_BUCKETS,
+)
+QUANTIZED_LINEAR = Operator(
+    emit=emit_linear,
+    operands={"x": ("fp32",), "codes": (), "scale": FLOATS, "zero": ("uint8",), "bias": ("fp32",), "out": ("fp32",)},
+    optional=frozenset({"bias", "zero"}),
+    sizes=("K", "N"),
+    buckets=_BUCKETS,
+    refuses=refuses_linear,
+)

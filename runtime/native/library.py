@@ -1,0 +1,46 @@
+"""A shared library of an artifact, loaded from memory."""
+
+from __future__ import annotations
+
+import ctypes
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from qcompile.errors import EngineError
+
+Entry = Callable[[int, int], None]
+"""A run of steps: the address of its table of tensors, and how many threads make it."""
+
+
+class Library:
+    """Functions over tables of tensors. It stays loaded as long as the process lives: nothing unloads code that may run."""
+
+    def __init__(self, name: str, content: bytes) -> None:
+        """Load the library called `name`, which the artifact's loader has let through.
+
+        Raises:
+            EngineError: if this system cannot load it.
+        """
+        self.name = name
+        with tempfile.TemporaryDirectory(prefix="qcompile-native-") as folder:
+            path = Path(folder) / name
+            path.write_bytes(content)
+            try:
+                self._library = ctypes.CDLL(str(path))
+            except OSError as error:
+                raise EngineError(f"{name}: expected a library that this system loads, got {error}; load with engine='torch_cpu'") from error
+
+    @property
+    def plan(self) -> str:
+        """The digest of the plan that it was made for (`qcompile.ir.native.plan_digest`)."""
+        function = self._library.qcompile_plan
+        function.restype = ctypes.c_char_p
+        return str(function().decode())
+
+    def entry(self, name: str) -> Entry:
+        """The function called `name`."""
+        function = getattr(self._library, name)
+        function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_int64), None
+        found: Entry = function
+        return found
