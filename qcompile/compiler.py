@@ -129,9 +129,7 @@ def compile(  # noqa: A001  the name is the product's
     pipeline = choose_passes(goal, recipe, passes, disable, calibrated=calibrated)
     context = max_context or min(loaded.assets.max_positions or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
     backend = backend_for(goal, engine)
-    ctx = PassContext(
-        goal, backend, max_batch, context, min(context, prefill_chunk), fuel, calibration=data, work=WorkStore(program_key())
-    )
+    ctx = PassContext(goal, backend, max_batch, context, min(context, prefill_chunk), fuel, calibration=data, work=WorkStore(program_key()))
     writer = _dump_instruments(dump or os.environ.get("QCOMPILE_DUMP"))
     wants_check = check if check is not None else os.environ.get("QCOMPILE_CHECK") == "1"
     with _progress(instruments) as ctx.report:

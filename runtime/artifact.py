@@ -227,11 +227,7 @@ def load_artifact(path: str | os.PathLike[str], *, allow_native: bool = False) -
     stored = parse(files[GRAPH], root / GRAPH)
     check_graph_json(stored)
     constants = _constants(root, manifest["weights"], stored)
-    sources = {
-        Path(name).stem: _text(root / name, content)
-        for name, content in files.items()
-        if _is_source(name)
-    }
+    sources = {Path(name).stem: _text(root / name, content) for name, content in files.items() if _is_source(name)}
     plan = plan_from_json(parse(files[PLAN], root / PLAN))
     kernels = kernels_from_json(parse(files[KERNELS], root / KERNELS), sources)
     check_constants(plan, constants)

@@ -71,9 +71,7 @@ def _scores(spec: KernelSpec) -> Lines:
 
 def _dims(lines: Lines) -> Lines:
     """The lines for every vector of a head: `dim` is where it begins, `size` how much of it there is."""
-    return block(
-        "for (int64_t dim = 0; dim < dims; dim += LANES)", ["const int64_t size = std::min<int64_t>(LANES, dims - dim);", *lines]
-    )
+    return block("for (int64_t dim = 0; dim < dims; dim += LANES)", ["const int64_t size = std::min<int64_t>(LANES, dims - dim);", *lines])
 
 
 def _weigh(spec: KernelSpec) -> Lines:

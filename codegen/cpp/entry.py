@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from qcompile.codegen.cpp.source import Lines, block, function, joined, unique
@@ -27,14 +27,36 @@ def library_source(plan: Plan, kernels: Mapping[str, Kernel], title: str, lines:
         title: the first line's comment.
         lines: node -> where it stands in the model's source.
     """
-    functions = unique(kernel.source for _, kernel in native_kernels(kernels))
-    entries = [
-        entry_function(entry, segment, lines or {}) for entry in plan.entries.values() for segment in segments(entry, kernels)
-    ]  # fmt: skip
+    runs = [(entry, run) for entry in plan.entries.values() for run in segments(entry, kernels)]
+    entries = [part for entry, run in runs for part in entry_function(entry, run, lines or {})]
     digest = plan_digest(plan, kernels)
     ending = function('extern "C" const char* qcompile_plan', [], "The plan that this library was made for.", [f'return "{digest}";'])
-    parts = [HEAD.format(title=title), SUPPORT.read_text(encoding="utf-8"), *(f"{text}\n" for text in functions)]
-    return "\n".join([*parts, joined([*(lines for pair in entries for lines in pair), ending])])
+    return _whole(title, [kernel for _, kernel in native_kernels(kernels)], [*entries, ending])
+
+
+def kernels_source(kernels: Iterable[Kernel], title: str) -> str:
+    """The C++ of kernels by themselves, for tests and measurements: `qcompile_NAME` calls one with its operands in order."""
+    made, exported = list(kernels), []
+    for kernel in made:
+        given = ", ".join(["team", *(f"t[{place}]" for place in range(len(kernel.launches[0].parameters)))])
+        exported.append(function(f"static void call_{kernel.name}", _STEPS, f"{kernel.name} over a table.", [f"{kernel.name}({given});"]))
+        exported.append(_exported(f"qcompile_{kernel.name}", f"call_{kernel.name}"))
+    return _whole(title, made, exported)
+
+
+def _whole(title: str, kernels: Iterable[Kernel], functions: Iterable[Lines]) -> str:
+    shared = unique(kernel.source for kernel in kernels)
+    parts = [HEAD.format(title=title), SUPPORT.read_text(encoding="utf-8"), *(f"{text}\n" for text in shared)]
+    return "\n".join([*parts, joined(functions)])
+
+
+_STEPS = ("const Team& team", "const Tensor* t")
+
+
+def _exported(name: str, steps: str) -> Lines:
+    """What the engine calls: `steps` on every thread."""
+    head = f'extern "C" void {name}'
+    return function(head, ["const Tensor* tensors", "int64_t threads"], f"All of {steps}.", [f"run(threads, {steps}, tensors);"])
 
 
 def entry_function(entry: Entry, segment: Segment, lines: Mapping[str, str]) -> tuple[Lines, Lines]:
@@ -43,10 +65,7 @@ def entry_function(entry: Entry, segment: Segment, lines: Mapping[str, str]) -> 
     name = segment.function.removeprefix("qcompile_")
     first, last = segment.places[0], segment.places[-1]
     comment = f"{entry.name}: steps {first} to {last} of {len(entry.steps)}, over {len(segment.table)} tensors."
-    steps = function(f"static void {name}", ["const Team& team", "const Tensor* t"], comment, body)
-    call = [f"run(threads, {name}, tensors);"]
-    exported = function(f'extern "C" void {segment.function}', ["const Tensor* tensors", "int64_t threads"], f"All of {name}.", call)
-    return steps, exported
+    return function(f"static void {name}", _STEPS, comment, body), _exported(segment.function, name)
 
 
 def _call(entry: Entry, call: NativeCall, lines: Mapping[str, str]) -> Lines:

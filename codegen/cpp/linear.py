@@ -11,7 +11,7 @@ from dataclasses import replace
 from qcompile.codegen.contract import FLOATS, same_storage
 from qcompile.codegen.cpp.contract import Operator, kernel, type_of
 from qcompile.codegen.cpp.source import Lines, block, constants, function, when
-from qcompile.codegen.cpp.weights import Weight, refuses_weight, weight_of
+from qcompile.codegen.cpp.weights import MOST_GROUPS, Weight, refuses_weight, weight_of
 from qcompile.ir.lowered import BUCKETS, Kernel, KernelSpec
 
 
@@ -21,19 +21,18 @@ def product_function(weight: Weight) -> Lines:
     first_word = "column" if per == 1 else f"column / {per}"
     whole = [
         f"const auto word = load_bits<{weight.vector}>(codes + (t * words + {first_word}) * TILE + p * LANES);",
-        f"#pragma GCC unroll {per}",
         *block(
-            f"for (int place = 0; place < {per}; place++)",
+            f"UNROLL for (int place = 0; place < {per}; place++)",
             [
                 f"const Floats weight = {weight.name}_code(word, place);",
-                "for (int r = 0; r < ROWS; r++) part[r][t][p] = fma(weight, splat(x[r][column + place]), part[r][t][p]);",
+                "UNROLL for (int r = 0; r < ROWS; r++) part[r][t][p] = fma(weight, splat(x[r][column + place]), part[r][t][p]);",
             ],
         ),
     ]
     single = [
         f"const auto word = load_bits<{weight.vector}>(codes + (t * words + {first_word}) * TILE + p * LANES);",
         f"const Floats weight = {weight.name}_code(word, column % {per});",
-        "for (int r = 0; r < ROWS; r++) part[r][t][p] = fma(weight, splat(x[r][column]), part[r][t][p]);",
+        "UNROLL for (int r = 0; r < ROWS; r++) part[r][t][p] = fma(weight, splat(x[r][column]), part[r][t][p]);",
     ]
     last = "columns" if group == 0 else f"std::min<int64_t>(columns, (group + 1) * {group})"
     body = [
@@ -45,24 +44,22 @@ def product_function(weight: Weight) -> Lines:
                 f"const int64_t last = {last};",
                 f"int64_t column = group * {group};",
                 *_start(weight),
-                *when(group % per, [f"for (; column < last && column % {per}; column++)", *_every_part(single)]),
-                f"for (; column + {per} <= last; column += {per})",
-                *_every_part(whole),
-                *when(per > 1, ["for (; column < last; column++)", *_every_part(single)]),
+                *when(group % per, block(f"for (; column < last && column % {per}; column++)", _every_part(single))),
+                *block(f"for (; column + {per} <= last; column += {per})", _every_part(whole)),
+                *when(per > 1, block("for (; column < last; column++)", _every_part(single))),
                 *_finish(weight),
             ],
         ),
     ]
-    parameters = ["const float* const* x", f"const {weight.word}* codes", *weight.scale_parameters, "int64_t columns"]
+    sums = ["const float* sums"] * weight.zero
+    parameters = ["const float* const* x", f"const {weight.word}* codes", *weight.scale_parameters, *sums, "int64_t columns"]
     head = f"template <int ROWS, int TILES>\nstatic inline void {weight.name}_product"
-    return function(
-        head, [*parameters, "Floats (&total)[ROWS][TILES][PARTS]"], f"ROWS rows of x times TILES tiles of {weight.text}.", body
-    )
+    return function(head, [*parameters, "Floats (&total)[ROWS][TILES][PARTS]"], f"ROWS rows of x times TILES tiles of {weight.text}.", body)
 
 
 def _every_part(lines: Lines) -> Lines:
     """The lines for every vector of every tile."""
-    return block("    for (int t = 0; t < TILES; t++) for (int p = 0; p < PARTS; p++)", lines)
+    return block("UNROLL for (int t = 0; t < TILES; t++)", block("UNROLL for (int p = 0; p < PARTS; p++)", lines))
 
 
 def _start(weight: Weight) -> Lines:
@@ -70,22 +67,35 @@ def _start(weight: Weight) -> Lines:
     if not weight.zero:
         return ["Floats part[ROWS][TILES][PARTS] = {};"]
     offset = f"load_zero(zero + (t * {weight.zero_stride} + group) * TILE + p * LANES, {weight.middle}.0f)"
-    body = [f"for (int r = 0; r < ROWS; r++) part[r][t][p] = splat(-sums[r]) * {offset};"]
+    body = [
+        f"const Floats offset = {offset};",
+        "UNROLL for (int r = 0; r < ROWS; r++) part[r][t][p] = splat(-sums[r * groups + group]) * offset;",
+    ]
+    return ["Floats part[ROWS][TILES][PARTS];", *_every_part(body)]
+
+
+def _sums(weight: Weight) -> Lines:
+    """The sums of each group of x, which every tile wants: zero points are taken off by them."""
+    group = weight.group or "columns"
     return [
-        "float sums[ROWS];",
-        "for (int r = 0; r < ROWS; r++) sums[r] = sum(x[r] + column, last - column);",
-        "Floats part[ROWS][TILES][PARTS];",
-        *_every_part(body),
+        f"float sums[ROWS * {MOST_GROUPS}];",
+        *block(
+            "for (int64_t group = 0; group < groups; group++)",
+            [
+                f"const int64_t first = group * {group}, count = std::min<int64_t>({group}, columns - first);",
+                "for (int r = 0; r < ROWS; r++) sums[r * groups + group] = sum(from[r] + first, count);",
+            ],
+        ),
     ]
 
 
 def _finish(weight: Weight) -> Lines:
     """The group's sums join the totals, times its scale."""
     if not weight.scale:
-        return _every_part(["for (int r = 0; r < ROWS; r++) total[r][t][p] += part[r][t][p];"])
+        return _every_part(["UNROLL for (int r = 0; r < ROWS; r++) total[r][t][p] += part[r][t][p];"])
     body = [
         "const Floats factor = load(scale + (t * groups + group) * TILE + p * LANES);",
-        "for (int r = 0; r < ROWS; r++) total[r][t][p] = fma(factor, part[r][t][p], total[r][t][p]);",
+        "UNROLL for (int r = 0; r < ROWS; r++) total[r][t][p] = fma(factor, part[r][t][p], total[r][t][p]);",
     ]
     return _every_part(body)
 
@@ -94,26 +104,27 @@ def rows_function(weight: Weight) -> Lines:
     """ROWS rows of x from `row` on times the tiles of a range, and what comes after the sum."""
     names = ["x", "codes", *(name for name, _ in weight.scale_strides), "bias", "out", "row", "Range{tile, tiles.last}", "rows", "columns"]
     rest = ", ".join(names)
+    sums = "sums, " if weight.zero else ""
     scales = "".join(f", {name} + tile * {stride} * TILE" for name, stride in weight.scale_strides)
     body = [
         "const float* from[ROWS];",
-        "for (int r = 0; r < ROWS; r++) from[r] = x.row<float>(row + r);",
+        "UNROLL for (int r = 0; r < ROWS; r++) from[r] = x.row<float>(row + r);",
         *weight.stride_constants,
+        *(_sums(weight) if weight.zero else []),
         "int64_t tile = tiles.first;",
         *block(
             "for (; tile + TILES <= tiles.last; tile += TILES)",
             [
                 "Floats total[ROWS][TILES][PARTS] = {};",
-                f"{weight.name}_product<ROWS, TILES>(from, codes + tile * words * TILE{scales}, columns, total);",
-                *block(
-                    "for (int t = 0; t < TILES; t++) for (int p = 0; p < PARTS; p++)",
+                f"{weight.name}_product<ROWS, TILES>(from, codes + tile * words * TILE{scales}, {sums}columns, total);",
+                *_every_part(
                     [
                         "const int64_t first = (tile + t) * TILE + p * LANES;",
                         "const int64_t count = std::min<int64_t>(LANES, rows - first);",
                         "if (count <= 0) continue;",
-                        "if (bias) for (int r = 0; r < ROWS; r++) total[r][t][p] += load(bias + first, count);",
-                        "for (int r = 0; r < ROWS; r++) store(out.row<float>(row + r) + first, total[r][t][p], count);",
-                    ],
+                        "if (bias) UNROLL for (int r = 0; r < ROWS; r++) total[r][t][p] += load(bias + first, count);",
+                        "UNROLL for (int r = 0; r < ROWS; r++) store(out.row<float>(row + r) + first, total[r][t][p], count);",
+                    ]
                 ),
             ],
         ),

@@ -34,7 +34,7 @@ def emit_table(spec: KernelSpec) -> Kernel:
 
 
 def emit_rope(spec: KernelSpec) -> Kernel:
-    """x [B, H, S, R]: `x · cos + (-x_high, x_low) · sin`; a thread takes heads of tokens."""
+    """`x · cos + (-x_high, x_low) · sin` of x [B, H, S, R]; a thread takes heads of tokens."""
     body = [
         *constants({"heads": (spec.size("H"), "of a token"), "half": (spec.size("R") // 2, "of a head's numbers")}),
         "const int64_t tokens = x.size[2], tables = cos.size[0];",
@@ -71,6 +71,4 @@ ROTARY_TABLE = Operator(
     emit=emit_table, operands={"positions": ("i64",), "inv_freq": _FLOAT, "out": _FLOAT, "out1": _FLOAT}, sizes=("F",),
     options=("scaling",), required=("scaling",),
 )  # fmt: skip
-ROPE = Operator(
-    emit=emit_rope, operands={"x": _FLOAT, "cos": _FLOAT, "sin": _FLOAT, "out": _FLOAT}, sizes=("H", "R"), refuses=refuses_rope
-)
+ROPE = Operator(emit=emit_rope, operands={"x": _FLOAT, "cos": _FLOAT, "sin": _FLOAT, "out": _FLOAT}, sizes=("H", "R"), refuses=refuses_rope)

@@ -97,6 +97,9 @@ static void run(int64_t threads, void (*steps)(const Team&, const Tensor*), cons
     steps(Team{0, 1}, tensors);
 }
 
+// Before a short loop over registers: without it the compiler leaves them in memory.
+#define UNROLL _Pragma("GCC unroll 16")
+
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
 #elif defined(__AVX2__)
@@ -117,6 +120,7 @@ constexpr int64_t NEAR_BYTES = 1 << 18;
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
 static inline Floats splat(float value) { return value - Floats{}; }
 

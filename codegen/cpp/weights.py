@@ -17,6 +17,9 @@ WIDTHS = (2, 4, 8)
 FLOAT_CHUNK = 128
 """Columns of a float weight that are summed before they join the total: shorter sums round less."""
 
+MOST_GROUPS = 1024
+"""Groups of a row with zero points: the sums of x over each of them stand on the stack."""
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -106,8 +109,7 @@ class Weight:
         """The functions that a product needs."""
         zero = function(
             "static inline Floats load_zero", ["const uint8_t* from", "float middle"], "Zero points as differences from the middle code.",
-            ["float numbers[LANES];", "for (int lane = 0; lane < LANES; lane++) numbers[lane] = from[lane];",
-             "return load(numbers) - splat(middle);"],
+            ["return __builtin_convertvector(__builtin_convertvector(load_bits<Bytes>(from), Ints), Floats) - splat(middle);"],
         )  # fmt: skip
         return [code_function(self), *([zero] if self.zero else [])]
 
@@ -154,7 +156,8 @@ def refuses_weight(spec: KernelSpec) -> str | None:
         return f"scale is {spec.format('scale')}: expected {dtype_name(form.scale_dtype)} as the codes' format says"
     if (spec.format("zero") is None) != form.symmetric:
         return f"zero is {spec.format('zero')}: expected {'none for symmetric' if form.symmetric else 'uint8 for asymmetric'} codes"
-    return None
+    groups = form.granularity.groups(spec.size("K"))
+    return f"{groups} groups with zero points: expected at most {MOST_GROUPS}" if groups > MOST_GROUPS and not form.symmetric else None
 
 
 def weight_of(spec: KernelSpec) -> Weight:

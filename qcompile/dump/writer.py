@@ -37,7 +37,11 @@ def prepare(directory: Path) -> None:
     except OSError as error:
         raise SourceError(f"dump {directory}: expected a directory that can be made, got {error.strerror}; choose another") from None
     # Only beside a finished dump is `kernels/` known to be a dump's and not the user's.
-    stale = [path for path in (directory / "kernels").glob("*") if path.suffix in (".py", ".cpp")] if (directory / "passes.json").is_file() else []
+    stale = (
+        [path for path in (directory / "kernels").glob("*") if path.suffix in (".py", ".cpp")]
+        if (directory / "passes.json").is_file()
+        else []
+    )
     stale += [path for path in directory.iterdir() if path.is_file() and _OWN_FILE.fullmatch(path.name)]
     for path in stale:
         path.unlink()

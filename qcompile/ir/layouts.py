@@ -108,7 +108,7 @@ def tiles_int8(codes: Tensor) -> Tensor:
 
 
 def tiles_int4(codes: Tensor) -> Tensor:
-    """4-bit codes uint8 [N, ceil(K/2)] to int32 [ceil(N/16), ceil(K/8), 16]: 8 columns in a word, each as two's complement of `code - 8`."""
+    """4-bit codes uint8 [N, ceil(K/2)] to int32 [ceil(N/16), ceil(K/8), 16]: 8 columns in a word, two's complement of `code - 8`."""
     return _word_tiles(codes, 0x88)
 
 

@@ -29,7 +29,9 @@ class Library:
             try:
                 self._library = ctypes.CDLL(str(path))
             except OSError as error:
-                raise EngineError(f"{name}: expected a library that this system loads, got {error}; load with engine='torch_cpu'") from error
+                raise EngineError(
+                    f"{name}: expected a library that this system loads, got {error}; load with engine='torch_cpu'"
+                ) from error
 
     @property
     def plan(self) -> str:

@@ -53,8 +53,8 @@ class NativeProgram(Program):
         tensor = self._packed[name, layout] if constant else self.tensors[name]
         if tensor.dim() > RANK or (tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1):
             raise EngineError(
-                f"{run.function}: {name}: expected at most {RANK} axes with the last one dense, got shape {list(tensor.shape)} with strides "
-                f"{list(tensor.stride())}; load with engine='torch_cpu'"
+                f"{run.function}: {name}: expected at most {RANK} axes, the last one dense, got shape {list(tensor.shape)} and "
+                f"strides {list(tensor.stride())}; load with engine='torch_cpu'"
             )
         return tensor
 
