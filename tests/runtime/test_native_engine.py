@@ -1,0 +1,187 @@
+"""The native engine against the reference, who may load its library, and what serves where it may not."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import qcompile
+from qcompile.codegen.cpp import build
+from qcompile.compiled import CompiledModel
+from qcompile.errors import EngineError, KernelBuildError, UntrustedCodeError
+from qcompile.ir.lowered import Engine
+from qcompile.runtime.artifact import load_artifact
+from qcompile.runtime.engines import make_engine
+from qcompile.runtime.engines.native import NativeEngine
+from qcompile.runtime.native.processor import best_library
+from tests.codegen.cpp.harness import RUNNABLE
+from tests.models import tiny
+
+PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3], [11]]
+SIZES = {"max_batch": 4, "max_context": 32}
+
+
+@pytest.fixture(autouse=True)
+def quick_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One instruction set, little optimization: what is computed does not depend on it."""
+    monkeypatch.setattr(build, "instruction_sets", lambda: RUNNABLE[:1])
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-O1"))
+
+
+@cache
+def compiled(target: str, family: str = "llama") -> CompiledModel:
+    """A tiny model with native kernels."""
+    return qcompile.compile(tiny(family), target, recipe="nearest", engine="native", **SIZES)
+
+
+def engines(model: CompiledModel) -> tuple[NativeEngine, Engine]:
+    """The native engine of a model, and the reference over the same contents."""
+    native = make_engine(model.contents, name="native", **SIZES)
+    assert isinstance(native, NativeEngine)
+    return native, make_engine(model.contents, name="reference", **SIZES)
+
+
+def generated(engine: Engine, count: int = 6) -> tuple[list[Tensor], list[list[int]]]:
+    """Logits of a ragged batch and of each token after it, and the tokens, greedily."""
+    logits, tokens = [engine.prefill(PROMPTS)], []
+    for _ in range(count):
+        tokens.append(logits[-1].argmax(-1).tolist())
+        logits.append(engine.decode(tokens[-1]))
+    return logits, tokens
+
+
+def error(made: Tensor, exact: Tensor) -> float:
+    """How far apart, beside the greatest."""
+    return float((made - exact).abs().max() / exact.abs().max())
+
+
+# With a cache in halves a key that lies between two of them may round either way: half a unit of its last place.
+@pytest.mark.parametrize(("target", "bound"), [("cpu-int4", 1e-5), ("cpu-fp32", 1e-5), ("cpu-int8-kv16", 2.0**-11)])
+def test_a_llama_runs_wholly_native(target: str, bound: float) -> None:
+    native, reference = engines(compiled(target))
+    assert {name: len(runs) for name, runs in native._runs.items()} == {"forward": 1, "prefill": 1, "decode": 1}
+    ids = torch.randint(3, 100, (3, 9), generator=torch.Generator().manual_seed(0))
+    assert error(*(engine.forward({"input_ids": ids})[0] for engine in (native, reference))) < bound
+    (made, tokens), (exact, expected) = generated(native), generated(reference)
+    assert max(map(error, made, exact)) < bound
+    assert tokens == expected
+    assert len(native._program("decode", 3, 1).calls) == 1
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "gemma2"])
+def test_other_steps_run_between(family: str) -> None:
+    native, reference = engines(compiled("cpu-int4", family))
+    (made, tokens), (exact, expected) = generated(native), generated(reference)
+    assert max(map(error, made, exact)) < 1e-5
+    assert tokens == expected
+
+
+def test_neither_threads_nor_neighbours_change_a_bit() -> None:
+    model, threads = compiled("cpu-int4"), torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(torch.stack(generated(engines(model)[0])[0]))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*results)
+    alone = engines(model)[0]
+    assert torch.equal(alone.prefill(PROMPTS[1:2])[0], results[0][0][1])
+
+
+def test_a_longer_prompt_than_a_chunk_and_pages_of_few_tokens() -> None:
+    model = qcompile.compile(tiny("llama"), "cpu-int4", recipe="nearest", engine="native", prefill_chunk=5, **SIZES)
+    prompts = [list(range(3, 20)), [4, 5]]
+    native, reference = (make_engine(model.contents, name=name, page_tokens=4, **SIZES) for name in ("native", "reference"))
+    assert error(native.prefill(prompts), reference.prefill(prompts)) < 1e-5
+    assert error(native.decode([7, 8]), reference.decode([7, 8])) < 1e-5
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Iterator[Path]:
+    """One that was saved with its library."""
+    compiled("cpu-int4").save(tmp_path / "artifact")
+    yield tmp_path / "artifact"
+    shutil.rmtree(tmp_path / "artifact")
+
+
+def test_what_was_built_here_is_loaded_without_a_word(artifact: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = qcompile.load(artifact, **SIZES)
+    assert model.engine.name == "native"
+    assert (artifact / "kernels" / "native.cpp").read_text() == model.contents.binaries["native.cpp"].decode()
+    assert sorted(path.suffix for path in (artifact / "kernels").iterdir()).count(".cpp") == len(model.contents.kernels) + 1
+    assert generated(model.engine)[1] == generated(engines(compiled("cpu-int4"))[1])[1]
+
+
+def test_a_stranger_is_rebuilt_from_the_graph(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = load_artifact(artifact)
+    monkeypatch.setenv("QCOMPILE_CACHE", str(tmp_path / "elsewhere"))
+    with pytest.raises(UntrustedCodeError, match="allow_native=True"):
+        make_engine(load_artifact(artifact), name="native")
+    assert qcompile.load(artifact, allow_native=True, **SIZES).contents.binaries == before.binaries
+    with pytest.warns(UserWarning, match=r"built anew from the artifact's graph: native-.* was not built on this machine"):
+        model = qcompile.load(artifact, **SIZES)
+    assert model.engine.name == "native"
+    assert {row.kernel for row in model.coverage} == {row.kernel for row in before.coverage}
+    assert generated(model.engine)[1] == generated(engines(compiled("cpu-int4"))[1])[1]
+
+
+def test_an_artifact_without_a_library_gets_one_if_asked(tmp_path: Path) -> None:
+    qcompile.compile(tiny("llama"), "cpu-int4", recipe="nearest").save(tmp_path / "plain")
+    assert qcompile.load(tmp_path / "plain").engine.name == "torch_cpu"
+    model = qcompile.load(tmp_path / "plain", engine="native", **SIZES)
+    assert model.engine.name == "native"
+    assert any(row.kernel.startswith("quantized_linear_m1_") for row in model.coverage)
+
+
+def test_without_a_compiler_torch_serves(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    monkeypatch.setenv("QCOMPILE_CACHE", str(tmp_path / "elsewhere"))
+    with pytest.warns(UserWarning, match="served by torch_cpu in place of native kernels: there is no C\\+\\+ compiler"):
+        model = qcompile.compile(tiny("llama"), "cpu-int4", recipe="nearest", engine="native")
+    assert model.engine.name == "torch_cpu"
+    assert {row.kernel for row in model.coverage} == {"torch_cpu.embedding", "torch_cpu.quantized_linear", "torch_cpu.cache_attend"} | {
+        "torch_cpu.linear"
+    }
+    with pytest.warns(UserWarning, match=r"served by torch_cpu .* was not built on this machine .*, and there is no C\+\+ compiler"):
+        assert qcompile.load(artifact).engine.name == "torch_cpu"
+    with pytest.raises(KernelBuildError, match=r"expected a C\+\+ compiler, got none"):
+        build.build_libraries("")
+
+
+def test_a_library_of_another_plan_is_refused() -> None:
+    contents = compiled("cpu-int4").contents
+    entry = contents.plan.entries["decode"]
+    shorter = replace(contents.plan, entries=contents.plan.entries | {"decode": replace(entry, steps=entry.steps[:-1])})
+    changed = compiled("cpu-fp32").contents
+    whole, changed.plan = changed.plan, shorter
+    try:
+        with pytest.raises(EngineError, match="expected a library made for the artifact's plan"):
+            NativeEngine(changed)
+    finally:
+        changed.plan = whole
+
+
+def test_a_target_of_a_gpu_has_no_native_engine() -> None:
+    with pytest.raises(EngineError, match=r"expected a target cpu-\* or reference-\*, got sm90-int4"):
+        qcompile.compile(tiny("llama"), "sm90-int4", engine="native")
+
+
+def test_the_best_library_is_one_that_the_processor_runs() -> None:
+    import platform
+
+    files = [f"native-{platform.machine()}-{name}.so" for name in ("portable", RUNNABLE[0])]
+    assert best_library(files) == files[1]
+    assert best_library(files[:1]) == files[0]
+    assert best_library(["native-other-portable.so", "native.cpp"]) is None
