@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from qcompile.codegen.contract import FLOATS, same_storage
 from qcompile.codegen.cpp.contract import Operator, kernel, type_of
-from qcompile.codegen.cpp.source import Lines, block, constants, function, when
+from qcompile.codegen.cpp.source import Lines, block, call, constants, function, when
 from qcompile.codegen.cpp.weights import MOST_GROUPS, Weight, refuses_weight, weight_of
 from qcompile.ir.lowered import BUCKETS, Kernel, KernelSpec
 
@@ -102,10 +102,10 @@ def _finish(weight: Weight) -> Lines:
 
 def rows_function(weight: Weight) -> Lines:
     """ROWS rows of x from `row` on times the tiles of a range, and what comes after the sum."""
-    names = ["x", "codes", *(name for name, _ in weight.scale_strides), "bias", "out", "row", "Range{tile, tiles.last}", "rows", "columns"]
-    rest = ", ".join(names)
-    sums = "sums, " if weight.zero else ""
-    scales = "".join(f", {name} + tile * {stride} * TILE" for name, stride in weight.scale_strides)
+    names = [name for name, _ in weight.scale_strides]
+    rest = ["x", "codes", *names, "bias", "out", "row", "Range{tile, tiles.last}", "rows", "columns"]
+    shares = [f"{name} + tile * {stride} * TILE" for name, stride in weight.scale_strides]
+    given = ["from", "codes + tile * words * TILE", *shares, *["sums"] * weight.zero, "columns", "total"]
     body = [
         "const float* from[ROWS];",
         "UNROLL for (int r = 0; r < ROWS; r++) from[r] = x.row<float>(row + r);",
@@ -116,7 +116,7 @@ def rows_function(weight: Weight) -> Lines:
             "for (; tile + TILES <= tiles.last; tile += TILES)",
             [
                 "Floats total[ROWS][TILES][PARTS] = {};",
-                f"{weight.name}_product<ROWS, TILES>(from, codes + tile * words * TILE{scales}, {sums}columns, total);",
+                *call(f"{weight.name}_product<ROWS, TILES>", given),
                 *_every_part(
                     [
                         "const int64_t first = (tile + t) * TILE + p * LANES;",
@@ -128,7 +128,7 @@ def rows_function(weight: Weight) -> Lines:
                 ),
             ],
         ),
-        f"if constexpr (TILES > 1) {weight.name}_rows<ROWS, 1>({rest});",
+        *block("if constexpr (TILES > 1)", call(f"{weight.name}_rows<ROWS, 1>", rest)),
     ]
     parameters = [
         "const Tensor& x", f"const {weight.word}* codes", *weight.scale_parameters, "const float* bias", "const Tensor& out", "int64_t row",
@@ -160,14 +160,16 @@ def emit_linear(spec: KernelSpec) -> Kernel:
 
 
 def _one_row(weight: Weight, pointers: list[str]) -> Lines:
-    return [f"{weight.name}_rows<1, SINGLE_WIDE>({', '.join(['x', *pointers, 'out', '0', 'mine', 'rows', 'columns'])});"]
+    return call(f"{weight.name}_rows<1, SINGLE_WIDE>", ["x", *pointers, "out", "0", "mine", "rows", "columns"])
 
 
 def _many_rows(weight: Weight, pointers: list[str]) -> Lines:
-    given, blocks = ", ".join(["x", *pointers, "out", "row", "near", "rows", "columns"]), []
-    for count in (8, 4, 2, 1):
-        call = block(f"if (left >= {count})", [f"{weight.name}_rows<{count}, WIDE>({given});", f"row += {count};", "continue;"])
-        blocks += [f"if constexpr (MANY >= {count})", *call] if count > 2 else call
+    given = ["x", *pointers, "out", "row", "near", "rows", "columns"]
+    blocks: Lines = []
+    for count in (8, 4, 2):
+        made = block(f"if (left >= {count})", [*call(f"{weight.name}_rows<{count}, WIDE>", given), f"row += {count};", "continue;"])
+        blocks += block(f"if constexpr (MANY >= {count})", made) if count > 2 else made
+    blocks += [*call(f"{weight.name}_rows<1, WIDE>", given), "row += 1;"]
     return [
         f"constexpr int64_t tile_bytes = (columns * {weight.bits} + 7) / 8 * TILE;",
         "constexpr int64_t step = std::max<int64_t>(WIDE, NEAR_BYTES / tile_bytes / WIDE * WIDE);",

@@ -32,6 +32,13 @@ def block(header: str, body: Iterable[str]) -> Lines:
     return [f"{header} {{", *indent(body), "}"]
 
 
+def call(function: str, arguments: Iterable[str]) -> Lines:
+    """A call as a statement; the arguments stand on a line of their own where they do not fit behind its name."""
+    given = ", ".join(arguments)
+    line = f"{function}({given});"
+    return [line] if len(line) <= LINE_LENGTH - 24 else [f"{function}(", f"    {given});"]
+
+
 def when(condition: object, lines: Iterable[str]) -> Lines:
     """The lines where the condition holds at compile time, else none."""
     return list(lines) if condition else []

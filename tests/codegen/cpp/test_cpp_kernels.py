@@ -24,9 +24,7 @@ CACHES = [("fp32", 16, 0, 0.0, False), ("fp16", 20, 0, 0.0, True), ("bf16", 5, 7
 
 
 def _norm(columns: int, offset: float, weighted: bool, summed: bool) -> KernelSpec:
-    formats = {"x": FLOAT, "weight": FLOAT if weighted else None, "out": FLOAT} | (
-        {"residual": FLOAT, "out1": FLOAT} if summed else {}
-    )
+    formats = {"x": FLOAT, "weight": FLOAT if weighted else None, "out": FLOAT} | ({"residual": FLOAT, "out1": FLOAT} if summed else {})
     return spec("add_rms_norm" if summed else "rms_norm", sizes={"K": columns}, formats=formats, eps=1e-5, offset=offset)
 
 
@@ -51,9 +49,7 @@ def _attend(kind: str, size: int, window: int, softcap: float, sinks: bool, buck
 
 
 ADD = spec("add", sizes={"K": 19}, formats={"x": FLOAT, "y": FLOAT, "out": FLOAT})
-TABLE = spec(
-    "rotary_table", sizes={"F": 10}, formats={"positions": "i64", "inv_freq": FLOAT, "out": FLOAT, "out1": FLOAT}, scaling=1.25
-)
+TABLE = spec("rotary_table", sizes={"F": 10}, formats={"positions": "i64", "inv_freq": FLOAT, "out": FLOAT, "out1": FLOAT}, scaling=1.25)
 ROPE = spec("rope", sizes={"H": 3, "R": 20}, formats={"x": FLOAT, "cos": FLOAT, "sin": FLOAT, "out": FLOAT})
 EMBEDDING = spec("embedding", sizes={"N": 35, "K": 21}, formats={"weight": FLOAT, "indices": "i64", "out": FLOAT})
 GATHER = spec("gather_last", sizes={"K": 9}, formats={"x": FLOAT, "positions": "i64", "out": FLOAT})
