@@ -19,18 +19,27 @@ def product_function(weight: Weight) -> Lines:
     """`total` = ROWS rows of x times TILES tiles of a weight of this format."""
     per, group = weight.per_word, weight.group
     first_word = "column" if per == 1 else f"column / {per}"
+    at = f"(t * words + {first_word}) * TILE + p * LANES"
     whole = [
-        f"const auto word = load_bits<{weight.vector}>(codes + (t * words + {first_word}) * TILE + p * LANES);",
+        f"{weight.vector} word[TILES][PARTS];",
+        *_every_part([f"word[t][p] = load_bits<{weight.vector}>(codes + {at});"]),
         *block(
             f"UNROLL for (int place = 0; place < {per}; place++)",
             [
-                f"const Floats weight = {weight.name}_code(word, place);",
-                "UNROLL for (int r = 0; r < ROWS; r++) part[r][t][p] = fma(weight, splat(x[r][column + place]), part[r][t][p]);",
+                "Floats weight[TILES][PARTS];",
+                *_every_part([f"weight[t][p] = {weight.name}_code(word[t][p], place);"]),
+                *block(
+                    "UNROLL for (int r = 0; r < ROWS; r++)",
+                    [
+                        "const Floats value = splat(x[r][column + place]);",
+                        *_every_part(["part[r][t][p] = fma(weight[t][p], value, part[r][t][p]);"]),
+                    ],
+                ),
             ],
         ),
     ]
     single = [
-        f"const auto word = load_bits<{weight.vector}>(codes + (t * words + {first_word}) * TILE + p * LANES);",
+        f"const auto word = load_bits<{weight.vector}>(codes + {at});",
         f"const Floats weight = {weight.name}_code(word, column % {per});",
         "UNROLL for (int r = 0; r < ROWS; r++) part[r][t][p] = fma(weight, splat(x[r][column]), part[r][t][p]);",
     ]
@@ -45,7 +54,7 @@ def product_function(weight: Weight) -> Lines:
                 f"int64_t column = group * {group};",
                 *_start(weight),
                 *when(group % per, block(f"for (; column < last && column % {per}; column++)", _every_part(single))),
-                *block(f"for (; column + {per} <= last; column += {per})", _every_part(whole)),
+                *block(f"for (; column + {per} <= last; column += {per})", whole),
                 *when(per > 1, block("for (; column < last; column++)", _every_part(single))),
                 *_finish(weight),
             ],
@@ -128,7 +137,7 @@ def rows_function(weight: Weight) -> Lines:
                 ),
             ],
         ),
-        *block("if constexpr (TILES > 1)", call(f"{weight.name}_rows<ROWS, 1>", rest)),
+        *block("if constexpr (TILES > 1)", call(f"{weight.name}_rows<ROWS, TILES / 2>", rest)),
     ]
     parameters = [
         "const Tensor& x", f"const {weight.word}* codes", *weight.scale_parameters, "const float* bias", "const Tensor& out", "int64_t row",

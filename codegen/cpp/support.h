@@ -113,7 +113,7 @@ constexpr int PARTS = TILE / LANES;
 // Rows of x that a product takes at once, and tiles beside each other: as many sums as there are registers for.
 constexpr int MANY = LANES == 16 ? 8 : LANES == 8 ? 4 : 2;
 constexpr int WIDE = LANES == 16 ? 2 : 1;
-constexpr int SINGLE_WIDE = LANES == 4 ? 2 : 4;
+constexpr int SINGLE_WIDE = LANES == 16 ? 8 : LANES == 8 ? 4 : 2;
 // Bytes of a weight that stay in the cache nearby while rows of x pass.
 constexpr int64_t NEAR_BYTES = 1 << 18;
 

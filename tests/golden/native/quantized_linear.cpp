@@ -36,12 +36,25 @@ static inline void int4_g32_fp16_zero_product(
             }
         }
         for (; column + 8 <= last; column += 8) {
+            Ints word[TILES][PARTS];
             UNROLL for (int t = 0; t < TILES; t++) {
                 UNROLL for (int p = 0; p < PARTS; p++) {
-                    const auto word = load_bits<Ints>(codes + (t * words + column / 8) * TILE + p * LANES);
-                    UNROLL for (int place = 0; place < 8; place++) {
-                        const Floats weight = int4_g32_fp16_zero_code(word, place);
-                        UNROLL for (int r = 0; r < ROWS; r++) part[r][t][p] = fma(weight, splat(x[r][column + place]), part[r][t][p]);
+                    word[t][p] = load_bits<Ints>(codes + (t * words + column / 8) * TILE + p * LANES);
+                }
+            }
+            UNROLL for (int place = 0; place < 8; place++) {
+                Floats weight[TILES][PARTS];
+                UNROLL for (int t = 0; t < TILES; t++) {
+                    UNROLL for (int p = 0; p < PARTS; p++) {
+                        weight[t][p] = int4_g32_fp16_zero_code(word[t][p], place);
+                    }
+                }
+                UNROLL for (int r = 0; r < ROWS; r++) {
+                    const Floats value = splat(x[r][column + place]);
+                    UNROLL for (int t = 0; t < TILES; t++) {
+                        UNROLL for (int p = 0; p < PARTS; p++) {
+                            part[r][t][p] = fma(weight[t][p], value, part[r][t][p]);
+                        }
                     }
                 }
             }
@@ -102,7 +115,7 @@ static void int4_g32_fp16_zero_rows(
         }
     }
     if constexpr (TILES > 1) {
-        int4_g32_fp16_zero_rows<ROWS, 1>(
+        int4_g32_fp16_zero_rows<ROWS, TILES / 2>(
             x, codes, scale, zero, bias, out, row, Range{tile, tiles.last}, rows, columns);
     }
 }
