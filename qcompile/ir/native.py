@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from qcompile.ir.allowed import ALLOWED
-from qcompile.ir.codec import encode
 from qcompile.ir.lowered import BUCKETS, Entry, Kernel, Plan, Step
 from qcompile.ir.memory import buffers_in
 from qcompile.ir.operands import bind_arguments, output_name
@@ -124,10 +123,10 @@ def plan_digest(plan: Plan, kernels: Mapping[str, Kernel]) -> str:
     """What a library was made for: every step, shape and kernel of a plan. Where buffers lie is not part of it."""
     entries = {}
     for name, entry in plan.entries.items():
-        buffers = {key: replace(buffer, offset=-1) for key, buffer in entry.buffers.items()}
-        entries[name] = encode(replace(entry, buffers=buffers, limits={}, arena_bytes=0))
-    calls = {name: encode(replace(kernel, source="")) for name, kernel in native_kernels(kernels)}
-    return hashlib.sha256(json.dumps([entries, calls], sort_keys=True).encode()).hexdigest()
+        buffers = {key: vars(buffer) | {"offset": 0} for key, buffer in entry.buffers.items()}
+        entries[name] = [entry.inputs, entry.outputs, entry.steps, buffers]
+    calls = [[name, kernel.spec, kernel.launches, kernel.layouts] for name, kernel in native_kernels(kernels)]
+    return hashlib.sha256(json.dumps([entries, calls], default=vars, sort_keys=True).encode()).hexdigest()
 
 
 def native_kernels(kernels: Mapping[str, Kernel]) -> Iterator[tuple[str, Kernel]]:

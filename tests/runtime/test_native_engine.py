@@ -76,7 +76,7 @@ def test_a_llama_runs_wholly_native(target: str, bound: float) -> None:
     assert len(native._program("decode", 3, 1).calls) == 1
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gpt2", "gemma2"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_other_steps_run_between(family: str) -> None:
     native, reference = engines(compiled("cpu-int4", family))
     (made, tokens), (exact, expected) = generated(native), generated(reference)
