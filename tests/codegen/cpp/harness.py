@@ -40,12 +40,12 @@ class Kernels:
         self.library.entry(f"qcompile_{kernel.name}")(table.data_ptr(), threads)
 
 
-def library_of(specs: Iterable[KernelSpec], instruction_set: str, *flags: str) -> Kernels:
-    """The kernels of all specifications, compiled without much optimization: what they compute does not depend on it."""
+def library_of(specs: Iterable[KernelSpec], instruction_set: str, optimization: str = "-O1") -> Kernels:
+    """The kernels of all specifications; -O0 is quickly built, -O3 is what users get, and what is computed depends on neither."""
     kernels = {spec: CppBackend().emit(spec) for spec in dict.fromkeys(specs)}
     distinct = {kernel.name: kernel for kernel in kernels.values()}
     source = kernels_source(distinct.values(), "Kernels of a test.")
-    ((name, code),) = build_libraries(source, [instruction_set], kept_in=kernel_cache(), extra=("-O1", *flags)).items()
+    ((name, code),) = build_libraries(source, [instruction_set], kept_in=kernel_cache(), extra=(optimization,)).items()
     return Kernels(Library(name, code), kernels)
 
 
