@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qcompile.errors import QCompileError, SourceError
 from qcompile.ir.graph import CACHE_STATES, Graph
-from qcompile.ir.records import Assets
+from qcompile.ir.records import Assets, Calibrated
 from qcompile.ir.structure import flatten
 from qcompile.passes.calibration_data import Asked, CalibrationData, read_data
 
@@ -41,6 +41,15 @@ class Calibration:
     def key(self) -> str:
         """What tells this data from other: a hash of its content."""
         return self.data.key
+
+    @property
+    def record(self) -> Calibrated | None:
+        """What was read, in short; None where nothing was."""
+        if self._data is None:
+            return None
+        tokens = self._data.tokens
+        windows, length = (len(self._data.samples), 0) if tokens is None else tokens.shape
+        return Calibrated(self._data.name, self.key, windows, length)
 
     def first(self, tokens: int) -> Calibration:
         """The windows that hold the first `tokens` tokens, at least one; inputs of a plain module are all kept."""

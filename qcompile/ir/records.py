@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 
 @dataclass
@@ -40,6 +41,29 @@ class PassRecord:
     seconds: float
     constant_bytes: int
     max_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The data that passes ran the model on: token windows, or inputs of a plain module (`length` is 0)."""
+
+    name: str
+    key: str
+    windows: int
+    length: int = 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a compilation was told beside target and pipeline: with these the passes can be run again.
+
+    Attributes:
+        options: those of the scheme that differ from the target's preset; None for a scheme that options do not express.
+        calibration: None where no pass asked for data.
+    """
+
+    options: dict[str, Any] | None = field(default_factory=dict)
+    calibration: Calibrated | None = None
 
 
 @dataclass(frozen=True)
