@@ -16,17 +16,12 @@ _ROWS = 128
 class Distance(Protocol):
     """A distance from outputs that were given; batches hold what a language model's logits are, or all outputs of a module."""
 
-    unit: str
-    """What it is, for people."""
-
     def __call__(self, found: Sequence[Sequence[Tensor]]) -> float:
         """Of the outputs of each batch."""
 
 
 class TokenKl:
     """Mean KL(reference ‖ found) of the next token's distribution in nats, over every token of a window but its last, as `evaluate` has it."""
-
-    unit = "KL in nats per token"
 
     def __init__(self, wanted: Sequence[Sequence[Tensor]]) -> None:
         """`wanted` are the reference's logits [B, S, V]."""
@@ -51,8 +46,6 @@ def _rows(logits: Tensor) -> Tensor:
 class OutputNoise:
     """Energy of the error over the energy of the reference, mean over float outputs: 10^(-SQNR/10)."""
 
-    unit = "noise over signal"
-
     def __init__(self, wanted: Sequence[Sequence[Tensor]]) -> None:
         """`wanted` are the reference's outputs."""
         self._wanted = wanted
@@ -66,8 +59,3 @@ class OutputNoise:
                 noise = sum(float((a - b).square().sum()) for a, b in pairs)
                 ratios.append(noise / (sum(float(b.square().sum()) for _, b in pairs) + 1e-300))
         return sum(ratios) / max(1, len(ratios))
-
-
-def sqnr_db(noise: float) -> float | None:
-    """The signal-to-noise ratio in dB; None without any noise."""
-    return -10 * math.log10(noise) if noise > 0 else None

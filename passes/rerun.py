@@ -17,9 +17,10 @@ from qcompile.passes.lower_to_kernels import LowerToKernels
 from qcompile.passes.manager import run_pipeline
 from qcompile.passes.plan_memory import PlanMemory
 from qcompile.passes.quantize_weights import QuantizeWeights
-from qcompile.passes.switches import Switch, cache_switches, layer_of, new_switches
+from qcompile.passes.switches import Switch, biases_beside, cache_switches, layer_of, new_switches
 from qcompile.quant.reference import Quantized, restore
 
+qcompile = torch.ops.qcompile
 ALTERED = "altered"
 """In place of a pass, for constants of a compiled model that are not what its passes make."""
 _SAME = 1e-2
@@ -81,11 +82,15 @@ def _stage(name: str, before: Graph, after: Graph, *, is_exact: bool) -> Stage:
 
 
 def _bind_recorded(graph: Graph, known: set[str], recorded: Mapping[str, Constant]) -> None:
-    """Constants that are new get the values that they have in the compiled model."""
-    for name, constant in list(graph.constants.items()):
-        other = recorded.get(name)
-        if name not in known and other is not None and (other.shape, other.dtype) == (constant.shape, constant.dtype):
-            graph.bind(name, replace(other, format=constant.format))
+    """Constants that are new get the values that they have in the compiled model, and biases of convolutions with new filters."""
+    new = {name for name in graph.constants if name not in known}
+    for node in graph.calls(qcompile.dequantize.default):
+        if str(node.args[0].target) in new:  # type: ignore[union-attr]
+            new |= {str(bias.target) for value in (node, *node.users) for bias in biases_beside(value)}
+    for name in new:
+        constant, other = graph.constants[name], recorded.get(name)
+        if other is not None and (other.shape, other.dtype) == (constant.shape, constant.dtype):
+            graph.bind(name, other)
 
 
 def _require_same_structure(made: Graph, compiled: Graph) -> None:

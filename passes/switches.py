@@ -14,8 +14,9 @@ from torch import fx
 from qcompile.errors import PassError
 from qcompile.ir.constants import Constant, uncast
 from qcompile.ir.graph import Graph
-from qcompile.passes.activation_pairs import producer
+from qcompile.passes.activation_pairs import arguments, producer
 from qcompile.passes.cache_tables import ATTEND_OPTIONS, option
+from qcompile.passes.patches import CONVOLUTIONS
 
 aten = torch.ops.aten
 qcompile = torch.ops.qcompile
@@ -69,30 +70,37 @@ def new_switches(before: Graph, after: Graph, step: str) -> list[Switch]:
     """The quantizers that the pass called `step` has put into a graph, in order."""
     old = {node.name for node in before.fx.nodes}
     new = [node for node in after.nodes if node.op == "call_function" and node.name not in old]
-    weights = [_weight_switch(before, after, node, step) for node in new if node.target is qcompile.dequantize.default]
-    pairs = [_activation_switch(after, node, step) for node in new if node.target is qcompile.dequantize_activation.default]
+    weights = [_weight_switch(before, node, step) for node in new if node.target is qcompile.dequantize.default]
+    pairs = [_activation_switch(node, step) for node in new if node.target is qcompile.dequantize_activation.default]
     return [*filter(None, weights), *filter(None, pairs), *cache_switches(before, after, step)]
 
 
-def _weight_switch(before: Graph, after: Graph, node: fx.Node, step: str) -> Switch | None:
+def _weight_switch(before: Graph, node: fx.Node, step: str) -> Switch | None:
     name = str(node.args[0].target).removesuffix(".codes")  # type: ignore[union-attr]
     exact = before.constants.get(name)
     if exact is None:
         return None
-    readers = list(node.users)
-    value = readers[0] if len(readers) == 1 and readers[0].target is aten.reshape.default else node
-    del after
-    return Switch("weights", step, layer_of(name), name, name.removesuffix(".weight"), ((value.name, uncast(exact)),))
+    users = list(node.users)
+    value = users[0] if len(users) == 1 and users[0].target is aten.reshape.default else node
+    pairs: list[tuple[str, Without]] = [(value.name, uncast(exact))]
+    for bias in biases_beside(value):  # of a convolution: rounding may move it
+        pairs.append((bias.name, uncast(before.constants[str(bias.target)])))
+    return Switch("weights", step, layer_of(name), name, name.removesuffix(".weight"), tuple(pairs))
 
 
-def _activation_switch(after: Graph, node: fx.Node, step: str) -> Switch | None:
+def biases_beside(weight: fx.Node) -> list[fx.Node]:
+    """The constants that convolutions with these filters add."""
+    found = [arguments(user)["bias"] for user in weight.users if user.target in CONVOLUTIONS]
+    return [bias for bias in found if isinstance(bias, fx.Node) and bias.op == "get_attr"]
+
+
+def _activation_switch(node: fx.Node, step: str) -> Switch | None:
     quantize = producer(node.args[0])
     if quantize is None:
         return None
     value: Any = quantize.args[0]
     weights = [_weight_behind(used) for user in node.users for used in user.all_input_nodes if used is not node]
     read = next(filter(None, weights), "").removesuffix(".weight")
-    del after
     return Switch("activations", step, layer_of(read), quantize.name, f"input of {read}" if read else value.name, ((node.name, value.name),))
 
 
@@ -134,11 +142,11 @@ def with_alternatives(graph: Graph, switches: Sequence[Switch]) -> tuple[Graph, 
         PassError: naming a quantizer that later passes have removed.
     """
     program = graph.clone()
-    return program, [dict(_alternative(program, switch, on, without) for on, without in switch.pairs) for switch in switches]
+    named = {node.name: node for node in program.fx.nodes}  # not those that are added: they may bear names of nodes that went
+    return program, [dict(_alternative(program, named, switch, on, without) for on, without in switch.pairs) for switch in switches]
 
 
-def _alternative(program: Graph, switch: Switch, on: str, without: Without) -> tuple[str, str]:
-    named = {node.name: node for node in program.fx.nodes}
+def _alternative(program: Graph, named: dict[str, fx.Node], switch: Switch, on: str, without: Without) -> tuple[str, str]:
     if on not in named or (isinstance(without, str) and without not in named):
         raise PassError(f"blame: expected the quantizer {on} of {switch.step} in the final graph, got none; a later pass has changed it")
     if isinstance(without, str):

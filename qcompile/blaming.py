@@ -15,13 +15,14 @@ from qcompile import frontend
 from qcompile.codegen.select import backend_for
 from qcompile.compiled import CompiledModel, load
 from qcompile.data import packaged_text
-from qcompile.dump.blame import Blame, Cell, Step
+from qcompile.dump.blame import KL, NOISE, Blame, Cell, Step
 from qcompile.errors import QCompileError, SourceError
 from qcompile.ir.graph import Graph
 from qcompile.ir.records import Assets, Settings
 from qcompile.passes.attribution import Attribution, Blamed, attribute, usual_budget
 from qcompile.passes.base import Pass, PassContext
 from qcompile.passes.calibration import Calibration, batches, make_calibration
+from qcompile.passes.calibration_data import CalibrationData
 from qcompile.passes.convert_dtype import convert
 from qcompile.passes.execution import Inputs
 from qcompile.passes.output_distance import Distance, OutputNoise, TokenKl
@@ -124,25 +125,23 @@ def _target(model: CompiledModel, scheme: QuantScheme | None) -> Target:
 
 
 def _calibration(settings: Settings, asked: Any, assets: Assets) -> Calibration:
-    """The data that passes ran the model on.
-
-    Raises:
-        SourceError: if it is other data than was recorded.
-    """
+    """The data that passes ran the model on, read and compared with what was recorded when a pass asks for it."""
     known = settings.calibration
     if known is None:
         return make_calibration(asked, assets)
-    try:
-        data = make_calibration(asked, assets, num_calibration_samples=known.windows, max_seq_length=known.length or None)
-        key = data.key
-    except QCompileError as error:
-        raise SourceError(f"blame: expected the calibration data of the compiled model ({known.name}), got {error}") from error
-    if key != known.key:
-        raise SourceError(
-            f"blame: expected the calibration data of the compiled model ({known.name}, {known.windows} of length {known.length}), got "
-            f"other data; pass it with calibration= (--calibration)"
-        )
-    return data
+
+    def read() -> CalibrationData:
+        where = f"blame: expected the calibration data of the compiled model, {known.name} in {known.windows} windows or inputs, got"
+        remedy = "pass that data with calibration= (--calibration)"
+        try:
+            data = make_calibration(asked, assets, num_calibration_samples=known.windows, max_seq_length=known.length or None).data
+        except QCompileError as error:
+            raise SourceError(f"{where} none: {error}; {remedy}") from error
+        if data.key != known.key:
+            raise SourceError(f"{where} {data.name}, which is other data; {remedy}")
+        return data
+
+    return Calibration(read)
 
 
 def _samples(graph: Graph, tokens: Any, inputs: Any, windows: int, assets: Assets) -> Calibration:
@@ -181,6 +180,7 @@ class _Measurement:
         wanted = self._outputs(stages[0].graph)
         is_lm = stages[0].graph.interface.kind in ("causal_lm", "cached_lm")
         self._distance: Distance = TokenKl(wanted) if is_lm else OutputNoise(wanted)
+        self._unit = KL if is_lm else NOISE
         self._seen = sum(batch[0].shape[0] * (batch[0].shape[1] if is_lm else 1) for batch in wanted)
 
     def result(self, budget: int | None) -> Blame:
@@ -188,7 +188,7 @@ class _Measurement:
         count = len(self._switches)
         allowed = usual_budget(count, MOST_EVALUATIONS) if budget is None else budget
         self._expected = allowed
-        found = self._switched(allowed)
+        found = self._switched(allowed - (1 if self._dtype == torch.float32 else 3))  # less the compiled model itself, and another dtype
         total = self._of(self._model.graph)
         cells = [self._cell(group) for group in found.groups]
         narrow = self._narrow(found) if self._dtype != torch.float32 else None
@@ -198,7 +198,7 @@ class _Measurement:
         steps = [*self._steps_before(found.floor, total), *self._steps_behind(rounded, total)]
         name = self._model.assets.name or self._model.assets.model_type
         return Blame(
-            name, self._model.contents.target, self._distance.unit, total, tuple(sorted(cells, key=lambda cell: -cell.share)), tuple(steps),
+            name, self._model.contents.target, self._unit, total, tuple(sorted(cells, key=lambda cell: -cell.share)), tuple(steps),
             found.floor, count, self._evaluations, allowed, self._seen,
         )  # fmt: skip
 

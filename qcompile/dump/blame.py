@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from qcompile.dump.tables import value_table, written
 from qcompile.errors import SourceError
 
 FILE = "blame.json"
+KL, NOISE = "KL in nats per token", "noise over signal"
+"""What the distance of a language model is in, and that of any other module."""
 _HEAT = ("#fff7ec", "#fee8c8", "#fdd49e", "#fdbb84", "#fc8d59", "#e34a33", "#b30000")
 """From little to most, OrRd of ColorBrewer: a sequence that survives a greyscale print."""
 _LIGHT_TEXT = 5
@@ -51,6 +54,11 @@ class Cell:
         """The mean of `off` and `alone`: where the loss is quadratic in the errors, these add up to the whole."""
         return (self.off + self.alone) / 2
 
+    @property
+    def label(self) -> str:
+        """The node and what it rounds, or what the group holds."""
+        return self.group if not self.node else self.node if self.node.startswith(self.group) else f"{self.node}: {self.group}"
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; a cell has a `node` or is a `group`."""
         place = {"node": self.node, "name": self.group} if self.node else {"group": self.group}
@@ -83,7 +91,7 @@ class Blame:
         floor: the distance with every quantizer off.
         quantizers: how many there are.
         evaluations: runs of the model, the reference's own not counted.
-        budget: how many were allowed for switching.
+        budget: how many were allowed, those for `steps` not counted.
         tokens: or samples, that it was run on.
     """
 
@@ -121,9 +129,8 @@ class Blame:
         Raises:
             SourceError: if there is no dump, or it cannot be written.
         """
+        require_dump(directory)
         path = directory / FILE
-        if not (directory / "passes.json").is_file():
-            raise SourceError(f"{directory}: expected a dump, got a directory without passes.json; compile with --dump {directory} first")
         try:
             path.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         except OSError as error:
@@ -142,15 +149,27 @@ class Blame:
 
     def _sums(self) -> dict[str, object]:
         off, alone, share = (sum(values) for values in zip(*((cell.off, cell.alone, cell.share) for cell in self.cells), strict=True))
+        decibels = {"SQNR": f"{-10 * math.log10(self.total):.1f} dB"} if self.unit == NOISE and self.total > 0 else {}
         return {
             f"total ({self.unit})": self.total,
+            **decibels,
             "sum of shares": f"{share:.4g} ({_percent(share, self.total)})",
             "sum of switched off": f"{off:.4g} ({_percent(off, self.total)})",
             "sum of alone": f"{alone:.4g} ({_percent(alone, self.total)})",
             "remainder": f"{self.remainder:.4g} ({_percent(self.remainder, self.total)})",
             "quantizers": f"{self.quantizers} in {len(self.cells)} groups",
-            "evaluations": f"{self.evaluations} (budget {self.budget}), {self.tokens} tokens or samples each",
+            "evaluations": f"{self.evaluations} of at most {self.budget}, on {self.tokens} {'tokens' if self.unit == KL else 'samples'} each",
         }
+
+
+def require_dump(directory: Path) -> None:
+    """Refuse a directory that is no dump.
+
+    Raises:
+        SourceError: saying how to make one.
+    """
+    if not (directory / "passes.json").is_file():
+        raise SourceError(f"{directory}: expected a dump, got a directory without passes.json; compile with --dump {directory} first")
 
 
 def share_table(blame: Blame, most: int = 10) -> Table:
@@ -164,7 +183,7 @@ def share_table(blame: Blame, most: int = 10) -> Table:
     for cell in blame.cells[:most]:
         numbers = (f"{cell.off:.3g}", f"{cell.alone:.3g}", _percent(cell.share, blame.total))
         layer = "" if cell.layer is None else str(cell.layer)
-        table.add_row(layer, cell.kind, cell.step, Text(cell.node or cell.group), *numbers)
+        table.add_row(layer, cell.kind, cell.step, Text(cell.label), *numbers)
     left = len(blame.cells) - most
     if left > 0:
         table.add_row("", "", "", f"and {left} more", "", "", _percent(sum(cell.share for cell in blame.cells[most:]), blame.total))
