@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -209,7 +209,7 @@ class Graph:
                 if node.op == "get_attr":
                     values[node] = self._materialize(str(node.target), materialized)
                 elif node.op == "call_function":
-                    values[node] = self._call(node, values)
+                    values[node] = evaluate(node, values)
                     for used in node.all_input_nodes:
                         remaining[used] -= 1
                         if not remaining[used]:
@@ -222,16 +222,6 @@ class Graph:
         if name not in memo:
             memo[name] = self.constants[name].materialize()
         return memo[name]
-
-    @staticmethod
-    def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda item: values[item])
-        try:
-            return node.target(*args, **kwargs)  # type: ignore[operator]
-        except QCompileError:
-            raise
-        except Exception as error:
-            raise QCompileError(f"{node.name} ({node.meta.get('source', '')}): {operator_name(node.target)} failed: {error}") from error
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on real tensors, passed and returned in the containers the model was traced with."""
@@ -259,6 +249,21 @@ class Graph:
                     f"{node.name}: expected {type_text(value, known)}, got {type_text(leaf, {})}; compile again with example_inputs "
                     "of that kind"
                 )
+
+
+def evaluate(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """What a call makes of its operands' values, by its operator's reference.
+
+    Raises:
+        QCompileError: naming the node whose operator failed.
+    """
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda item: values[item])
+    try:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    except QCompileError:
+        raise
+    except Exception as error:
+        raise QCompileError(f"{node.name} ({node.meta.get('source', '')}): {operator_name(node.target)} failed: {error}") from error
 
 
 def operator_name(target: object) -> str:
