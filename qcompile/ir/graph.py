@@ -13,9 +13,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from qcompile.errors import QCompileError, VerifyError
-from qcompile.ir import cache_ops as _cache_ops  # noqa: F401  registers operators of packed caches
-from qcompile.ir import hadamard_ops as _hadamard_ops  # noqa: F401  registers qcompile::hadamard
-from qcompile.ir import ops as _operators  # noqa: F401  registers the qcompile:: operators
+from qcompile.ir import allowed as _allowed  # noqa: F401  registers every qcompile:: operator
 from qcompile.ir.constants import Constant, tensor_constant
 from qcompile.ir.structure import Template, flatten, unflatten
 
