@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from torch import fx
-
 from qcompile.errors import NumericError, PipelineError, QCompileError
-from qcompile.ir.graph import Graph, operator_name
+from qcompile.ir.graph import Graph
 from qcompile.passes.base import Pass, PassContext
 from qcompile.passes.effects import divergence_per_token, relative_error
 from qcompile.passes.example_run import ExampleRun, real_tokens
@@ -25,6 +24,9 @@ Predicate = Callable[[Graph], bool]
 
 class Judge(Protocol):
     """A predicate that also wants to know what a graph was made from."""
+
+    error: str
+    """What it has to say about the last graph that was not good."""
 
     def after(self, before: Graph, graph: Graph, step: Pass, ctx: PassContext) -> bool:
         """Whether what the pass made of `before` is good."""
@@ -68,7 +70,7 @@ class Culprit:
         index: of the pass in the pipeline.
         name: of the pass.
         spec: of the pass.
-        error: what it raised, "" if it ran and the predicate judged.
+        error: what it raised, or what the judge has to say; "" where the predicate is just false.
         rewrite: the first rewrite after which the predicate fails; None for a pass that spends no fuel, or is wrong before its first.
         before: the graph that the pass was given.
     """
@@ -84,8 +86,8 @@ class Culprit:
         """JSON values."""
         rewrite = None
         if self.rewrite is not None:
-            changes = [vars(change) for change in self.rewrite.changes]
-            rewrite = {"number": self.rewrite.number, "of": self.rewrite.of, "node": self.rewrite.node, "changes": changes}
+            listed = [vars(change) for change in self.rewrite.changes]
+            rewrite = {"number": self.rewrite.number, "of": self.rewrite.of, "node": self.rewrite.node, "changes": listed}
         return {"index": self.index, "pass": self.name, "spec": self.spec, "error": self.error, "rewrite": rewrite}
 
 
@@ -112,6 +114,7 @@ def first_failing_pass(graph: Graph, passes: Sequence[Pass], ctx: PassContext, p
         before, start = current.clone(), _own(given)
         error = _attempt(current, step, given, before, good)
         if error is not None:
+            error = error or getattr(predicate, "error", "")
             return Culprit(index, step.name, step.spec, error, first_failing_rewrite(before, step, start, predicate), before)
     return None
 
@@ -172,27 +175,34 @@ def _attempt(graph: Graph, step: Pass, ctx: PassContext, before: Graph, good: _G
 
 
 def changes(old: Graph, new: Graph) -> tuple[Change, ...]:
-    """The nodes in which two graphs differ, those of `new` in order first, then those that are gone."""
+    """The nodes in which two graphs differ: calls of `new` in order, then constants and what else it lists, then what is gone."""
     before, after = _lines(old), _lines(new)
-    made = [Change(name, source, before.get(name, ("", ""))[1], text) for name, (source, text) in after.items()
-            if before.get(name, ("", ""))[1] != text]  # fmt: skip
-    gone = [Change(name, source, text, "") for name, (source, text) in before.items() if name not in after]
-    # Calls first: a fusion's constants are listed before what it does with them.
-    return (*(change for change in made if not change.after.startswith("constant")), *(change for change in made
-            if change.after.startswith("constant")), *gone)  # fmt: skip
+    nothing = _Line("", "", "", is_call=False)
+    made = [name for name, line in after.items() if before.get(name, nothing) != line]
+    gone = [name for name in before if name not in after]
+    ordered = [*sorted(made, key=lambda name: not after[name].is_call), *gone]
+    return tuple(
+        Change(name, after.get(name, before.get(name, nothing)).source, before.get(name, nothing).text, after.get(name, nothing).text)
+        for name in ordered
+    )
 
 
-def _lines(graph: Graph) -> dict[str, tuple[str, str]]:
-    return {node.name: (str(node.meta.get("source", "")), _line(graph, node)) for node in graph.nodes}
+@dataclass(frozen=True)
+class _Line:
+    text: str
+    key: str
+    source: str
+    is_call: bool
 
 
-def _line(graph: Graph, node: fx.Node) -> str:
-    if node.op == "get_attr":
-        constant = graph.constants[str(node.target)]
-        log = " | ".join(map(str, constant.transforms))
-        return f"constant({node.target}){f' [{log}]' if log else ''} {constant.key}"
-    kwargs = f", {node.kwargs}" if node.kwargs else ""
-    return f"{operator_name(node.target) if node.op == 'call_function' else node.op}{node.args}{kwargs}"
+def _lines(graph: Graph) -> dict[str, _Line]:
+    """Name of a node -> its line in the listing."""
+    keys = [graph.constants[str(node.target)].key if node.op == "get_attr" else "" for node in graph.nodes]
+    texts = [re.sub(r" {2,}", "  ", line) for line in graph.text().splitlines()]
+    return {
+        node.name: _Line(text, key, str(node.meta.get("source", "")), is_call=node.op == "call_function")
+        for node, key, text in zip(graph.nodes, keys, texts, strict=True)
+    }
 
 
 class DivergenceAbove:
@@ -239,12 +249,14 @@ class FailsCheck:
 
     def __init__(self) -> None:
         """Check without reproducers."""
+        self.error = ""
         self._check = NumericCheck()
 
     def after(self, before: Graph, graph: Graph, step: Pass, ctx: PassContext) -> bool:
         """Whether the check has nothing to say."""
         try:
             self._check.measure(before, graph, step, ctx)
-        except NumericError:
+        except NumericError as error:
+            self.error = str(error)
             return False
         return True
