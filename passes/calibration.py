@@ -38,6 +38,11 @@ class Calibration:
         return self._data
 
     @property
+    def known(self) -> CalibrationData | None:
+        """The data if it has been read, else None."""
+        return self._data
+
+    @property
     def key(self) -> str:
         """What tells this data from other: a hash of its content."""
         return self.data.key
@@ -45,11 +50,11 @@ class Calibration:
     @property
     def record(self) -> Calibrated | None:
         """What was read, in short; None where nothing was."""
-        if self._data is None:
+        data = self.known
+        if data is None:
             return None
-        tokens = self._data.tokens
-        windows, length = (len(self._data.samples), 0) if tokens is None else tokens.shape
-        return Calibrated(self._data.name, self.key, windows, length)
+        windows, length = (len(data.samples), 0) if data.tokens is None else data.tokens.shape
+        return Calibrated(data.name, data.key, windows, length)
 
     def first(self, tokens: int) -> Calibration:
         """The windows that hold the first `tokens` tokens, at least one; inputs of a plain module are all kept."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,19 @@ from qcompile.passes.base import Pass, PassContext
 from qcompile.passes.calibration import Calibration, batches, make_calibration
 from qcompile.passes.calibration_data import CalibrationData
 from qcompile.passes.convert_dtype import convert
+from qcompile.passes.example_run import ExampleRun
 from qcompile.passes.execution import Inputs
+from qcompile.passes.instruments import EXACT_TOLERANCE
+from qcompile.passes.locate import locate
 from qcompile.passes.output_distance import Distance, OutputNoise, TokenKl
 from qcompile.passes.pipelines import choose_passes
-from qcompile.passes.rerun import Stage, run_again
+from qcompile.passes.rerun import ALTERED, Stage, run_again
 from qcompile.passes.switched_run import SwitchedRun
 from qcompile.passes.switches import KINDS, Redirects, Switch, by_place, with_alternatives
 from qcompile.passes.work import WorkStore, program_key
 from qcompile.progress import Report, terminal_progress
-from qcompile.quant.scheme import QuantScheme, dtype_name
+from qcompile.quant.scheme import dtype_name
+from qcompile.quant.scheme_json import scheme_from_json
 from qcompile.target import Target, parse_target, resolve
 
 DEFAULT_LENGTH = 256
@@ -54,7 +59,6 @@ def blame(
     windows: int = 1,
     budget: int | None = None,
     passes: Sequence[Pass] | None = None,
-    scheme: QuantScheme | None = None,
     calibration: Any = None,
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
@@ -76,7 +80,6 @@ def blame(
         windows: how many windows of tokens are used.
         budget: evaluations for switching at most; by default n·log2(n) for n quantizers, and at most 256.
         passes: the pipeline, where it has passes that are not of this package; by default the recorded one.
-        scheme: what it was compiled for, where options do not express it; by default the recorded one.
         calibration: what it was calibrated on, where passes before rounding needed data other than the packaged text.
         example_inputs: what a plain module is traced with.
         dynamic_shapes: as `qcompile.compile` takes them.
@@ -93,7 +96,7 @@ def blame(
         raise SourceError(f"blame: expected at least one window and one evaluation, got windows={windows}, budget={budget}")
     model = compiled if isinstance(compiled, CompiledModel) else load(compiled, engine="reference")
     loaded = frontend.load(reference, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
-    target = _target(model, scheme)
+    target = _target(model)
     pipeline = choose_passes(target, "best", model.contents.pipeline if passes is None else list(passes))
     data = _calibration(model.contents.settings, calibration, loaded.assets)
     ctx = PassContext(target, backend_for(target), calibration=data, work=WorkStore(program_key()))
@@ -110,18 +113,10 @@ def blame(
         return _Measurement(model, stages, switches, samples, target, ctx.progress("evaluating")).result(budget)
 
 
-def _target(model: CompiledModel, scheme: QuantScheme | None) -> Target:
-    """The target with the scheme that it was compiled for."""
-    preset = parse_target(model.contents.target)
-    if scheme is not None:
-        return resolve(preset.arch, scheme)
-    options = model.contents.settings.options
-    if options is None:
-        raise SourceError(
-            f"blame: expected the options of {model.contents.target} in the compiled model, got a scheme that options do not express; pass "
-            "scheme="
-        )
-    return resolve(preset.arch, preset.scheme.with_options(**options))  # type: ignore[arg-type]
+def _target(model: CompiledModel) -> Target:
+    """The target with the scheme that it was compiled for; the preset where the artifact does not say."""
+    preset, scheme = parse_target(model.contents.target), model.contents.settings.scheme
+    return preset if scheme is None else resolve(preset.arch, scheme_from_json(scheme))
 
 
 def _calibration(settings: Settings, asked: Any, assets: Assets) -> Calibration:
@@ -260,31 +255,29 @@ class _Measurement:
         return Cell(None, "activations", "convert-dtype", "", name, everything - found.total, alone - found.floor), everything
 
     def _steps_before(self, floor: float, total: float) -> list[Step]:
-        """Passes without quantizers, where the distance with all quantizers off is not nothing: each changes the float side."""
-        if floor <= max(_LEAST, _NOTICEABLE * total):
-            return []
-        return self._measured(self._stages[1 : self._last_place], 0.0)
+        """Passes up to the last quantizers, where the distance with all quantizers off is not nothing: each changes the float side."""
+        return [] if floor <= max(_LEAST, _NOTICEABLE * total) else self._measured(0, self._last_place)
 
     def _steps_behind(self, rounded: float, total: float) -> list[Step]:
-        """Passes after the last quantizer, where the compiled model is not as far away as the quantizers leave it."""
-        if abs(total - rounded) <= max(_LEAST, _NOTICEABLE * total):
-            return []
-        behind = [stage for stage in self._stages[self._last_place + 1 :] if stage.name and not stage.switches]
-        return self._measured(behind, self._of(self._stages[self._last_place].graph))
+        """Passes after the last quantizers, where the compiled model is not as far away as the quantizers leave it."""
+        unexplained = abs(total - rounded) > max(_LEAST, _NOTICEABLE * total)
+        return self._measured(self._last_place, len(self._stages) - 1) if unexplained else []
 
     @property
     def _last_place(self) -> int:
         """Of the last stage with quantizers that a pass made."""
-        made = [place for place, stage in enumerate(self._stages) if stage.switches and stage.name != "altered"]
-        return made[-1] if made else 0
+        return max((place for place, stage in enumerate(self._stages) if stage.switches and stage.name != ALTERED), default=0)
 
-    def _measured(self, stages: Sequence[Stage], before: float) -> list[Step]:
-        """What each stage adds; those that hold quantizers move the distance too, and are measured with them."""
+    def _measured(self, first: int, last: int) -> list[Step]:
+        """What each stage after `first` adds up to `last`; those that hold quantizers move the distance too, and are no steps."""
         steps = []
-        for stage in stages:
+        before = self._of(self._stages[first].graph)
+        for old, stage in pairwise(self._stages[first : last + 1]):
             after = self._of(stage.graph)
             if not stage.switches and abs(after - before) > _LEAST:
-                steps.append(Step(stage.name, after - before, stage.is_exact))
+                place = locate(old.graph, stage.graph, ExampleRun(), tolerance=EXACT_TOLERANCE, wide=True) if stage.is_exact else None
+                where = ("", "") if place is None else (place.node, str(place))
+                steps.append(Step(stage.name, after - before, stage.is_exact, *where))
             before = after
         return steps
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
-from qcompile.errors import QCompileError, TargetError
+from qcompile.errors import TargetError
 from qcompile.quant.cache_format import CACHES, CacheFormat
-from qcompile.quant.granularity import Granularity
 from qcompile.quant.scheme import SCHEMES, QuantScheme
 
 ARCHITECTURES = ("cpu", "onnx", "reference", "sm80", "sm89", "sm90", "sm100")
@@ -89,44 +87,3 @@ def resolve(arch: str, scheme: QuantScheme, cache: CacheFormat | None = None) ->
     if cache.dtype == torch.float16:
         cache = replace(cache, dtype=torch.bfloat16 if cuda else torch.float16)
     return Target(arch, replace(scheme, compute=compute, cache=cache))
-
-
-def options_of(target: Target) -> dict[str, Any] | None:
-    """What `QuantScheme.with_options` makes this target of the preset of its name with, as JSON values; None if no options do."""
-    try:
-        preset = parse_target(str(target)).scheme
-        options = _differences(target.scheme, preset)
-        made = resolve(target.arch, preset.with_options(**options))  # type: ignore[arg-type]
-    except QCompileError:
-        return None
-    return options if made == target else None
-
-
-def _differences(scheme: QuantScheme, preset: QuantScheme) -> dict[str, Any]:
-    """Option -> value, for whatever differs and an option can say."""
-    found: dict[str, Any] = {}
-    if scheme.weight is not None and scheme.weight != preset.weight:
-        found["weight_format"] = str(scheme.weight)
-    parts: list[tuple[str, object, object, tuple[str, ...]]] = [
-        ("", scheme, preset, ("ignore", "quantize_head", "quantize_embedding")),
-        ("activation_", scheme.activation, preset.activation, ("granularity", "symmetric", "static", "clip")),
-        ("cache_", scheme.cache, preset.cache, ("keys", "values", "sinks", "window", "before_positions", "bits")),
-    ]
-    for prefix, mine, usual, names in parts:
-        for name in names:
-            value = getattr(mine, name, None)
-            if value is not None and value != getattr(usual, name, None):
-                found[_OPTION_NAMES.get(prefix + name, prefix + name)] = _plain(value)
-    return found
-
-
-_OPTION_NAMES = {"activation_granularity": "activation_group_size"}
-
-
-def _plain(value: Any) -> Any:
-    """An option's value as JSON has it."""
-    if isinstance(value, tuple):
-        return list(value)
-    if isinstance(value, Granularity):
-        return value.group_size
-    return value if isinstance(value, bool | int | float) else str(value)

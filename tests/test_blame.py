@@ -168,20 +168,30 @@ def test_a_broken_activation_quantizer_is_named(llama: nn.Module) -> None:
 def test_a_cache_layer_of_too_few_bits_is_named(llama: nn.Module) -> None:
     fine, coarse = ("int8 g64 sym",) * 2, ("int2 g64 asym",) * 2
     scheme = replace(FP32, cache=replace(CACHES["kv8"], layers=(fine, coarse)))
-    found = qcompile.blame(compiled(llama, "cpu-fp32-kv8", scheme=scheme), llama, scheme=scheme, tokens=TOKENS)
+    found = qcompile.blame(compiled(llama, "cpu-fp32-kv8", scheme=scheme), llama, tokens=TOKENS)
     worst = found.cells[0]
     assert (worst.layer, worst.kind, worst.step, worst.node) == (1, "cache", "rewrite-kv-cache", "cache_attend_packed_1")
     assert worst.share > 0.9 * found.total
 
 
-def test_exact_passes_that_are_not_are_named(llama: nn.Module) -> None:
-    fused = swapped("cpu-int4", "fuse-residual-norm", BrokenFusion())
-    turned = [step for step in default_pipeline(parse_target("cpu-int4"), "best", calibrated=False)]
-    turned = [SkippingRotation() if step.name == "rotate-hadamard" else step for step in turned]
-    for pipeline, name in ((fused, "broken-fusion"), (turned, "skipping-rotation")):
-        found = qcompile.blame(compiled(llama, "cpu-int4", passes=pipeline), llama, passes=pipeline, tokens=TOKENS)
-        assert [(step.name, step.is_exact) for step in found.steps] == [(name, True)]
-        assert found.steps[0].added > 0.3 * found.total
+def test_a_broken_fusion_is_named(llama: nn.Module) -> None:
+    pipeline = swapped("cpu-int4", "fuse-residual-norm", BrokenFusion())
+    found = qcompile.blame(compiled(llama, "cpu-int4", passes=pipeline), llama, passes=pipeline, tokens=TOKENS)
+    (step,) = found.steps
+    assert (step.name, step.is_exact, step.node) == ("broken-fusion", True, "add_rms_norm_2")
+    assert step.added > 0.01 * found.total
+    assert "which reads model.layers.1.post_attention_layernorm.weight" in step.place
+    assert "first at add_rms_norm_2" in str(found)
+
+
+def test_a_rotation_that_skips_a_weight_is_named(llama: nn.Module) -> None:
+    pipeline = default_pipeline(parse_target("cpu-int4"), "best", calibrated=False)
+    pipeline = [SkippingRotation() if step.name == "rotate-hadamard" else step for step in pipeline]
+    found = qcompile.blame(compiled(llama, "cpu-int4", passes=pipeline), llama, passes=pipeline, tokens=TOKENS)
+    (step,) = found.steps
+    assert (step.name, step.is_exact) == ("skipping-rotation", True)
+    assert step.added > 0.5 * found.total
+    assert SkippingRotation().place in step.place
 
 
 @pytest.mark.parametrize("target", ["cpu-fp32-kv4-kivi", "cpu-fp32-kv4-xquant", "cpu-fp32-kv4-zip", "cpu-fp32-kv3-kvquant"])

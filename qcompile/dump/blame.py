@@ -70,11 +70,21 @@ class Cell:
 
 @dataclass(frozen=True)
 class Step:
-    """A pass without quantizers to switch: `added` is the loss behind it, less that before it."""
+    """A pass without quantizers to switch.
+
+    Attributes:
+        name: of the pass.
+        added: the loss behind it, less that before it.
+        is_exact: whether it claims to preserve the function.
+        node: the first that is wrong behind an exact pass; "" where none was found.
+        place: the same for people, with the source line, the constants that come into question and the values.
+    """
 
     name: str
     added: float
     is_exact: bool
+    node: str = ""
+    place: str = ""
 
 
 @dataclass(frozen=True)
@@ -120,7 +130,10 @@ class Blame:
             "share_sum": sum(cell.share for cell in self.cells), "remainder": self.remainder, "quantizers": self.quantizers,
             "evaluations": self.evaluations, "budget": self.budget, "tokens": self.tokens,
             "cells": [cell.to_dict() for cell in self.cells],
-            "passes": [{"pass": step.name, "added": step.added, "exact": step.is_exact} for step in self.steps],
+            "passes": [
+                {"pass": step.name, "added": step.added, "exact": step.is_exact, "node": step.node, "place": step.place}
+                for step in self.steps
+            ],
         }  # fmt: skip
 
     def write(self, directory: Path) -> Path:
@@ -228,8 +241,9 @@ def _step_table(steps: Sequence[Step]) -> Table:
     table.add_column("pass")
     table.add_column("adds", justify="right")
     table.add_column("claims to be exact")
+    table.add_column("where it goes wrong", overflow="fold")
     for step in steps:
-        table.add_row(step.name, f"{step.added:.3g}", "yes" if step.is_exact else "no")
+        table.add_row(step.name, f"{step.added:.3g}", "yes" if step.is_exact else "no", Text(step.place))
     return table
 
 

@@ -52,17 +52,16 @@ class WrongScale(QuantizeWeights):
 
 @dataclass(frozen=True)
 class BrokenFusion(FuseResidualNorm):
-    """Fuses residual adds with norms, and loses epsilon where the norm's gain is called `place`."""
+    """Fuses residual adds with norms, and loses epsilon in number `place` of them (2 is behind the attention of layer 1)."""
 
     name: ClassVar[str] = "broken-fusion"
-    place: str = "model.layers.1.post_attention_layernorm.weight"
+    place: int = 2
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:
         changed = super().run(graph, ctx)
-        for node in graph.calls(torch.ops.qcompile.add_rms_norm.default):
-            gains = {str(used.target) for used in node.all_input_nodes if used.op == "get_attr"}
-            if self.place in gains:
-                node.args = tuple(0.5 if isinstance(argument, float) else argument for argument in node.args)
+        for node in graph.calls(torch.ops.qcompile.add_rms_norm.default)[self.place : self.place + 1]:
+            x, residual, gain, _, *rest = node.args
+            node.args = (x, residual, gain, 0.5, *rest)
         return changed
 
 
