@@ -147,7 +147,8 @@ def compile(  # noqa: A001  the name is the product's
         instrument.finish(pipeline_text(pipeline), kernels)
     contents = ArtifactContents(
         graph=loaded.graph, plan=ctx.products["plan"], kernels=kernels, binaries=binaries, assets=loaded.assets, target=str(goal),
-        pipeline=pipeline_text(pipeline), records=records, coverage=ctx.coverage, settings=Settings(scheme_to_json(goal.scheme), data.record),
+        pipeline=pipeline_text(pipeline), records=records, coverage=ctx.coverage,
+        settings=Settings(scheme_to_json(goal.scheme), data.record),
     )  # fmt: skip
     most = max_context if kv_bytes is not None else context
     return CompiledModel(contents, max_batch=max_batch, max_context=most, kv_bytes=kv_bytes, page_tokens=page_tokens)
