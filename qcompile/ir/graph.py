@@ -17,6 +17,7 @@ from qcompile.ir import cache_ops as _cache_ops  # noqa: F401  registers operato
 from qcompile.ir import hadamard_ops as _hadamard_ops  # noqa: F401  registers qcompile::hadamard
 from qcompile.ir import ops as _operators  # noqa: F401  registers the qcompile:: operators
 from qcompile.ir.constants import Constant, tensor_constant
+from qcompile.ir.data_sizes import with_known_sizes
 from qcompile.ir.structure import Template, flatten, unflatten
 
 Operator = Callable[..., Any]
@@ -133,10 +134,11 @@ class Graph:
         return node
 
     def infer(self, node: fx.Node) -> Any:
-        """The fake value of a call node from the fake values of its arguments."""
+        """The fake value of a call node from the fake values of its arguments; a size that values decide keeps its symbol."""
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda item: item.meta["val"])
         with self.mode:
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            value = node.target(*args, **kwargs)  # type: ignore[operator]
+        return with_known_sizes(self.mode, value, node.meta.get("val"))
 
     def replace(self, node: fx.Node, replacement: fx.Node) -> None:
         """Let all users of `node` use `replacement` and erase `node`."""

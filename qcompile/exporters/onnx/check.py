@@ -68,8 +68,10 @@ def compare(path: Path, graph: Graph) -> tuple[float | None, str]:
     pairs = _cached(run, graph) if graph.interface.kind == "cached_lm" else _plain(run, graph)
     worst = 0.0
     for found, expected in pairs:
-        if not bool(torch.isfinite(found).all()):
+        if found.shape != expected.shape or not bool(torch.isfinite(found).all()):
             return float("inf"), ""
+        if not expected.numel():
+            continue
         worst = max(worst, float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12)))
     return worst, ""
 
@@ -78,7 +80,7 @@ def _plain(run: Any, graph: Graph) -> list[tuple[Tensor, Tensor]]:
     examples = graph.interface.examples
     expected = graph.run([examples[node.name] for node in graph.placeholders])
     found = run.run(None, {name: tensor.numpy() for name, tensor in examples.items()})
-    return [(_tensor(array), tensor.double()) for array, tensor in zip(found, expected, strict=True) if tensor.numel()]
+    return [(_tensor(array), tensor.double()) for array, tensor in zip(found, expected, strict=True)]
 
 
 def _tensor(array: Any) -> Tensor:
