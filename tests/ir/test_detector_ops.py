@@ -107,7 +107,9 @@ def test_a_detector_through_everything(tmp_path: Path) -> None:
         for model in (compiled, again, reference, imported):
             assert close(model(x=x), result)
         assert close(dict(zip(("kept", "classes"), stock(written.path, {"x": x}), strict=True)), result)
-    verify(again.graph, propagate=True)  # a size keeps its symbol however often its node is computed
+    verify(compiled.graph, propagate=True)  # a size keeps its symbol however often its node is computed
+    (kept,) = again.graph.calls(torch.ops.qcompile.non_max_suppression.default)
+    assert str(again.graph.infer(kept).shape) == str(kept.meta["val"].shape)
 
 
 def test_other_precisions_keep_the_boxes_of_their_own_scores(tmp_path: Path) -> None:
