@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -38,9 +39,15 @@ class FoldConstants(Pass):
             return False
         if not all(isinstance(size, int) for size in value.shape) or value.nbytes > self.limit:
             return False
-        constants = [graph.constant(used) for used in node.all_input_nodes]
+        constants = [graph.constant(used) for used in _made_by(node).all_input_nodes]
         # Packed weights are constants with a format: folded, they would be floats again.
         return all(item is not None and item.is_bound and item.format is None and item.nbytes <= self.limit for item in constants)
+
+
+def _made_by(node: fx.Node) -> fx.Node:
+    """What computes a value: the node itself, or the call that it is one result of."""
+    made = node.args[0] if node.target is operator.getitem else node
+    return made if isinstance(made, fx.Node) and made.op == "call_function" else node
 
 
 def _fold(graph: Graph, node: fx.Node) -> None:
@@ -53,9 +60,11 @@ def _fold(graph: Graph, node: fx.Node) -> None:
     def widen(value: Any) -> Any:
         return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
 
-    args, kwargs = fx.node.map_aggregate(fx.node.map_arg((node.args, node.kwargs), real), widen)
+    made = _made_by(node)
+    args, kwargs = fx.node.map_aggregate(fx.node.map_arg((made.args, made.kwargs), real), widen)
     with real_tensors():
-        value = node.target(*args, **kwargs)  # type: ignore[operator]
+        value = made.target(*args, **kwargs)  # type: ignore[operator]
+    value = value if made is node else value[node.args[1]]
     constant = tensor_constant(value.contiguous())
     wanted = node.meta["val"].dtype
     graph.replace(
