@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from qcompile.ir.constants import Cast, tensor_constant, uncast
 from qcompile.ir.graph import Graph, is_effect, real_tensors
 from qcompile.passes.base import Pass, PassContext
+from qcompile.passes.canonicalize import one_linear
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,10 @@ class FoldConstants(Pass):
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:
         """In order, so that a chain folds in one run."""
-        changed = False
-        for node in graph.nodes:
-            if self._foldable(graph, node) and ctx.spend():
-                _fold(graph, node)
-                changed = True
-        return changed
+        folded = [_fold(graph, node) for node in graph.nodes if self._foldable(graph, node) and ctx.spend()]
+        for user in dict.fromkeys(user for constant in folded for user in constant.users):
+            one_linear(graph, user)  # its weight is a constant only now
+        return bool(folded)
 
     def _foldable(self, graph: Graph, node: fx.Node) -> bool:
         value = node.meta.get("val")
@@ -50,8 +49,8 @@ def _made_by(node: fx.Node) -> fx.Node:
     return made if isinstance(made, fx.Node) and made.op == "call_function" else node
 
 
-def _fold(graph: Graph, node: fx.Node) -> None:
-    """Floats are computed in float64 and cast on reading, so that a graph moved to float64 loses nothing here."""
+def _fold(graph: Graph, node: fx.Node) -> fx.Node:
+    """The constant in place of a call. Floats are computed in float64 and cast on reading: a graph moved to float64 loses nothing here."""
 
     def real(used: fx.Node) -> Any:
         tensor = uncast(graph.constants[str(used.target)]).materialize()
@@ -67,6 +66,7 @@ def _fold(graph: Graph, node: fx.Node) -> None:
     value = value if made is node else value[node.args[1]]
     constant = tensor_constant(value.contiguous())
     wanted = node.meta["val"].dtype
-    graph.replace(
-        node, graph.add_constant(f"folded.{node.name}", constant if value.dtype == wanted else constant.then(Cast(wanted)), source=node)
-    )
+    kept = constant if value.dtype == wanted else constant.then(Cast(wanted))
+    folded = graph.add_constant(f"folded.{node.name}", kept, source=node)
+    graph.replace(node, folded)
+    return folded

@@ -17,6 +17,7 @@ from qcompile.frontend.onnx.rules import (
     packed,
     pooling,
     quantization,
+    quantized_operators,
     recurrent,
     reduction,
     resize,
@@ -27,6 +28,6 @@ from qcompile.frontend.onnx.rules import (
 
 __all__ = [
     "attention", "cache", "control", "convolution", "detection", "elementwise", "fused_attention", "indexing", "linear",
-    "microsoft", "normalization", "number_shapes", "numbers", "packed", "pooling", "quantization", "recurrent", "reduction",
-    "resize", "scatter", "sequences", "shaping",
+    "microsoft", "normalization", "number_shapes", "numbers", "packed", "pooling", "quantization", "quantized_operators",
+    "recurrent", "reduction", "resize", "scatter", "sequences", "shaping",
 ]  # fmt: skip
