@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from qcompile.ir.constants import Cast, tensor_constant, uncast
-from qcompile.ir.graph import Graph, is_effect, real_tensors
+from qcompile.ir.constants import Cast, Constant, TensorSource, uncast
+from qcompile.ir.graph import Graph, is_effect, operator_name, real_tensors
 from qcompile.passes.base import Pass, PassContext
 from qcompile.passes.canonicalize import one_linear
 
@@ -64,7 +64,8 @@ def _fold(graph: Graph, node: fx.Node) -> fx.Node:
     with real_tensors():
         value = made.target(*args, **kwargs)  # type: ignore[operator]
     value = value if made is node else value[node.args[1]]
-    constant = tensor_constant(value.contiguous())
+    history = (f"{operator_name(made.target)} of {', '.join(str(used.target) for used in made.all_input_nodes) or 'numbers'}",)
+    constant = Constant(TensorSource(value.contiguous()), history=history)
     wanted = node.meta["val"].dtype
     kept = constant if value.dtype == wanted else constant.then(Cast(wanted))
     folded = graph.add_constant(f"folded.{node.name}", kept, source=node)
