@@ -126,14 +126,14 @@ def test_other_precisions_keep_the_boxes_of_their_own_scores(tmp_path: Path) -> 
 
 
 def test_places_that_are_not_0(tmp_path: Path) -> None:
-    """`NonZero` and `Compress` of values, none of which may be left."""
+    """`NonZero`, `Compress` and `Unique` of values, none of which may be left."""
     nodes = [
         node("Greater", "x zero", "m"), node("NonZero", "m", "n"), node("Transpose", "n", "t", perm=[1, 0]), node("GatherND", "x t", "y"),
         node("ReduceMax", "x axis", "top", keepdims=0), node("Greater", "top zero", "rows"), node("Compress", "x rows", "z", axis=0),
-        node("MatMul", "z w", "v"),
+        node("MatMul", "z w", "v"), node("Round", "x", "r"), node("Unique", "r", "u first inverse c"),
     ]  # fmt: skip
     weights = {"zero": random(1)[0] * 0, "axis": [1], "w": random(5, 16)}
-    path = saved(make(nodes, {"x": (["batch", 5], FLOAT)}, "y v", weights), tmp_path)
+    path = saved(make(nodes, {"x": (["batch", 5], FLOAT)}, "y v u c", weights), tmp_path)
     compiled = qcompile.compile(path, "cpu-fp32")
     compiled.save(tmp_path / "out")
     exported = qcompile.load(tmp_path / "out").export_onnx(tmp_path / "exported", opset=21)
