@@ -43,7 +43,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=26)
     parser.add_argument("--scheme", default="int8", help="of the target: int8, int4, …")
     parser.add_argument("--profiles", nargs="+", default=["portable", "ort"])
-    parser.add_argument("--scratch", type=Path, help="where model, artifact and files go (about 6 GB), and stay; default: a temporary directory")
+    parser.add_argument(
+        "--scratch", type=Path, help="where model, artifact and files go (about 6 GB), and stay; default: a temporary directory"
+    )
     parser.add_argument("--out", type=Path, help="write the result to this file (.json)")
     parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
