@@ -25,7 +25,7 @@ def require_exportable(graph: Graph) -> None:
     Raises:
         ExportError: naming the first node and why.
     """
-    make_model(graph, newest_opset(), PROFILE)
+    make_model(graph, newest_opset(), PROFILE, logits_to_keep=True)
 
 
 def serving_file(contents: ArtifactContents) -> Path:
@@ -53,7 +53,7 @@ def serving_file(contents: ArtifactContents) -> Path:
 
 
 def _exported(contents: ArtifactContents, directory: Path) -> Path:
-    return export(contents.graph, directory, contents.assets, profile=PROFILE).path
+    return export(contents.graph, directory, contents.assets, profile=PROFILE, logits_to_keep=True).path
 
 
 def _key(digest: str) -> str:
