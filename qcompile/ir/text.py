@@ -39,7 +39,7 @@ def _row(graph: Graph, node: fx.Node, names: dict[str, str]) -> tuple[str, str, 
     if node.op == "get_attr":
         constant = graph.constants[str(node.target)]
         form = f" {constant.format}" if constant.format else ""
-        log = " | ".join(str(transform) for transform in constant.transforms)
+        log = " | ".join(map(str, constant.transforms))
         return f"%{node.name} = constant({node.target})", kind + form, "  ".join(part for part in (note, log and f"[{log}]") if part)
     arguments = _positional(node)
     arguments += [f"{key}={_argument(value)}" for key, value in node.kwargs.items()]
