@@ -302,9 +302,20 @@ def _block(weight: Weight) -> int:
     return next((block for block in _BLOCKS if weight.columns % block == 0), 0)
 
 
+def _block_zeros(e: Emitter, weight: Weight, blocks: int) -> Value:
+    """Zero points of each block, packed; that of a row is repeated."""
+    assert weight.zero is not None
+    if weight.groups == blocks:
+        return e.value(weight.zero)
+
+    def repeated(zero: Tensor) -> Tensor:
+        return pack(unpack(zero, weight.bits, 1).expand(-1, blocks).contiguous(), weight.bits)
+
+    return e.from_constant(weight.zero, "blocks", torch.uint8, (weight.rows, packed_bytes(blocks, weight.bits)), repeated)
+
+
 def _matmul_nbits(e: Emitter, x: Value, weight: Weight, dtype: torch.dtype, block: int) -> Value:
     blocks = -(-weight.columns // block)
-    name = str(weight.codes.target)
     width = block * weight.bits // 8
 
     def arranged(packed: Tensor) -> Tensor:
@@ -315,9 +326,7 @@ def _matmul_nbits(e: Emitter, x: Value, weight: Weight, dtype: torch.dtype, bloc
     if weight.groups != blocks:
         scale = e.op("Expand", scale, e.ints([weight.rows, blocks]))
     scale = scale if dtype == torch.float32 else e.cast(scale, dtype)
-    zero = None if weight.zero is None else e.value(weight.zero)
-    if zero is not None and weight.groups != blocks:
-        raise e.refusal(f"{name}: expected no zero points where a row has one scale; choose symmetric=True or groups")
+    zero = None if weight.zero is None else _block_zeros(e, weight, blocks)
     options = {"K": weight.columns, "N": weight.rows, "bits": weight.bits, "block_size": block, "accuracy_level": e.accuracy_level}
     made = e.op("MatMulNBits", x, codes, scale, zero, domain=MICROSOFT, **options)
     return describe(e, made, weight, BLOCKS, _parts(e, weight, codes, zero))

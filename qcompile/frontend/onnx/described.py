@@ -91,8 +91,8 @@ class _Told:
     def zero(self) -> Tensor:
         """Unsigned zero points uint8 [N, G]."""
         stored, bits = self.parts["zero"], self.form.element.bits
-        if stored.kind == TensorProto.UINT8 and bits != 8:
-            return unpack(stored.load(), bits, self.groups)
+        if self.layout == BLOCKS or (stored.kind == TensorProto.UINT8 and bits != 8):
+            return unpack(stored.load(), bits, self.groups)[:, : self.groups].contiguous()
         zero = stored.load().reshape(stored.shape if len(stored.shape) == 2 else (self.rows, 1))
         return (zero.t() if self.layout == COLUMNS and len(stored.shape) == 2 else zero).contiguous()
 
@@ -151,6 +151,10 @@ def _require_codes(told: _Told, bits: int) -> None:
 
 def _require_zero(told: _Told, bits: int) -> None:
     rows, groups, found = told.rows, told.groups, told.parts["zero"]
+    if told.layout == BLOCKS:  # each block has its own, also where a row has one
+        count = groups if groups > 1 else told.parts["codes"].shape[1]
+        told.require("zero", (rows, packed_bytes(count, bits)), (TensorProto.UINT8,))
+        return
     if found.kind == TensorProto.UINT8 and bits != 8:
         told.require("zero", (rows, packed_bytes(groups, bits)), (TensorProto.UINT8,))
         return
