@@ -7,9 +7,7 @@ believes them where the nodes compute the same.
 
 from __future__ import annotations
 
-from typing import Protocol
-
-from torch import fx
+from typing import TYPE_CHECKING
 
 from qcompile.exporters.onnx.emitter import Emitter, Value
 from qcompile.quant.described import PREFIX
@@ -17,25 +15,11 @@ from qcompile.quant.element import element_of
 from qcompile.quant.format import QuantFormat
 from qcompile.quant.granularity import Granularity
 
-
-class Stored(Protocol):
-    """A weight as `qcompile.exporters.onnx.weights.Weight` has it."""
-
-    codes: fx.Node
-    scale: fx.Node
-    zero: fx.Node | None
-    scale2: fx.Node | None
-    bits: int
-    group_size: int
-    columns: int
-    element: str
-
-    @property
-    def groups(self) -> int:
-        """G."""
+if TYPE_CHECKING:
+    from qcompile.exporters.onnx.weights import Weight
 
 
-def describe(e: Emitter, made: Value, weight: Stored, layout: str, parts: dict[str, Value | None]) -> Value:
+def describe(e: Emitter, made: Value, weight: Weight, layout: str, parts: dict[str, Value | None]) -> Value:
     """Tell what `made`, which reads the initializers `parts`, is made from; returns it."""
     node = made.producer()
     assert node is not None
@@ -45,7 +29,7 @@ def describe(e: Emitter, made: Value, weight: Stored, layout: str, parts: dict[s
     return made
 
 
-def format_of(e: Emitter, weight: Stored) -> QuantFormat:
+def format_of(e: Emitter, weight: Weight) -> QuantFormat:
     """As the graph has it, or as the operands say."""
     known = e.graph.constants[str(weight.codes.target)].format
     if known is not None:

@@ -40,7 +40,7 @@ def make_model(graph: Graph, opset: int, profile: str, accuracy_level: int = 0, 
     kept = [] if head is None else [kept_input(e)]
     for node in graph.fx.nodes:
         if node.op == "call_function":
-            with last_tokens(e, node, kept[0]) if node is head else contextlib.nullcontext():
+            with last_tokens(e, head, kept[0]) if head is node else contextlib.nullcontext():
                 _write(e, node)
     outputs = _outputs(e)
     if graph.interface.kind == "cached_lm":
