@@ -38,6 +38,11 @@ class Calibration:
         return self._data
 
     @property
+    def known(self) -> CalibrationData | None:
+        """The data if it has been read, else None."""
+        return self._data
+
+    @property
     def key(self) -> str:
         """What tells this data from other: a hash of its content."""
         return self.data.key

@@ -18,6 +18,7 @@ from torch import Tensor
 from qcompile import ir, quant
 from qcompile.ir.constants import Constant, RoundedSource, SafetensorsSource, TensorSource
 from qcompile.ir.graph import Graph
+from qcompile.ir.tensor_file import DTYPES
 from qcompile.kept import LIMIT_BYTES, cache_directory, make_room, mark_used
 
 _LOOKS = 64
@@ -66,7 +67,7 @@ class WorkStore:
                 if file.metadata() != {"key": self.key, "name": name}:
                     return None
                 slices = {tensor: file.get_slice(tensor) for tensor in file.keys()}  # noqa: SIM118  not a dict
-                forms = {tensor: (tuple(item.get_shape()), _DTYPES[item.get_dtype()]) for tensor, item in slices.items()}
+                forms = {tensor: (tuple(item.get_shape()), DTYPES[item.get_dtype()]) for tensor, item in slices.items()}
             mark_used(path)
             self._shelf.held.add(path)
         except (OSError, SafetensorError, KeyError):
@@ -113,13 +114,6 @@ class _Shelf:
 
     held: set[Path] = field(default_factory=set)
     room: int = 0
-
-
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 
 
 def content_key(graph: Graph) -> str:

@@ -19,6 +19,7 @@ from qcompile.passes.calibration import make_calibration
 from qcompile.passes.instruments import NumericCheck
 from qcompile.passes.manager import run_pipeline
 from qcompile.passes.pipelines import choose_passes, pipeline_text
+from qcompile.passes.reproducer import reproducers_directory
 from qcompile.passes.work import WorkStore, program_key
 from qcompile.progress import Report, terminal_progress
 from qcompile.quant.scheme import QuantScheme
@@ -71,7 +72,8 @@ def compile(  # noqa: A001  the name is the product's
         disable: names of passes to leave out.
         strict: make an operator that had to be left alone, or a refused kernel, an error.
         dump: a directory for the listing after every pass (environment: QCOMPILE_DUMP).
-        check: run the graph before and after every pass and compare (environment: QCOMPILE_CHECK=1).
+        check: run the graph before and after every pass and compare (environment: QCOMPILE_CHECK=1); what a pass did wrong is left as a
+            file for `qcompile replay`, in `dump`/reproducers or else QCOMPILE_CACHE/reproducers.
         calibration: what recipes that need data run the model on: token ids [windows, length] (an array or the path of a .npy file),
             text or the path of a .txt file, or an iterable of inputs that a plain module is called with; by default packaged text.
         num_calibration_samples: windows or inputs used at most; by default all of an array, 64 of anything else.
@@ -129,10 +131,12 @@ def compile(  # noqa: A001  the name is the product's
     ctx = PassContext(
         goal, backend_for(goal), max_batch, context, min(context, prefill_chunk), fuel, calibration=data, work=WorkStore(program_key())
     )
-    writer = _dump_instruments(dump or os.environ.get("QCOMPILE_DUMP"))
+    directory = dump or os.environ.get("QCOMPILE_DUMP")
+    writer = _dump_instruments(directory)
     wants_check = check if check is not None else os.environ.get("QCOMPILE_CHECK") == "1"
+    watch = NumericCheck(reproducers=Path(directory) / "reproducers" if directory else reproducers_directory()) if wants_check else None
     with _progress(instruments) as ctx.report:
-        records = run_pipeline(loaded.graph, pipeline, ctx, [*instruments, *writer], NumericCheck() if wants_check else None)
+        records = run_pipeline(loaded.graph, pipeline, ctx, [*instruments, *writer], watch)
     if strict:
         require_coverage(ctx.coverage)
     if exporter is not None:

@@ -22,6 +22,7 @@ from qcompile.ir.memory import dtype_of
 from qcompile.ir.records import Assets, CoverageRow, PassRecord
 from qcompile.ir.serialize import check_graph_json, format_of, graph_to_json
 from qcompile.ir.serialize_plan import check_constants, kernels_from_json, kernels_to_json, plan_from_json, plan_to_json
+from qcompile.ir.tensor_file import write_constants
 from qcompile.runtime.manifest import (
     GRAPH,
     KERNELS,
@@ -39,7 +40,7 @@ from qcompile.runtime.manifest import (
 from qcompile.runtime.onnx_files import NAMES as ONNX_NAMES
 from qcompile.runtime.onnx_files import OnnxFiles, found_onnx, put_onnx
 from qcompile.runtime.trust import trust, untrusted
-from qcompile.runtime.weights import CHUNK_BYTES, ArtifactSource, WeightsFile, chunk_hashes, write_weights
+from qcompile.runtime.weights import CHUNK_BYTES, ArtifactSource, WeightsFile, chunk_hashes
 from qcompile.version import __version__
 
 
@@ -182,7 +183,7 @@ def _write(directory: Path, contents: ArtifactContents, onnx_model: Path | None)
         if require_name(name) in (MANIFEST, GRAPH, PLAN, WEIGHTS, "kernels", *ONNX_NAMES):
             raise ArtifactError(f"asset {name!r}: expected a name that the artifact does not use itself; rename it")
         files[name] = content
-    write_weights(directory / WEIGHTS, contents.constants)
+    write_constants(directory / WEIGHTS, contents.constants)
     (directory / "kernels").mkdir()
     for name, content in files.items():
         (directory / name).write_bytes(content)

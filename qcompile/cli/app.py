@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 import qcompile
-from qcompile.cli import bench, compiling, evaluating, exporting, inspecting, listing, running
+from qcompile.cli import bench, bisecting, compiling, evaluating, exporting, inspecting, listing, replaying, running
 from qcompile.cli.output import stderr
 from qcompile.errors import QCompileError
 
@@ -69,5 +69,7 @@ app.command("eval")(evaluating.evaluate_artifact)
 app.command("export")(exporting.export)
 app.command("inspect")(inspecting.inspect)
 app.command("bench")(bench.bench)
+app.command("replay")(replaying.replay)
+app.command("bisect")(bisecting.bisect)
 app.command("passes")(listing.passes)
 app.command("targets")(listing.targets)

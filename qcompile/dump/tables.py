@@ -15,11 +15,16 @@ from qcompile.ir.records import CoverageRow, PassRecord
 
 
 def pass_table(records: Sequence[PassRecord], title: str = "passes") -> Table:
-    """One line per pass: changed, time, nodes after (and difference), bytes of constants, error where it was checked."""
+    """One line per pass: changed, time, nodes after (and difference), bytes of constants, and what it cost where it was checked.
+
+    That is the largest error, and of lossy passes the signal-to-noise ratio and the divergence per token; the last two columns are what has
+    come together since the input.
+    """
     table = Table(title=title, title_justify="left")
     table.add_column("pass")
     table.add_column("changed")
-    for header in ("time", "nodes", "weights", "max error"):
+    columns = [column for column in _EFFECTS if any(getattr(record, column) is not None for record in records)]
+    for header in ("time", "nodes", "weights", *(_EFFECTS[column][0] for column in columns)):
         table.add_column(header, justify="right")
     for record in records:
         table.add_row(
@@ -28,10 +33,21 @@ def pass_table(records: Sequence[PassRecord], title: str = "passes") -> Table:
             f"{record.seconds:.2f} s",
             _nodes(record),
             format_bytes(record.constant_bytes),
-            "" if record.max_error is None else f"{record.max_error:.1e}",
+            *(_number(getattr(record, column), _EFFECTS[column][1]) for column in columns),
             style="" if record.changed else "dim",
         )
     return table
+
+
+_EFFECTS = {
+    "max_error": ("max error", ".1e"), "sqnr_db": ("SQNR", ".1f"), "kl": ("KL", ".2e"),
+    "total_sqnr_db": ("SQNR to input", ".1f"), "total_kl": ("KL to input", ".2e"),
+}  # fmt: skip
+"""Field of a record -> header and format; a column that no record fills is not shown."""
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
 
 
 def _nodes(record: PassRecord) -> str:

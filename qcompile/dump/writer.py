@@ -24,6 +24,8 @@ INPUT_FILE = "000_input.txt"
 
 _OWN_FILE = re.compile(r"\d{3}_[a-z0-9-]+\.(txt|diff|spaces\.txt)|pipeline\.txt|passes\.json")
 _CONTEXT_LINES = 2
+MEASURED = ("max_error", "sqnr_db", "kl", "total_sqnr_db", "total_kl")
+"""What the numeric check adds to a record; null where it does not apply."""
 
 
 def prepare(directory: Path) -> None:
@@ -70,7 +72,7 @@ def write_summary(directory: Path, pipeline: str, records: Sequence[PassRecord],
 
 
 def record_row(record: PassRecord) -> dict[str, Any]:
-    """A record as JSON values; `max_error` is null where it was not checked, `listing` where nothing changed."""
+    """A record as JSON values; what the check measures is null where it was not checked, `listing` where nothing changed."""
     return {
         "index": record.index,
         "name": record.name,
@@ -79,7 +81,9 @@ def record_row(record: PassRecord) -> dict[str, Any]:
         "nodes_before": record.nodes_before,
         "nodes_after": record.nodes_after,
         "seconds": round(record.seconds, 4),
-        "max_error": record.max_error,
+        "exact": record.exact,
+        "checked": record.checked,
+        **{name: getattr(record, name) for name in MEASURED},
         "bytes": record.constant_bytes,
         "listing": f"{_stem(record)}.txt" if record.changed else None,
     }
@@ -104,7 +108,7 @@ def read_summary(directory: Path) -> tuple[str, list[PassRecord]]:
 def _record(row: dict[str, Any]) -> PassRecord:
     return PassRecord(
         row["index"], row["name"], row["spec"], row["changed"], row["nodes_before"], row["nodes_after"], row["seconds"],
-        row["bytes"], row["max_error"],
+        row["bytes"], exact=row.get("exact"), **{name: row.get(name) for name in MEASURED},
     )  # fmt: skip
 
 
