@@ -42,12 +42,13 @@ def sqnr(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float | None:
 
     None where there is nothing to compare, no error, or no number that is finite.
     """
-    shares = [_noise(a, b) for a, b in _alike(got, expected)]
-    noise = sum(shares) / len(shares) if shares else 0.0
-    return -10 * math.log10(noise) if 0 < noise < math.inf else None
+    shares = [noise(a, b) for a, b in _alike(got, expected)]
+    mean = sum(shares) / len(shares) if shares else 0.0
+    return -10 * math.log10(mean) if 0 < mean < math.inf else None
 
 
-def _noise(got: Tensor, expected: Tensor) -> float:
+def noise(got: Tensor, expected: Tensor) -> float:
+    """Energy of the error over that of what was expected; the energy of the error itself where that is nothing."""
     energy = float(expected.double().square().sum())
     return float((got.double() - expected.double()).square().sum()) / (energy or 1.0)
 

@@ -13,7 +13,7 @@ from qcompile.codegen.select import backend_for, build
 from qcompile.compiled import CompiledModel, onnx_exporter
 from qcompile.errors import CapacityError, CoverageError
 from qcompile.ir.lowered import Instrument
-from qcompile.ir.records import CoverageRow
+from qcompile.ir.records import CoverageRow, Settings
 from qcompile.passes.base import Pass, PassContext
 from qcompile.passes.calibration import make_calibration
 from qcompile.passes.instruments import NumericCheck
@@ -23,6 +23,7 @@ from qcompile.passes.reproducer import reproducers_directory
 from qcompile.passes.work import WorkStore, program_key
 from qcompile.progress import Report, terminal_progress
 from qcompile.quant.scheme import QuantScheme
+from qcompile.quant.scheme_json import scheme_to_json
 from qcompile.quant.scheme_options import SchemeOptions
 from qcompile.runtime.artifact import ArtifactContents
 from qcompile.target import Target, parse_target, resolve
@@ -146,7 +147,7 @@ def compile(  # noqa: A001  the name is the product's
         instrument.finish(pipeline_text(pipeline), kernels)
     contents = ArtifactContents(
         graph=loaded.graph, plan=ctx.products["plan"], kernels=kernels, binaries=binaries, assets=loaded.assets, target=str(goal),
-        pipeline=pipeline_text(pipeline), records=records, coverage=ctx.coverage,
+        pipeline=pipeline_text(pipeline), records=records, coverage=ctx.coverage, settings=Settings(scheme_to_json(goal.scheme), data.record),
     )  # fmt: skip
     most = max_context if kv_bytes is not None else context
     return CompiledModel(contents, max_batch=max_batch, max_context=most, kv_bytes=kv_bytes, page_tokens=page_tokens)

@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes", "codegen", "runtime"),
     ("frontend", "exporters", "dump"),
     ("compiled",),
-    ("compiler", "evaluation", "speed"),
+    ("blaming", "compiler", "evaluation", "speed"),
     ("torch_backend",),
     ("cli",),
 )

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 import qcompile
-from qcompile.cli import bench, bisecting, compiling, evaluating, exporting, inspecting, listing, replaying, running
+from qcompile.cli import bench, bisecting, blaming, compiling, evaluating, exporting, inspecting, listing, replaying, running
 from qcompile.cli.output import stderr
 from qcompile.errors import QCompileError
 
@@ -68,6 +68,7 @@ app.command("run")(running.run)
 app.command("eval")(evaluating.evaluate_artifact)
 app.command("export")(exporting.export)
 app.command("inspect")(inspecting.inspect)
+app.command("blame")(blaming.blame)
 app.command("bench")(bench.bench)
 app.command("replay")(replaying.replay)
 app.command("bisect")(bisecting.bisect)

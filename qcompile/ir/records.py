@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 
 @dataclass
@@ -61,6 +62,29 @@ class PassRecord:
     def checked(self) -> bool:
         """Whether the graph was run before and after this pass."""
         return self.max_error is not None
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The data that passes ran the model on: token windows, or inputs of a plain module (`length` is 0)."""
+
+    name: str
+    key: str
+    windows: int
+    length: int = 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a compilation was told beside target and pipeline: with these the passes can be run again.
+
+    Attributes:
+        scheme: as `qcompile.quant.scheme_json` writes it; None in artifacts of versions that did not say.
+        calibration: None where no data was read.
+    """
+
+    scheme: dict[str, Any] | None = None
+    calibration: Calibrated | None = None
 
 
 @dataclass(frozen=True)
