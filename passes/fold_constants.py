@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from qcompile.ir.constants import Cast, tensor_constant, uncast
+from qcompile.ir.constants import Cast, Constant, tensor_constant, uncast
 from qcompile.ir.graph import Graph, is_effect, real_tensors
 from qcompile.passes.base import Pass, PassContext
+from qcompile.passes.outline import unknown
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,12 @@ class FoldConstants(Pass):
         """In order, so that a chain folds in one run."""
         changed = False
         for node in graph.nodes:
-            if self._foldable(graph, node) and ctx.spend():
+            if self._foldable(graph, node, valueless=ctx.outline is not None) and ctx.spend():
                 _fold(graph, node)
                 changed = True
         return changed
 
-    def _foldable(self, graph: Graph, node: fx.Node) -> bool:
+    def _foldable(self, graph: Graph, node: fx.Node, *, valueless: bool) -> bool:
         value = node.meta.get("val")
         if node.op != "call_function" or not isinstance(value, Tensor) or is_effect(node):
             return False
@@ -40,10 +41,18 @@ class FoldConstants(Pass):
             return False
         constants = [graph.constant(used) for used in node.all_input_nodes]
         # Packed weights are constants with a format: folded, they would be floats again.
-        return all(item is not None and item.is_bound and item.format is None and item.nbytes <= self.limit for item in constants)
+        small = [item for item in constants if item is not None and item.format is None and item.nbytes <= self.limit]
+        return len(small) == len(constants) and (valueless or all(item.is_bound for item in small))
 
 
 def _fold(graph: Graph, node: fx.Node) -> None:
+    name = f"folded.{node.name}"
+    known = all(graph.constants[str(used.target)].is_bound for used in node.all_input_nodes)
+    constant = _computed(graph, node) if known else unknown(name, node.meta["val"].shape, node.meta["val"].dtype)
+    graph.replace(node, graph.add_constant(name, constant, source=node))
+
+
+def _computed(graph: Graph, node: fx.Node) -> Constant:
     """Floats are computed in float64 and cast on reading, so that a graph moved to float64 loses nothing here."""
 
     def real(used: fx.Node) -> Any:
@@ -58,6 +67,4 @@ def _fold(graph: Graph, node: fx.Node) -> None:
         value = node.target(*args, **kwargs)  # type: ignore[operator]
     constant = tensor_constant(value.contiguous())
     wanted = node.meta["val"].dtype
-    graph.replace(
-        node, graph.add_constant(f"folded.{node.name}", constant if value.dtype == wanted else constant.then(Cast(wanted)), source=node)
-    )
+    return constant if value.dtype == wanted else constant.then(Cast(wanted))

@@ -61,10 +61,25 @@ class LearnRotation(Pass):
         self._check()
         if not rounds_anything(ctx.target.scheme):
             return False
+        if ctx.outlines(self.name):
+            return self._outlined(graph, ctx)
         changed = False
         for kind in self.kinds:
             changed |= self._learn(graph, ctx, Kind(kind))
         return changed
+
+    def _outlined(self, graph: Graph, ctx: PassContext) -> bool:
+        """Without weights: folded norms if a stream is turned, else nothing but values changes."""
+        assert ctx.outline is not None
+        if not self.online or Kind.ORTHOGONAL.value not in self.kinds:
+            return False
+        tried = graph.clone()
+        folded = FoldNorms().run(tried, replace(ctx, notes=[]))
+        streams = [space for space in find_spaces(tried, Kind.ORTHOGONAL) if space.blocks == 1 and rounded_linears(tried, space, ctx)]
+        what = "whether the residual stream is turned to its principal axes"
+        if not streams or not ctx.outline.choose(self.name, what, "it keeps the axes it comes with", "it is turned, with norms folded"):
+            return False
+        return folded and FoldNorms().run(graph, ctx)
 
     def _check(self) -> None:
         for kind in self.kinds:
