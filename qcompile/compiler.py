@@ -114,7 +114,7 @@ def compile(  # noqa: A001  the name is the product's
     Raises:
         QCompileError: one subclass per kind of mistake (`qcompile.errors`); nothing is half-written.
     """
-    goal = _goal(target, scheme, options)
+    goal = goal_of(target, scheme, options)
     if prefill_chunk < 1:
         raise CapacityError(f"prefill_chunk={prefill_chunk}: expected at least one token; leave it out for 512")
     choose_passes(goal, recipe, passes, disable)  # a wrong pipeline is an error before a model is read
@@ -148,7 +148,7 @@ def compile(  # noqa: A001  the name is the product's
     return CompiledModel(contents, max_batch=max_batch, max_context=most, kv_bytes=kv_bytes, page_tokens=page_tokens)
 
 
-def _goal(target: str | Target, scheme: QuantScheme | None, options: SchemeOptions) -> Target:
+def goal_of(target: str | Target, scheme: QuantScheme | None, options: SchemeOptions) -> Target:
     """The target with the caller's scheme and options in it."""
     goal = parse_target(target)
     chosen = (scheme or goal.scheme).with_options(**options)

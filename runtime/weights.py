@@ -39,6 +39,28 @@ def write_weights(path: Path, constants: Mapping[str, Constant]) -> None:
     Raises:
         ArtifactError: for a dtype that safetensors has no name for.
     """
+    header, text, size = weights_header(constants)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        start = file.tell()
+        file.truncate(start + size)
+        for name in _writing_order(constants):
+            file.seek(start + header[name]["data_offsets"][0])
+            file.write(_bytes(constants[name], name))
+
+
+def weights_bytes(constants: Mapping[str, Constant]) -> int:
+    """Bytes of the file that `write_weights` makes of these constants, none of which is read."""
+    _, text, size = weights_header(constants)
+    return 8 + len(text) + size
+
+
+def weights_header(constants: Mapping[str, Constant]) -> tuple[dict[str, Any], bytes, int]:
+    """Name -> dtype, shape and place; the same as padded JSON; and the bytes of all tensors.
+
+    Raises:
+        ArtifactError: for a dtype that safetensors has no name for.
+    """
     header: dict[str, Any] = {}
     offset = 0
     for name in sorted(constants, key=lambda item: (-constants[item].dtype.itemsize, item)):
@@ -48,14 +70,7 @@ def write_weights(path: Path, constants: Mapping[str, Constant]) -> None:
         header[name] = {"dtype": _NAMES[constant.dtype], "shape": list(constant.shape), "data_offsets": [offset, offset + constant.nbytes]}
         offset += constant.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % 64)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        start = file.tell()
-        file.truncate(start + offset)
-        for name in _writing_order(constants):
-            file.seek(start + header[name]["data_offsets"][0])
-            file.write(_bytes(constants[name], name))
+    return header, text + b" " * (-(len(text) + 8) % 64), offset
 
 
 def _writing_order(constants: Mapping[str, Constant]) -> list[str]:
