@@ -31,7 +31,7 @@ _ROWS = 256
 """Taken of each weight: its other rows say nearly the same about its columns."""
 _PAIRS = 12
 """Of moments that each step looks at."""
-_MOMENT_BYTES = 2 << 30
+MOMENT_BYTES = 2 << 30
 _WORTH = 1 / 7
 """Less error than this is not worth a matrix product before a head whose weight an embedding shares."""
 
@@ -177,7 +177,7 @@ def _moment_pairs(graph: Graph, space: Space, ctx: PassContext) -> list[MomentPa
     for node, value in rounded_linears(graph, space, ctx):
         if covers(value, space):
             readers.setdefault(value, []).append(node)
-    stride = -(-len(readers) * 8 * space.size**2 // _MOMENT_BYTES)
+    stride = -(-len(readers) * 8 * space.size**2 // MOMENT_BYTES)
     chosen = list(readers)[:: max(1, stride)]
     measured = ctx.statistics(graph, [request_for(value, "second_moment") for value in chosen], tokens=STEADY_TOKENS)
     pairs = []

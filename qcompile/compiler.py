@@ -123,8 +123,7 @@ def compile(  # noqa: A001  the name is the product's
         model, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, revision=revision, trust_remote_code=trust_remote_code
     )
     data = make_calibration(calibration, loaded.assets, num_calibration_samples=num_calibration_samples, max_seq_length=max_seq_length)
-    calibrated = calibration is not None or (loaded.graph.interface.kind == "causal_lm" and "tokenizer.json" in loaded.assets.files)
-    pipeline = choose_passes(goal, recipe, passes, disable, calibrated=calibrated)
+    pipeline = choose_passes(goal, recipe, passes, disable, calibrated=is_calibrated(loaded, given=calibration is not None))
     context = max_context or min(loaded.assets.max_positions or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
     ctx = PassContext(
         goal, backend_for(goal), max_batch, context, min(context, prefill_chunk), fuel, calibration=data, work=WorkStore(program_key())
@@ -146,6 +145,11 @@ def compile(  # noqa: A001  the name is the product's
     )  # fmt: skip
     most = max_context if kv_bytes is not None else context
     return CompiledModel(contents, max_batch=max_batch, max_context=most, kv_bytes=kv_bytes, page_tokens=page_tokens)
+
+
+def is_calibrated(loaded: frontend.Loaded, *, given: bool) -> bool:
+    """Whether there is data to run the model on: the caller's, or text that its own tokenizer reads."""
+    return given or (loaded.graph.interface.kind == "causal_lm" and "tokenizer.json" in loaded.assets.files)
 
 
 def goal_of(target: str | Target, scheme: QuantScheme | None, options: SchemeOptions) -> Target:

@@ -79,16 +79,17 @@ def device_for(target: Target, name: str | None = None, bandwidth: float | None 
     for option, value in (("device_bandwidth", bandwidth), ("device_compute", compute)):
         if value is not None and not 0 < value < float("inf"):
             raise OptionError(f"{option}={value:g}: expected a number above 0, in bytes or operations a second; leave it out")
-    known = DEVICES.get(target.arch, ())
-    if name is None:
-        device = known[0] if known else _this_machine(bandwidth, compute)
-    else:
-        device = _named(target, name)
+    device = _usual(target, bandwidth, compute) if name is None else _named(target, name)
     if bandwidth is not None or compute is not None:
         device = replace(device, source=f"{device.source}, as given")
     if compute is not None:
         device = replace(device, compute=compute, low_bit=())
     return device if bandwidth is None else replace(device, bandwidth=bandwidth)
+
+
+def _usual(target: Target, bandwidth: float | None, compute: float | None) -> Device:
+    known = DEVICES.get(target.arch, ())
+    return known[0] if known else _this_machine(bandwidth, compute)
 
 
 def _named(target: Target, name: str) -> Device:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from qcompile.codegen.select import backend_for
 from qcompile.ir.graph import Graph
-from qcompile.ir.lowered import Kernel
+from qcompile.ir.lowered import Instrument, Kernel
 from qcompile.ir.records import Assets
 from qcompile.passes.base import Pass, PassContext
 from qcompile.passes.manager import run_pipeline
@@ -37,21 +37,23 @@ class Outlined:
     size: ArtifactSize
 
 
-def outline_model(graph: Graph, assets: Assets, pipeline: Sequence[Pass], ctx: PassContext) -> list[Outlined]:
+def outline_model(
+    graph: Graph, assets: Assets, pipeline: Sequence[Pass], ctx: PassContext, instruments: Sequence[Instrument] = ()
+) -> list[Outlined]:
     """The pipeline run without values: with open choices made against a change, and, where there are any, once more for it.
 
     Raises:
         QCompileError: as the compilation would.
     """
-    cautious = _run(graph.clone(), assets, pipeline, replace(ctx, outline=Outline()))
+    cautious = _run(graph.clone(), assets, pipeline, replace(ctx, outline=Outline()), instruments)
     if not cautious.outline.is_open:
         return [cautious]
-    return [cautious, _run(graph, assets, pipeline, replace(ctx, outline=Outline(bold=True)))]
+    return [cautious, _run(graph, assets, pipeline, replace(ctx, outline=Outline(bold=True)), instruments)]
 
 
-def _run(graph: Graph, assets: Assets, pipeline: Sequence[Pass], ctx: PassContext) -> Outlined:
+def _run(graph: Graph, assets: Assets, pipeline: Sequence[Pass], ctx: PassContext, instruments: Sequence[Instrument]) -> Outlined:
     ctx = replace(ctx, backend=backend_for(ctx.target), notes=[], coverage=[], products={})
-    records = run_pipeline(graph, pipeline, ctx)
+    records = run_pipeline(graph, pipeline, ctx, instruments)
     kernels: dict[str, Kernel] = {name: kernel for name, kernel in ctx.products.get("kernels", {}).items() if kernel.source}
     contents = ArtifactContents(
         graph=graph, plan=ctx.products["plan"], kernels=kernels, binaries={}, assets=assets, target=str(ctx.target),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from qcompile.ir.memory import buffers_in, dtype_of
 from qcompile.ir.size import evaluate
 from qcompile.planning.hardware import Device
 from qcompile.runtime.accounting import elements_of_codes
+from qcompile.runtime.artifact import ArtifactContents
 from qcompile.runtime.cache_layers import cache_layers
 from qcompile.runtime.cache_layout import CacheLayout, arguments_of
 from qcompile.runtime.engines.packed import INTEGER, PACKED_LINEARS, packed_weight
@@ -87,6 +88,24 @@ def predict_speed(plan: Plan, layout: CacheLayout, device: Device, *, is_cuda: b
     return Speed(device.name, device.source, device.bandwidth, device.compute, batch, context, prompt, *phases)
 
 
+def held_weight_bytes(contents: ArtifactContents, *, is_cuda: bool) -> int:
+    """What an engine holds of the constants: as they are stored on a GPU; unpacked, once, on a CPU."""
+    if is_cuda:
+        return contents.weight_bytes
+    entry, elements = contents.plan.entries["forward"], elements_of_codes(contents.plan)
+    steps = [step for step in entry.steps if step.operator in PACKED_LINEARS]
+    unpacked = dict(_unpacked(step, entry, elements) for step in steps)
+    packed = {part for step in steps for part in packed_weight(step).parts}
+    return sum(unpacked.values()) + sum(item.nbytes for name, item in contents.constants.items() if name not in packed)
+
+
+def _unpacked(step: Step, entry: Entry, elements: Mapping[str, int]) -> tuple[str, int]:
+    """The codes that a packed linear reads, and the bytes of what they become: signed bytes, or numbers as it computes in."""
+    weight = packed_weight(step)
+    codes = str(weight.parts[0])
+    return codes, elements[codes] * (1 if weight.plain else dtype_of(entry.buffers[step.outputs[0]].dtype).itemsize)
+
+
 def _phase(work: _Work, tokens: int, device: Device) -> Phase:
     operations = work.operations()
     reading = (work.weight_bytes() + work.cache_bytes()) / device.bandwidth
@@ -138,11 +157,8 @@ class _Work:
     def _read(self, step: Step) -> Iterator[tuple[str, float]]:
         names = [name for name in buffers_in([*step.args, *step.kwargs.values()]) if self._entry.buffers[name].kind == "constant"]
         if self._unpacked and step.operator in PACKED_LINEARS:
-            weight = packed_weight(step)
-            codes = str(weight.parts[0])
-            width = 1 if weight.plain else dtype_of(self._entry.buffers[step.outputs[0]].dtype).itemsize
-            yield codes, float(self._elements[codes] * width)
-            names = [name for name in names if name not in weight.parts]
+            yield _unpacked(step, self._entry, self._elements)
+            names = [name for name in names if name not in packed_weight(step).parts]
         for name in names:
             yield name, self._share(step, name) * math.prod(self._shape(name)) * dtype_of(self._entry.buffers[name].dtype).itemsize
 
