@@ -1,6 +1,6 @@
 """Plan the compilation of a 70B-shaped llama from its configuration alone; print and write down seconds and peak memory.
 
-    python benchmarks/plan_70b.py [--target sm90-int4] [--recipe best] [--out FILE.json]
+    python -m benchmarks.plan_70b [--target sm90-int4] [--recipe best] [--out FILE.json]
 
 No weight exists, and nothing stands in for one: every pass runs over constants of which only shapes are known.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 import transformers
 
 import qcompile
-from trace_70b import SHAPE
+from benchmarks.trace_70b import SHAPE
 
 
 def main() -> None:

@@ -73,13 +73,12 @@ class LearnRotation(Pass):
         assert ctx.outline is not None
         if not self.online or Kind.ORTHOGONAL.value not in self.kinds:
             return False
-        tried = graph.clone()
-        folded = FoldNorms().run(tried, replace(ctx, notes=[]))
-        streams = [space for space in find_spaces(tried, Kind.ORTHOGONAL) if space.blocks == 1 and rounded_linears(tried, space, ctx)]
-        what = "whether the residual stream is turned to its principal axes"
-        if not streams or not ctx.outline.choose(self.name, what, "it keeps the axes it comes with", "it is turned, with norms folded"):
+        asked = ctx.outline.asked
+        if self.name not in asked if asked is not None else not _has_stream(graph, ctx):
             return False
-        return folded and FoldNorms().run(graph, ctx)
+        what = "whether the residual stream is turned to its principal axes"
+        turned = ctx.outline.choose(self.name, what, "it keeps the axes it comes with", "it is turned, with norms folded")
+        return turned and FoldNorms().run(graph, ctx)
 
     def _check(self) -> None:
         for kind in self.kinds:
@@ -164,6 +163,14 @@ class LearnRotation(Pass):
 
     def _course(self) -> Course:
         return Course(self.steps, self.rate, seed=self.seed)
+
+
+def _has_stream(graph: Graph, ctx: PassContext) -> bool:
+    """Whether, with norms folded, there is a stream to turn that linears which are rounded read."""
+    tried = graph.clone()
+    FoldNorms().run(tried, replace(ctx, notes=[]))
+    spaces = find_spaces(tried, Kind.ORTHOGONAL)
+    return any(space.blocks == 1 and rounded_linears(tried, space, ctx) for space in spaces)
 
 
 def rounds_anything(scheme: QuantScheme) -> bool:

@@ -34,11 +34,13 @@ class Outline:
 
     Attributes:
         bold: how open choices are made: for the change that a pass may make, or against it.
+        asked: names of the passes that had a choice when it went against a change; None where nothing was outlined before.
         valueless: names of the passes that would have read weights or data.
         choices: what was left open, each once.
     """
 
     bold: bool = False
+    asked: frozenset[str] | None = None
     valueless: list[str] = field(default_factory=list)
     choices: list[OpenChoice] = field(default_factory=list)
 
@@ -46,6 +48,10 @@ class Outline:
     def is_open(self) -> bool:
         """Whether another answer would give another structure."""
         return any(choice.changes_structure for choice in self.choices)
+
+    def bolder(self) -> Outline:
+        """The outline that makes the same choices for a change."""
+        return Outline(bold=True, asked=frozenset(choice.step for choice in self.choices if choice.changes_structure))
 
     def choose(self, step: str, what: str, against: str, for_it: str) -> bool:
         """Decide, in the name of a pass, what is open; `against` and `for_it` say in words what each answer assumes."""

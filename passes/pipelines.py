@@ -72,7 +72,7 @@ def placed_passes(target: Target, recipe: str = "nearest", *, calibrated: bool =
         (True, RewriteKvCache(), "on float32 values: the one place where inputs change; after the bases: keys are stored as they are then"),
         (True, ConvertDtype(to=dtype_name(target.compute)), "before rounding, so that dequantize yields the computation dtype"),
         (scheme.activation is not None, QuantizeActivations(), "before weights: these are rounded for what they will meet"),
-        *((True, step, "on the values that will be multiplied, each weight against what really comes in") for step in round_weights),
+        *((True, step, "on the values that will be multiplied: bases, dtype and activations are settled") for step in round_weights),
         (True, FuseResidualNorm(), "late: earlier passes look for plain norms and adds"),
         (scheme.activation is not None, FuseQuantizeDequantize(), "sums fuse with norm and quantize; takes weights first"),
         (

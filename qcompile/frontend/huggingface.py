@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, fx
 from torch.export import Dim
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -103,7 +104,13 @@ def _read_config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
     parsed = checkpoint.config_json(path)
     _refuse_code(parsed, where, trust_remote_code)
     _refuse_quantized(parsed.get("quantization_config"), str(where))
-    config: PreTrainedConfig = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+    # Settings are checked by each family in its own way.
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        family = type(transformers.CONFIG_MAPPING[parsed["model_type"]]()).__name__ if parsed.get("model_type") else "model"
+        first = " ".join(str(error).split())
+        raise SourceError(f"{path}: expected settings of a {family}, got {first}; mend config.json") from error
     refuse(config, str(where))
     return config
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qcompile.ir.constants import Cast, Constant
 from qcompile.ir.lowered import Plan
 from qcompile.passes.execution import Limits
 from qcompile.passes.learn_rotation import MOMENT_BYTES
@@ -123,8 +124,8 @@ class _Model:
         factor = _BASIS_COPIES if self._changes_bases else _ROUND_COPIES
         done = self.rounding in ("gptq", "learned")
         coded = max((4 * count * (1 if done else factor) for count in self._elements.values()), default=0)
-        plain = max((4 * self._count(name) for name, item in self._constants.items() if item.format is None), default=0)
-        return max(coded, plain * (_BASIS_COPIES if self._changes_bases else _CAST_COPIES))
+        plain = (4 * self._count(name) * _copies(item) for name, item in self._constants.items() if item.format is None)
+        return max(coded, max(plain, default=0))
 
     def values(self, tokens: int) -> int:
         """Of the values that wait for all batches: the stream, and the widest that a linear reads, in float32."""
@@ -164,6 +165,11 @@ class _Model:
     def _count(self, name: str) -> int:
         item = self._constants[name]
         return item.nbytes // item.dtype.itemsize
+
+
+def _copies(constant: Constant) -> int:
+    """Of a float weight, by what its log does to it."""
+    return _CAST_COPIES if all(isinstance(step, Cast) for step in constant.transforms) else _BASIS_COPIES
 
 
 def _stacked(plan: Plan, elements: dict[str, int]) -> Iterator[tuple[int, int]]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from qcompile.codegen.select import backend_for
+from qcompile.errors import PipelineError
 from qcompile.ir.graph import Graph
 from qcompile.ir.lowered import Instrument, Kernel
 from qcompile.ir.records import Assets
@@ -15,6 +16,7 @@ from qcompile.passes.outline import Outline
 from qcompile.passes.pipelines import pipeline_text
 from qcompile.runtime.artifact import ArtifactContents
 from qcompile.runtime.artifact_size import ArtifactSize, artifact_size
+from qcompile.runtime.weights import weights_bytes
 
 _BINARY_BYTES = 40_000
 """Of one launch's binary, the mean of some hundreds that were built; a plain one takes a tenth, attention over packed pages seven times."""
@@ -22,38 +24,51 @@ _ONNX_NODE_BYTES = 200
 """Of a node of an ONNX file, names included."""
 
 
+_LOWERING = ("lower-to-kernels", "plan-memory")
+"""Passes that no constant depends on."""
+
+
 @dataclass(frozen=True)
 class Outlined:
-    """What a pipeline made of a model.
+    """What a pipeline makes of a model.
 
     Attributes:
         contents: as a compilation's, with constants that may be unbound.
         outline: what it had to go without, and what it left open.
         size: of the artifact.
+        alternatives: its sizes where open choices are made the other way; all but the weights are taken to stay the same.
     """
 
     contents: ArtifactContents
     outline: Outline
     size: ArtifactSize
+    alternatives: tuple[ArtifactSize, ...] = ()
 
 
 def outline_model(
     graph: Graph, assets: Assets, pipeline: Sequence[Pass], ctx: PassContext, instruments: Sequence[Instrument] = ()
-) -> list[Outlined]:
-    """The pipeline run without values: with open choices made against a change, and, where there are any, once more for it.
+) -> Outlined:
+    """Run the pipeline without values, open choices made against a change; and, where there are any, once more for it.
 
     Raises:
         QCompileError: as the compilation would.
     """
-    cautious = _run(graph.clone(), assets, pipeline, replace(ctx, outline=Outline()), instruments)
-    if not cautious.outline.is_open:
-        return [cautious]
-    return [cautious, _run(graph, assets, pipeline, replace(ctx, outline=Outline(bold=True)), instruments)]
+    ctx = replace(ctx, backend=backend_for(ctx.target))
+    found = _outlined(graph.clone(), assets, pipeline, replace(ctx, outline=Outline()), instruments)
+    if not found.outline.is_open:
+        return found
+    steps = [step for step in pipeline if step.name not in _LOWERING]
+    run_pipeline(graph, steps, replace(ctx, outline=found.outline.bolder(), notes=[], coverage=[], products={}), instruments)
+    weights = weights_bytes(graph.constants)
+    onnx = found.size.onnx + weights - found.size.weights if ctx.target.is_onnx else 0
+    return replace(found, alternatives=(replace(found.size, weights=weights, onnx=onnx),))
 
 
-def _run(graph: Graph, assets: Assets, pipeline: Sequence[Pass], ctx: PassContext, instruments: Sequence[Instrument]) -> Outlined:
-    ctx = replace(ctx, backend=backend_for(ctx.target), notes=[], coverage=[], products={})
+def _outlined(graph: Graph, assets: Assets, pipeline: Sequence[Pass], ctx: PassContext, instruments: Sequence[Instrument]) -> Outlined:
+    ctx = replace(ctx, notes=[], coverage=[], products={})
     records = run_pipeline(graph, pipeline, ctx, instruments)
+    if "plan" not in ctx.products:
+        raise PipelineError(f"plan: expected a pipeline that ends in plan-memory, got {pipeline_text(pipeline)}; add it")
     kernels: dict[str, Kernel] = {name: kernel for name, kernel in ctx.products.get("kernels", {}).items() if kernel.source}
     contents = ArtifactContents(
         graph=graph, plan=ctx.products["plan"], kernels=kernels, binaries={}, assets=assets, target=str(ctx.target),

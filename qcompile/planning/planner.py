@@ -11,6 +11,7 @@ from qcompile.compiler import DEFAULT_CONTEXT, goal_of, is_calibrated
 from qcompile.errors import CapacityError
 from qcompile.frontend.loaded import Loaded
 from qcompile.ir.lowered import Instrument
+from qcompile.ir.records import Assets, MemoryPlan
 from qcompile.passes.base import Pass, PassContext
 from qcompile.passes.calibration import Calibration, make_calibration
 from qcompile.passes.calibration_data import DEFAULT_LENGTH, DEFAULT_SAMPLES
@@ -75,8 +76,8 @@ def plan(
         prefill_chunk: as in `compile`.
         kv_bytes: as there.
         page_tokens: as there.
-        device: what speeds are planned for, such as `H200`; by default the first of the architecture (`qcompile.planning.hardware`), or this
-            machine's CPU, measured in passing.
+        device: what speeds are planned for, such as `H200`; by default the first of its architecture (`qcompile.planning.hardware`), or
+            this machine's CPU, measured in passing.
         device_bandwidth: bytes a second that it reads from memory, in place of the data sheet's.
         device_compute: operations a second, in place of the data sheet's.
         revision: as in `compile`.
@@ -100,80 +101,74 @@ def plan(
         weights=False,
     )  # fmt: skip
     data = make_calibration(calibration, loaded.assets, num_calibration_samples=num_calibration_samples, max_seq_length=max_seq_length)
-    case = _Case(loaded, goal, data, is_given=calibration is not None)
+    case = _Case(loaded.assets, data, calibration is not None, is_bare(loaded), is_calibrated(loaded, given=calibration is not None))
     placed = place_passes(goal, recipe, passes, disable, calibrated=case.is_calibrated)
     context = max_context or min(loaded.assets.max_positions or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
     ctx = PassContext(goal, None, max_batch, context, min(context, prefill_chunk), calibration=data)
-    outlines = outline_model(loaded.graph, loaded.assets, [step for step, _ in placed], ctx, instruments)
+    outlined = outline_model(loaded.graph, loaded.assets, [step for step, _ in placed], ctx, instruments)
     most = max_context if kv_bytes is not None else context
     layout = layout_of(
-        outlines[0].contents.plan.entries.get("decode"), max_batch=max_batch, kv_bytes=kv_bytes, page_tokens=page_tokens,
+        outlined.contents.plan.entries.get("decode"), max_batch=max_batch, kv_bytes=kv_bytes, page_tokens=page_tokens,
         max_context=most or loaded.assets.max_positions or _UNLIMITED,
     )  # fmt: skip
     tokens = case.tokens(num_calibration_samples, max_seq_length)
-    chosen = outlines[0].contents
+    chosen = outlined.contents
     return CompilationPlan(
         model=loaded.assets.name or loaded.assets.model_type,
         target=str(goal),
         pipeline=chosen.pipeline,
-        passes=_planned(outlines[0], [reason for _, reason in placed]),
+        passes=_planned(outlined, [reason for _, reason in placed]),
         coverage=tuple(chosen.coverage),
         cache=tuple(cache_layers(chosen.plan)),
-        size=outlines[0].size,
-        alternatives=tuple(other.size for other in outlines[1:]),
+        size=outlined.size,
+        alternatives=outlined.alternatives,
         bits_per_weight=bits_per_weight(chosen.constants, chosen.plan),
-        memory=_memory(outlines[0], layout, is_cuda=goal.is_cuda),
-        needs=predict_needs(outlines[0], tokens),
+        memory=_memory(outlined, layout, is_cuda=goal.is_cuda),
+        needs=predict_needs(outlined, tokens),
         speed=predict_speed(chosen.plan, layout, runs_on, is_cuda=goal.is_cuda),
-        choices=tuple(outlines[0].outline.choices),
-        notes=tuple(case.notes(outlines[0])),
+        choices=tuple(outlined.outline.choices),
+        notes=tuple(case.notes(outlined, goal)),
     )
+
+
+def is_bare(loaded: Loaded) -> bool:
+    """Whether this is the configuration alone of a language model, whose checkpoint will have a tokenizer."""
+    unbound = any(not constant.is_bound for constant in loaded.graph.constants.values())
+    return loaded.graph.interface.kind == "causal_lm" and unbound and "tokenizer.json" not in loaded.assets.files
 
 
 @dataclass(frozen=True)
 class _Case:
-    """A model to be planned, and the calibration data that there would be."""
+    """Of a model that is planned, what is known of the data that it would be compiled on."""
 
-    loaded: Loaded
-    goal: Target
+    assets: Assets
     data: Calibration
     is_given: bool
-
-    @property
-    def has_tokenizer(self) -> bool:
-        return "tokenizer.json" in self.loaded.assets.files
-
-    @property
-    def is_bare(self) -> bool:
-        """A language model of which only the configuration is here: its checkpoint will have a tokenizer."""
-        values = [item.is_bound for item in self.loaded.graph.constants.values()]
-        return self.loaded.graph.interface.kind == "causal_lm" and not self.has_tokenizer and not all(values)
+    is_bare: bool
+    has_data: bool
 
     @property
     def is_calibrated(self) -> bool:
-        return is_calibrated(self.loaded, given=self.is_given) or self.is_bare
+        return self.has_data or self.is_bare
 
     def tokens(self, samples: int | None, length: int | None) -> int:
         """Of calibration data: counted where it is at hand, else as many as are taken by default."""
-        if self.is_given or self.has_tokenizer:
+        if self.has_data:
             found = self.data.data
             return found.tokens.numel() if found.tokens is not None else len(found.samples)
-        most = self.loaded.assets.max_positions or DEFAULT_LENGTH
+        most = self.assets.max_positions or DEFAULT_LENGTH
         return (samples or DEFAULT_SAMPLES) * min(length or DEFAULT_LENGTH, most)
 
-    def notes(self, outlined: Outlined) -> list[str]:
-        found = []
-        if self.is_bare:
-            found.append("the configuration alone: tokenizer files come on top, and calibration text is taken to be there")
-        if outlined.outline.valueless and not self.is_calibrated:
-            found.append(
-                f"compile will ask for calibration=: {', '.join(outlined.outline.valueless)} need data, and this model brings none"
-            )
-        if self.goal.is_cuda:
-            found.append("binaries of kernels are estimated: nothing was built")
-        if self.goal.is_onnx:
-            found.append("the ONNX file is estimated: nothing was exported")
-        return found
+    def notes(self, outlined: Outlined, target: Target) -> list[str]:
+        """What a table does not say."""
+        steps = ", ".join(outlined.outline.valueless)
+        known = {
+            "the configuration alone: tokenizer files come on top, and calibration text is taken to be there": self.is_bare,
+            f"compile will ask for calibration=: {steps} need data, and this model brings none": bool(steps) and not self.is_calibrated,
+            "binaries of kernels are estimated: nothing was built": target.is_cuda,
+            "the ONNX file is estimated: nothing was exported": target.is_onnx,
+        }
+        return [note for note, holds in known.items() if holds]
 
 
 def _planned(outlined: Outlined, reasons: Sequence[str]) -> tuple[PlannedPass, ...]:
@@ -184,7 +179,7 @@ def _planned(outlined: Outlined, reasons: Sequence[str]) -> tuple[PlannedPass, .
     )
 
 
-def _memory(outlined: Outlined, layout: CacheLayout, *, is_cuda: bool) -> Any:
+def _memory(outlined: Outlined, layout: CacheLayout, *, is_cuda: bool) -> MemoryPlan:
     """Of the engine: weights as it holds them, the cache, and the largest arena."""
     contents = outlined.contents
     arena = max((entry.arena_bytes for entry in contents.plan.entries.values()), default=0)
