@@ -42,9 +42,7 @@ def usual_budget(members: int, most: int) -> int:
     return max(8, min(most, math.ceil(members * math.log2(max(2, members)))))
 
 
-def attribute(
-    groups: Sequence[Members], loss: Callable[[frozenset[int]], float], boundaries: Sequence[int], budget: int
-) -> Attribution:
+def attribute(groups: Sequence[Members], loss: Callable[[frozenset[int]], float], boundaries: Sequence[int], budget: int) -> Attribution:
     """Halve the group of largest share again and again, as long as evaluations last and anything counts.
 
     Args:

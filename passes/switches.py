@@ -101,7 +101,9 @@ def _activation_switch(node: fx.Node, step: str) -> Switch | None:
     value: Any = quantize.args[0]
     weights = [_weight_behind(used) for user in node.users for used in user.all_input_nodes if used is not node]
     read = next(filter(None, weights), "").removesuffix(".weight")
-    return Switch("activations", step, layer_of(read), quantize.name, f"input of {read}" if read else value.name, ((node.name, value.name),))
+    return Switch(
+        "activations", step, layer_of(read), quantize.name, f"input of {read}" if read else value.name, ((node.name, value.name),)
+    )
 
 
 def _weight_behind(node: fx.Node) -> str:
@@ -120,7 +122,9 @@ def cache_switches(before: Graph, after: Graph, step: str) -> list[Switch]:
     if len(gone) != len(attends):
         return []
     return [
-        Switch("cache", step, layer, attend.name, f"keys and values of attention {layer}", ((_attended(attend), Exactly(before, node.name)),))
+        Switch(
+            "cache", step, layer, attend.name, f"keys and values of attention {layer}", ((_attended(attend), Exactly(before, node.name)),)
+        )
         for layer, (node, attend) in enumerate(zip(gone, attends, strict=True))
     ]
 

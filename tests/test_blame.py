@@ -161,7 +161,9 @@ def test_a_broken_activation_quantizer_is_named(llama: nn.Module) -> None:
     assert (worst.layer, worst.kind, worst.step) == (1, "activations", "quantize-activations")
     assert worst.group == "input of model.layers.1.mlp.down_proj"
     assert worst.share > 0.5 * found.total
-    with pytest.raises(SourceError, match=r"on which its passes make \w+ = qcompile\..*0\.1.*, got .*1\.0.*pass that model, to the version"):
+    with pytest.raises(
+        SourceError, match=r"on which its passes make \w+ = qcompile\..*0\.1.*, got .*1\.0.*pass that model, to the version"
+    ):
         qcompile.blame(model, llama, tokens=TOKENS)
 
 

@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("frontend", "exporters", "dump"),
     ("compiled",),
     ("blaming", "compiler", "evaluation", "speed"),
-    ("torch_backend",),
+    ("planning", "torch_backend"),
     ("cli",),
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
