@@ -20,8 +20,8 @@ from rich.table import Table
 
 import qcompile
 from qcompile.compiled import CompiledModel
-from qcompile.dump.tables import format_bytes
 from qcompile.dump.reader import Dump
+from qcompile.dump.tables import format_bytes
 from qcompile.errors import QCompileError
 from qcompile.frontend.pinned import smollm2_path
 from qcompile.runtime.cache_layers import bits_per_number

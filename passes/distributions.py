@@ -69,7 +69,7 @@ class MomentSums:
 
 
 def distribution(rows: Tensor, moments: Moments | None = None) -> Distribution:
-    """The distribution of rows [n, K]; `moments` where they are known already. Values that are not finite are left out of all but maxima."""
+    """The distribution of rows [n, K], with their moments where they are known already; what is not finite counts in maxima only."""
     rows = rows.detach().float()
     if moments is None:
         sums = MomentSums()

@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx
 
 from qcompile.ir.graph import Graph, operator_name
+from qcompile.ir.provenance import origins
 from qcompile.ir.text import Line
 
 _LAYER = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
@@ -24,14 +25,12 @@ class GraphLog:
         """Begin an empty file."""
         self._path = path
         self._numbers: dict[str, int] = {}
-        self._logs = ConstantLogs()
         path.write_text("", encoding="utf-8")
 
     def add(self, listing: str, index: int | None, graph: Graph, lines: Sequence[Line]) -> None:
         """Append a graph, whose listing has these lines; `index` is of the pass that made it, None for the input."""
         order, new = [], []
-        logs = self._logs.update(graph, listing)
-        for record in node_records(graph, lines, logs):
+        for record in node_records(graph, lines):
             text = json.dumps(record, ensure_ascii=False, allow_nan=False)
             number = self._numbers.get(text)
             if number is None:
@@ -43,45 +42,23 @@ class GraphLog:
             file.write(f'{head[:-1]}, "new": [{", ".join(new)}], "order": {json.dumps(order)}}}\n')
 
 
-class ConstantLogs:
-    """What was done to each constant, also before it was rounded: a packed part goes on where the log of its weight ended."""
-
-    def __init__(self) -> None:
-        """Know nothing yet."""
-        self._before: dict[str, tuple[str, ...]] = {}
-        self._logs: dict[str, list[str]] = {}
-
-    def update(self, graph: Graph, listing: str) -> Mapping[str, list[str]]:
-        """The log of each constant of the graph of this listing, which follows the one that was given last."""
-        logs = {}
-        for name, constant in graph.constants.items():
-            base = base_name(name)
-            if name not in self._before:
-                rounded = base != name and base in self._logs and constant.format is not None
-                step = f"{listing.partition('_')[2]}: {constant.format}"
-                self._before[name] = (*self._logs[base], step) if rounded else ()
-            logs[name] = [*self._before[name], *map(str, constant.transforms)]
-        self._logs = logs
-        return logs
-
-
 def base_name(name: str) -> str:
     """The name of a weight without that of a packed part: `q_proj.weight` of `q_proj.weight.codes`."""
     base, _, part = name.rpartition(".")
     return base if part in ("codes", "scale", "scale2", "zero") else name
 
 
-def node_records(graph: Graph, lines: Sequence[Line], logs: Mapping[str, list[str]]) -> list[dict[str, Any]]:
+def node_records(graph: Graph, lines: Sequence[Line]) -> list[dict[str, Any]]:
     """Each node as JSON values, in order; `docs/dumps.md` says what each key holds."""
     homes: dict[fx.Node, str] = {}
     records = []
     for node, line in zip(graph.fx.nodes, lines, strict=True):
         homes[node] = _home(node, homes)
-        records.append(_record(graph, node, line, homes[node], logs))
+        records.append(_record(graph, node, line, homes[node]))
     return records
 
 
-def _record(graph: Graph, node: fx.Node, line: Line, home: str, logs: Mapping[str, list[str]]) -> dict[str, Any]:
+def _record(graph: Graph, node: fx.Node, line: Line, home: str) -> dict[str, Any]:
     constant = graph.constant(node)
     operator = operator_name(node.target) if node.op == "call_function" else ""
     folded = fold(home) if home else str(node.meta.get("source", "")).partition(":")[0]
@@ -95,9 +72,9 @@ def _record(graph: Graph, node: fx.Node, line: Line, home: str, logs: Mapping[st
         "format": line.format,
         "inputs": [used.name for used in node.all_input_nodes],
         "source": node.meta.get("source", ""),
-        "origins": list(node.meta.get("origins", ())),
+        "origins": list(origins(node)),
         "passes": list(node.meta.get("passes", ())),
-        "log": [] if constant is None else logs[str(node.target)],
+        "log": [] if constant is None else list(constant.log),
         "bytes": None if constant is None else constant.nbytes,
         "layer": layer_of(home),
         "folded": f"{folded}: {operator}" if operator else folded or node.name,
@@ -108,7 +85,7 @@ def _home(node: fx.Node, homes: Mapping[fx.Node, str]) -> str:
     """The module or constant that a node belongs to, as a dotted name; the constant that it reads where nothing else is known."""
     if node.op == "get_attr":
         return str(node.target)
-    for origin in node.meta.get("origins", ()):
+    for origin in origins(node):
         module, colon, _ = str(origin).partition(":")
         if colon:
             return module

@@ -9,8 +9,8 @@ from rich.table import Table
 
 from qcompile.ir.change_basis import ChangeBasis
 from qcompile.ir.graph import Graph
-from qcompile.passes.execution import Inputs
 from qcompile.passes.distributions import Distribution, Moments
+from qcompile.passes.execution import Inputs
 from qcompile.passes.moments import mean_moments, measure_readers, reader_groups
 
 Measured = tuple[dict[str, Moments], dict[str, Distribution]]

@@ -211,9 +211,7 @@ def is_dump(path: Path) -> bool:
 
 
 def _heading(values: dict[str, Any]) -> Heading:
-    return Heading(
-        str(values["qcompile"]), bool(values["complete"]), str(values["model"]), str(values["target"]), str(values["pipeline"])
-    )
+    return Heading(str(values["qcompile"]), bool(values["complete"]), str(values["model"]), str(values["target"]), str(values["pipeline"]))
 
 
 def _listing(values: dict[str, Any], known: dict[int, Node]) -> Listing:
