@@ -8,6 +8,8 @@ from pathlib import Path
 from qcompile.dump import products, writer
 from qcompile.dump.distributions import DistributionRecorder
 from qcompile.dump.graph_log import GraphLog
+from qcompile.dump.rows import listing_name
+from qcompile.dump.tables import coverage_rows
 from qcompile.ir.graph import Graph
 from qcompile.ir.lowered import Kernel
 from qcompile.ir.records import PassRecord
@@ -49,12 +51,12 @@ class DumpInstrument:
         """Write what a pass changed, and the records so far."""
         self._records.append(record)
         if record.changed:
-            before, self._text = self._text, self._write(writer.listing_name(record), record.index, graph)
+            before, self._text = self._text, self._write(listing_name(record), record.index, graph)
             writer.write_diff(self.directory, record, before, self._text)
-            moments = self._distributions.after(graph, writer.listing_name(record), record.spec)
+            moments = self._distributions.after(graph, listing_name(record), record.spec)
             if moments is not None:
                 writer.write_moments(self.directory, record, moments)
-            self._distributions.before(graph, writer.listing_name(record))
+            self._distributions.before(graph, listing_name(record))
         writer.write_records(self.directory, self._records)
 
     def _write(self, listing: str, index: int | None, graph: Graph) -> str:
@@ -65,11 +67,11 @@ class DumpInstrument:
         return text
 
     def finish(self, contents: ArtifactContents, notes: Sequence[tuple[str, str, str, bool]], kernels: Mapping[str, Kernel]) -> None:
-        """Write what came out, once code is generated; `kernels` are all that nodes name, those without source included."""
+        """Write what came out, once code is generated; `kernels` are all that were made, those without source included."""
         directory = self.directory
         self._heading["pipeline"] = contents.pipeline
-        writer.write_kernels(directory, contents.graph, kernels)
-        writer.write_json(directory / "coverage.json", products.coverage_rows(contents.coverage))
+        writer.write_kernels(directory, products.kernel_rows(contents.plan, kernels), kernels)
+        writer.write_json(directory / "coverage.json", coverage_rows(contents.coverage))
         writer.write_json(directory / "notes.json", products.note_rows(notes))
         writer.write_json(directory / "cache.json", products.cache_rows(contents.plan))
         writer.write_json(directory / "sizes.json", products.size_values(contents))
