@@ -1,0 +1,30 @@
+// Kernels: what each implements, what it takes of the device, its source.
+
+function drawKernels(model, root, chosen) {
+  if (!model.kernels.length) {
+    const used = [...new Set(model.coverage.map((row) => row.kernel))].filter(Boolean);
+    root.replaceChildren(empty("No kernel was generated: this target runs on operators that are there already."), used.length > 0 && table(["served by", "operators"], used.map((name) => [h("code", {}, name), String(model.coverage.filter((row) => row.kernel === name).length)]), [1]));
+    return;
+  }
+  const most = (kernel, key) => Math.max(0, ...kernel.launches.map((launch) => launch[key] ?? 0));
+  const rows = model.kernels.map((kernel) => h("tr", { "aria-current": kernel.name === chosen ? "true" : undefined },
+    h("td", {}, h("a", { href: kernelHref(kernel.name), class: "row-link" }, h("code", {}, kernel.name))), h("td", { class: "number" }, String(kernel.nodes.length || "")),
+    h("td", { class: "number" }, String(kernel.launches.length || "")), h("td", { class: "number" }, String(most(kernel, "registers") || "")), h("td", { class: "number" }, most(kernel, "shared_bytes") ? bytesText(most(kernel, "shared_bytes")) : ""),
+    h("td", { class: "number" }, kernel.source ? String(kernel.source.split("\n").length) : "")));
+  const headers = ["kernel", "nodes", "launches", "registers", "shared", "lines"];
+  root.replaceChildren(h("table", { class: "kernels" }, h("thead", {}, h("tr", {}, headers.map((text, index) => h("th", { scope: "col", class: index ? "number" : undefined }, text)))), h("tbody", {}, rows)));
+}
+
+/** The panel of a kernel. */
+function kernelDetails(model, name) {
+  const kernel = model.kernelNamed.get(name);
+  if (!kernel) return [heading("not found", name), h("p", {}, `There is no kernel called ${name}.`)];
+  const launches = kernel.launches.map((launch) => [h("code", {}, launch.function), String(launch.registers ?? ""), bytesText(launch.shared_bytes ?? 0), String(launch.num_warps ?? ""), String(launch.num_stages ?? "")]);
+  return [
+    heading("kernel", kernel.name),
+    h("p", {}, h("code", { class: "wrap" }, kernel.spec)),
+    part("Launches", launches.length > 0 && table(["function", "registers", "shared", "warps", "stages"], launches, [1, 2, 3, 4])),
+    part("Serves", model.last && names(kernel.nodes, model.last)),
+    kernel.source ? part("Source", h("pre", { class: "source", tabindex: "0" }, sourceSpans(kernel.source))) : h("p", { class: "caption" }, "It has no source: the reference or the engine's own operator."),
+  ];
+}
