@@ -77,7 +77,8 @@ def _fold(graph: Graph, node: fx.Node) -> None:
     dtype = graph.constants[name].dtype
     graph.bind(name, _scaled(graph.constants[name], Scaled(0, tensor_constant(factor))))
     total = shifted if offset is None else shifted + offset
-    new_bias = graph.add_constant(name.removesuffix(".weight") + ".folded_bias", Constant(TensorSource(total), (Cast(dtype),)), source=node)
+    folded = Constant(TensorSource(total), (Cast(dtype),), history=(f"bias and mean of {node.name}",))
+    new_bias = graph.add_constant(name.removesuffix(".weight") + ".folded_bias", folded, source=node)
     producer.args = (*producer.args[:2], new_bias, *producer.args[3:])
     producer.kwargs = {key: value for key, value in producer.kwargs.items() if key != "bias"}
     producer.meta["passes"] = tuple(dict.fromkeys((*producer.meta["passes"], *node.meta["passes"], graph.current_pass)))

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from qcompile.ir.constants import Cast, tensor_constant, uncast
-from qcompile.ir.graph import Graph, is_effect, real_tensors
+from qcompile.ir.constants import Cast, Constant, TensorSource, uncast
+from qcompile.ir.graph import Graph, is_effect, operator_name, real_tensors
 from qcompile.passes.base import Pass, PassContext
 
 
@@ -56,7 +56,8 @@ def _fold(graph: Graph, node: fx.Node) -> None:
     args, kwargs = fx.node.map_aggregate(fx.node.map_arg((node.args, node.kwargs), real), widen)
     with real_tensors():
         value = node.target(*args, **kwargs)  # type: ignore[operator]
-    constant = tensor_constant(value.contiguous())
+    history = (f"{operator_name(node.target)} of {', '.join(str(used.target) for used in node.all_input_nodes) or 'numbers'}",)
+    constant = Constant(TensorSource(value.contiguous()), history=history)
     wanted = node.meta["val"].dtype
     graph.replace(
         node, graph.add_constant(f"folded.{node.name}", constant if value.dtype == wanted else constant.then(Cast(wanted)), source=node)

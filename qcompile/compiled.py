@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import QCompileError, SourceError
-from qcompile.ir.branches import is_branch
 from qcompile.ir.graph import Graph
 from qcompile.ir.lowered import Engine
 from qcompile.ir.records import Assets, CoverageRow, MemoryPlan, PassRecord
@@ -107,21 +106,9 @@ class CompiledModel:
     @property
     def bits_per_weight(self) -> float | None:
         """Everything stored for the quantized matrices over their elements; None if nothing is quantized."""
-        stored = elements = 0
-        for name, constant in self.contents.constants.items():
-            if constant.format is None and not is_branch(name):
-                continue
-            stored += constant.nbytes * 8
-            if name.endswith(".codes"):
-                elements += self._elements[name]
-        return stored / elements if elements else None
+        from qcompile.runtime.accounting import bits_per_weight
 
-    @property
-    def _elements(self) -> dict[str, int]:
-        """Codes -> elements of the matrix, from the steps that read them."""
-        from qcompile.runtime.accounting import elements_of_codes
-
-        return elements_of_codes(self.contents.plan)
+        return bits_per_weight(self.contents.constants, self.contents.plan)
 
     @property
     def kv_bytes_per_token(self) -> int:

@@ -129,7 +129,8 @@ def compile(  # noqa: A001  the name is the product's
     ctx = PassContext(
         goal, backend_for(goal), max_batch, context, min(context, prefill_chunk), fuel, calibration=data, work=WorkStore(program_key())
     )
-    writer = _dump_instruments(dump or os.environ.get("QCOMPILE_DUMP"))
+    text = pipeline_text(pipeline)
+    writer = _dump_instruments(dump or os.environ.get("QCOMPILE_DUMP"), model=loaded.assets.name, target=str(goal), pipeline=text)
     wants_check = check if check is not None else os.environ.get("QCOMPILE_CHECK") == "1"
     with _progress(instruments) as ctx.report:
         records = run_pipeline(loaded.graph, pipeline, ctx, [*instruments, *writer], NumericCheck() if wants_check else None)
@@ -138,12 +139,12 @@ def compile(  # noqa: A001  the name is the product's
     if exporter is not None:
         exporter.require_exportable(loaded.graph)
     kernels, binaries = build(ctx.products.get("kernels", {}), goal)
-    for instrument in writer:
-        instrument.finish(pipeline_text(pipeline), kernels)
     contents = ArtifactContents(
         graph=loaded.graph, plan=ctx.products["plan"], kernels=kernels, binaries=binaries, assets=loaded.assets, target=str(goal),
-        pipeline=pipeline_text(pipeline), records=records, coverage=ctx.coverage,
+        pipeline=text, records=records, coverage=ctx.coverage,
     )  # fmt: skip
+    for instrument in writer:
+        instrument.finish(contents, ctx.notes, {**ctx.products.get("kernels", {}), **kernels})
     most = max_context if kv_bytes is not None else context
     return CompiledModel(contents, max_batch=max_batch, max_context=most, kv_bytes=kv_bytes, page_tokens=page_tokens)
 
@@ -177,9 +178,9 @@ def _progress(instruments: Sequence[Instrument]) -> AbstractContextManager[Repor
     return nullcontext(listening[0]) if listening else terminal_progress()
 
 
-def _dump_instruments(directory: str | os.PathLike[str] | None) -> list[Any]:
+def _dump_instruments(directory: str | os.PathLike[str] | None, **heading: str) -> list[Any]:
     if not directory:
         return []
     from qcompile.dump.instrument import DumpInstrument
 
-    return [DumpInstrument(Path(directory))]
+    return [DumpInstrument(Path(directory), **heading)]

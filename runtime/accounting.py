@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
+from qcompile.ir.branches import is_branch
+from qcompile.ir.constants import Constant
 from qcompile.ir.lowered import Entry, Plan, Step
 from qcompile.ir.records import MemoryPlan
 from qcompile.ir.size import Size
@@ -34,6 +37,17 @@ def cache_bytes_per_sequence(plan: Plan) -> int:
     """Bytes of a sequence beside its pages, over all layers: the tokens that are kept as they came; 0 where there are none."""
     entry = plan.entries.get("decode")
     return 0 if entry is None else bytes_of(state_buffers(entry), {"pages": 0, "page_tokens": 0, "sequences": 1})
+
+
+def bits_per_weight(constants: Mapping[str, Constant], plan: Plan) -> float | None:
+    """Everything stored for the quantized matrices over their elements; None if nothing is quantized."""
+    known = elements_of_codes(plan)
+    stored = elements = 0
+    for name, constant in constants.items():
+        if constant.format is not None or is_branch(name):
+            stored += constant.nbytes * 8
+            elements += known[name] if name.endswith(".codes") else 0
+    return stored / elements if elements else None
 
 
 def _static(size: Size) -> int:

@@ -292,7 +292,8 @@ def _constant(file: WeightsFile, name: str, item: Mapping[str, Any]) -> Constant
     if name not in file.header:
         raise ArtifactError(f"{where}: expected it in {WEIGHTS}, got no tensor of that name; copy the artifact again")
     form = item.get("format")
-    constant = Constant(ArtifactSource(file, name), format=None if form is None else format_of(str(form), where))
+    log = decode(tuple[str, ...], item.get("log", []), f"{where}: log")
+    constant = Constant(ArtifactSource(file, name), format=None if form is None else format_of(str(form), where), history=log)
     if list(constant.shape) != item.get("shape") or constant.dtype != dtype_of(item.get("dtype"), where):
         raise ArtifactError(
             f"{where}: expected {item.get('dtype')} {item.get('shape')}, got {constant.dtype} {list(constant.shape)} in "

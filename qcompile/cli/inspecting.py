@@ -11,8 +11,8 @@ import qcompile
 from qcompile.cli.compiling import details, sizes
 from qcompile.cli.output import JsonOption, emit
 from qcompile.dump.cache_table import cache_tables
+from qcompile.dump.reader import Dump, is_dump
 from qcompile.dump.tables import coverage_table, pass_table, readable, value_table
-from qcompile.dump.writer import read_summary, record_row
 
 
 def inspect(
@@ -20,16 +20,20 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """What was done to a model: passes, sizes, the format and kernel of every operator, or why it was left alone, and its cache."""
-    if (path / "passes.json").is_file() and not (path / "manifest.json").is_file():
+    if is_dump(path):
         _inspect_dump(path, as_json=as_json)
     else:
         _inspect_artifact(path, as_json=as_json)
 
 
 def _inspect_dump(path: Path, *, as_json: bool) -> None:
-    pipeline, records = read_summary(path)
-    values = {"pipeline": pipeline, "passes": [record_row(record) for record in records]}
-    emit(values, [pass_table(records, title=str(path)), value_table({"pipeline": pipeline})], as_json=as_json)
+    dump = Dump.open(path)
+    pipeline = dump.heading.pipeline
+    emit(
+        {"pipeline": pipeline, "passes": dump.passes},
+        [pass_table(dump.records, title=str(path)), value_table({"pipeline": pipeline})],
+        as_json=as_json,
+    )
 
 
 def _inspect_artifact(path: Path, *, as_json: bool) -> None:

@@ -163,8 +163,13 @@ class RoundedSource:
     @property
     def key(self) -> str:
         """The weight's own key and what was done to it."""
+        return f"{self.rounding.weight.key}|{self.text}"
+
+    @property
+    def text(self) -> str:
+        """What was done to the weight: `quantize(int4 g64 sym fp16).codes`."""
         method = "" if self.rounding.method == "nearest" else f", {self.rounding.method}"
-        return f"{self.rounding.weight.key}|quantize({self.rounding.form}{method}).{self.part}"
+        return f"quantize({self.rounding.form}{method}).{self.part}"
 
     def load(self) -> Tensor:
         """Round the weight, or take the part from the rounding its siblings caused."""
@@ -254,12 +259,14 @@ class Reshape:
 class Constant:
     """A source and the log of what happens to its tensor between there and the graph.
 
-    `format` is what the printer shows for a quantized part, None for a plain tensor.
+    `format` is what the printer shows for a quantized part, None for a plain tensor. `history` tells what was done to the tensor before it
+    became this source, such as before it was stored; unlike the transforms it is for readers only.
     """
 
     source: Source
     transforms: tuple[Transform, ...] = ()
     format: QuantFormat | None = None
+    history: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -289,6 +296,13 @@ class Constant:
     def key(self) -> str:
         """Source and log in one line: equal keys mean equal tensors."""
         return "|".join((self.source.key, *map(str, self.transforms)))
+
+    @property
+    def log(self) -> tuple[str, ...]:
+        """Everything that was done to the tensor, in order, a line each: multiplied, permuted, rotated, rounded."""
+        source = self.source
+        rounded = (*source.rounding.weight.log, source.text) if isinstance(source, RoundedSource) else ()
+        return (*self.history, *rounded, *map(str, self.transforms))
 
     @property
     def is_bound(self) -> bool:

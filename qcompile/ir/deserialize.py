@@ -76,6 +76,7 @@ class _Reader:
         if value is not None:
             node.meta["val"] = value
         node.meta |= {"source": str(item["source"]), "passes": tuple(map(str, item["passes"]))}
+        node.meta["origins"] = tuple(map(str, item.get("origins", ())))
         return node
 
     def _constant(self, item: Mapping[str, Any]) -> str:

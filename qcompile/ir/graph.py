@@ -17,6 +17,7 @@ from qcompile.ir import cache_ops as _cache_ops  # noqa: F401  registers operato
 from qcompile.ir import hadamard_ops as _hadamard_ops  # noqa: F401  registers qcompile::hadamard
 from qcompile.ir import ops as _operators  # noqa: F401  registers the qcompile:: operators
 from qcompile.ir.constants import Constant, tensor_constant
+from qcompile.ir.provenance import Heirs, origins
 from qcompile.ir.structure import Template, flatten, unflatten
 
 Operator = Callable[..., Any]
@@ -49,8 +50,8 @@ class Interface:
 class Graph:
     """A program: `fx` nodes over named constants. It runs on a CPU after every pass.
 
-    Every node carries `meta["val"]` (a fake tensor: shape and dtype), `meta["source"]` (`file.py:line`) and `meta["passes"]`
-    (the passes that made or changed it).
+    Every node carries `meta["val"]` (a fake tensor: shape and dtype), `meta["source"]` (`file.py:line`), `meta["origins"]` (the traced
+    operators it descends from) and `meta["passes"]` (the passes that made or changed it).
     """
 
     def __init__(self, nodes: fx.Graph, constants: dict[str, Constant], interface: Interface, mode: FakeTensorMode) -> None:
@@ -60,6 +61,7 @@ class Graph:
         self.interface = interface
         self.mode = mode
         self.current_pass = ""
+        self._heirs = Heirs()
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -130,6 +132,8 @@ class Graph:
             node = self.fx.create_node("call_function", operator, tuple(args), kwargs or {}, name=_node_name(operator))
         node.meta["val"] = self.infer(node) if value is None else value
         self._mark(node, source if source is not None else before)
+        if not origins(node):  # made of an input or a constant, for what reads it
+            node.meta["origins"] = origins(before)
         return node
 
     def infer(self, node: fx.Node) -> Any:
@@ -139,7 +143,8 @@ class Graph:
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def replace(self, node: fx.Node, replacement: fx.Node) -> None:
-        """Let all users of `node` use `replacement` and erase `node`."""
+        """Let all users of `node` use `replacement`, which takes over its origins, and erase `node`."""
+        self._heirs.replaced(node, replacement)
         node.replace_all_uses_with(replacement)
         self.fx.erase_node(node)
 
@@ -148,6 +153,7 @@ class Graph:
         removed = 0
         for node in reversed(self.nodes):
             if node.op in ("call_function", "get_attr") and not node.users and not is_effect(node):
+                self._heirs.removed(node)
                 self.fx.erase_node(node)
                 removed += 1
         used = {str(node.target) for node in self.fx.find_nodes(op="get_attr")}
@@ -156,6 +162,7 @@ class Graph:
 
     def _mark(self, node: fx.Node, source: fx.Node | None) -> None:
         node.meta["source"] = source.meta.get("source", "") if source is not None else ""
+        node.meta["origins"] = origins(source) if source is not None else ()
         history = source.meta.get("passes", ()) if source is not None else ()
         node.meta["passes"] = history if not self.current_pass or self.current_pass in history else (*history, self.current_pass)
 
