@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qcompile.ir.records import CoverageRow
+from qcompile.dump import products
+from qcompile.dump.graph_log import node_records
+from qcompile.dump.reader import Dump, Listing, is_dump
+from qcompile.dump.writer import record_row
+from qcompile.ir.text import lines
+from qcompile.runtime.artifact import ArtifactContents, load_artifact
 
 Row = dict[str, Any]
+LAST = "last"
+"""What the listing of an artifact's graph is called."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """A compilation as JSON values, in the forms of the dump's files (`docs/reading-a-dump.md`).
+    """A compilation as JSON values, in the forms of the dump's files (`docs/dumps.md`).
 
     Attributes:
         title: the model's name.
@@ -38,12 +45,12 @@ class Facts:
     complete: bool = True
     passes: list[Row] = field(default_factory=list)
     graphs: list[Row] = field(default_factory=list)
-    coverage: list[CoverageRow] = field(default_factory=list)
+    coverage: list[Row] = field(default_factory=list)
     notes: list[Row] = field(default_factory=list)
     cache: list[Row] = field(default_factory=list)
     sizes: Row = field(default_factory=dict)
     kernels: list[Row] = field(default_factory=list)
-    distributions: dict[str, list[Row]] = field(default_factory=dict)
+    distributions: dict[str, Any] = field(default_factory=dict)
     blame: Row | None = None
 
     @property
@@ -56,25 +63,81 @@ class Facts:
         """Of the constants as traced; None if that graph is not here."""
         if not self.graphs or self.graphs[0]["pass"] is not None or not self.passes:
             return None
-        constants = {node["operator"]: node["bytes"] or 0 for node in self.graphs[0]["new"] if node["op"] == "constant"}
-        return sum(constants.values())
+        constants = {node["constant"]: node["bytes"] or 0 for node in self.graphs[0]["new"] if node["op"] == "constant"}
+        return int(sum(constants.values()))
 
     def to_json(self) -> Row:
         """What the report's script reads."""
-        values = {name: getattr(self, name) for name in ("title", "target", "passes", "graphs", "notes", "kernels", "distributions", "blame")}
-        return values | {"coverage": [asdict(row) for row in self.coverage]}
+        names = ("title", "target", "passes", "graphs", "coverage", "notes", "kernels", "distributions", "blame")
+        return {name: getattr(self, name) for name in names}
 
 
 def read_facts(directory: Path) -> Facts:
-    """Dev reader."""
-    load = lambda name, default: json.loads((directory / name).read_text()) if (directory / name).is_file() else default
-    head = load("dump.json", {})
-    kernels = load("kernels.json", [])
-    for kernel in kernels:
-        if kernel.get("file"):
-            kernel["source"] = (directory / kernel["file"]).read_text()
-    return Facts(
-        head["model"], head["target"], head["pipeline"], head["complete"], load("passes.json", []),
-        [json.loads(line) for line in (directory / "graphs.jsonl").open()], [CoverageRow(**r) for r in load("coverage.json", [])],
-        load("notes.json", []), load("cache.json", []), load("sizes.json", {}), kernels, load("distributions.json", {}), load("blame.json", None),
+    """The facts of a dump, or of an artifact: its last graph, records, coverage, cache, kernels.
+
+    Raises:
+        SourceError: for a damaged dump, or one of another version.
+        ArtifactError: for a damaged artifact, or what is neither.
+    """
+    return dump_facts(Dump.open(directory)) if is_dump(directory) else artifact_facts(load_artifact(directory))
+
+
+def dump_facts(dump: Dump) -> Facts:
+    """Everything a dump holds; of an interrupted one what there is, which is records and graphs."""
+    heading = dump.heading
+    started = Facts(heading.model, heading.target, heading.pipeline, heading.complete, dump.passes, _graphs(dump.listings))
+    if not dump.complete:
+        return started
+    return replace(
+        started,
+        coverage=dump.coverage,
+        notes=dump.notes,
+        cache=dump.cache,
+        sizes=dump.sizes,
+        kernels=[{**kernel, "source": dump.kernel_source(kernel)} for kernel in dump.kernels],
+        distributions=dump.distributions,
+        blame=dump.blame,
     )
+
+
+def _graphs(listings: Sequence[Listing]) -> list[Row]:
+    """Listings as in `graphs.jsonl`: each node once, where it is first seen."""
+    known: set[int] = set()
+    lines = []
+    for listing in listings:
+        new = [node for node in listing.nodes if node["id"] not in known]
+        known.update(node["id"] for node in new)
+        lines.append({"listing": listing.name, "pass": listing.index, "new": new, "order": [node["id"] for node in listing.nodes]})
+    return lines
+
+
+def artifact_facts(contents: ArtifactContents) -> Facts:
+    """What an artifact says about itself: its only graph is the last one, and nothing is said of values."""
+    nodes = [{"id": number, **node} for number, node in enumerate(node_records(contents.graph, lines(contents.graph)))]
+    last = len(contents.records)
+    graph = {"listing": f"{last:03d}_{LAST}", "pass": last - 1, "new": nodes, "order": list(range(len(nodes)))}
+    coverage = products.coverage_rows(contents.coverage)
+    return Facts(
+        title=contents.assets.name or contents.assets.model_type,
+        target=contents.target,
+        pipeline=contents.pipeline,
+        passes=[record_row(record) for record in contents.records],
+        graphs=[graph],
+        coverage=coverage,
+        notes=[{"pass": "", "node": row["node"], "reason": row["reason"], "chosen": row["chosen"]} for row in coverage if row["reason"]],
+        cache=products.cache_rows(contents.plan),
+        sizes=products.size_values(contents),
+        kernels=_kernels(contents, coverage),
+    )
+
+
+def _kernels(contents: ArtifactContents, coverage: Sequence[Row]) -> list[Row]:
+    """Kernels with their sources; which nodes they serve is read from the coverage where the graph does not say it."""
+    served: dict[str, list[str]] = {}
+    for row in coverage:
+        for name in row["kernel"].split(", "):
+            served.setdefault(name, []).append(row["node"])
+    rows = products.kernel_rows(contents.graph, contents.kernels)
+    return [
+        {**row, "nodes": row["nodes"] or served.get(row["name"], []), "source": contents.kernels[row["name"]].source} for row in rows
+    ]

@@ -97,7 +97,7 @@ def script_text() -> str:
 def packed(value: Any) -> str:
     """JSON, deflated, in base64: what `DecompressionStream` reads."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
+    return base64.b64encode(zlib.compress(text.encode(), 6)).decode()
 
 
 def _digest(text: str) -> str:
@@ -124,15 +124,14 @@ def _tiles(facts: Facts) -> list[dict[str, str]]:
     """The figures at the top; only those that are known."""
     records, sizes = facts.passes, facts.sizes
     changed = sum(record["changed"] for record in records)
-    left = [row for row in facts.coverage if row.reason]
-    refused = sum(not row.chosen for row in left)
+    left = [row for row in facts.coverage if row["reason"]]
+    refused = sum(not row["chosen"] for row in left)
     before = facts.input_bytes
     tiles = [
         _tile("weights", format_bytes(sizes["weight_bytes"]) if "weight_bytes" in sizes else "", before and format_bytes(before)),
-        _tile("bits per weight", _number(sizes, "bits_per_weight", "{:.2f}"), note="of quantized matrices, all that is stored"),
+        _tile("bits per weight", _number(sizes, "bits_per_weight", "{:.2f}"), note="of quantized matrices"),
         _tile("nodes", f"{records[-1]['nodes_after']:,}" if records else "", records and f"{records[0]['nodes_before']:,}"),
         _tile("passes", str(len(records) or ""), note=f"{changed} changed something"),
-        _tile("time in passes", views.time_axis(records)["total"] if records else ""),
         _tile("operators covered", f"{len(facts.coverage) - len(left)} of {len(facts.coverage)}" if facts.coverage else "",
               note=f"{len(left) - refused} left by choice, {refused} not possible"),
         _tile("KL from float", _number(facts.blame or {}, "total_kl", "{:.3g}"), note="nats at the output"),

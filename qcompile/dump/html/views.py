@@ -120,15 +120,16 @@ class CoverageGroup:
     link: str = ""
 
 
-def coverage_groups(rows: Sequence[CoverageRow], number: str = "", kernels: Iterable[str] = ()) -> list[CoverageGroup]:
-    """Coverage as the terminal groups it; `number` is the listing that nodes are shown in."""
+def coverage_groups(rows: Sequence[Mapping[str, Any]], number: str = "", kernels: Iterable[str] = ()) -> list[CoverageGroup]:
+    """Coverage as the terminal groups it; `rows` are those of `coverage.json`, `number` is the listing that nodes are shown in."""
     known = set(kernels)
+    given = [CoverageRow(**row) for row in rows]
     return [
         CoverageGroup(
             operator, form, kernel, reason, members[0].chosen, [Member(row.weight or row.node, node_link(row.node, number)) for row in members],
             kernel if kernel in known else "",
         )
-        for (operator, form, kernel, reason), members in group_coverage(rows).items()
+        for (operator, form, kernel, reason), members in group_coverage(given).items()
     ]  # fmt: skip
 
 

@@ -29,9 +29,10 @@ function histogramChart(before, after, name) {
 
 /** The largest magnitude of each run of channels, before behind after. */
 function channelChart(before, after, name) {
-  const most = Math.max(...[before, after].filter(Boolean).flatMap((stage) => stage.channel_max)) || 1;
+  if (!before.channel_max.length) return undefined;
+  const most = Math.max(...[before, after].filter(Boolean).flatMap((stage) => stage.channel_max.map((value) => value ?? 0))) || 1;
   const bars = (stage, kind) => stage?.channel_max.map((value, index) => {
-    const width = CHART.width / stage.channel_max.length, height = (value / most) * (CHART.height - 2);
+    const width = CHART.width / stage.channel_max.length, height = ((value ?? 0) / most) * (CHART.height - 2);
     return s("rect", { class: kind, x: (index * width).toFixed(2), y: (CHART.height - height).toFixed(2), width: (width * 0.8).toFixed(2), height: height.toFixed(2) });
   });
   return h("figure", {},
@@ -41,7 +42,7 @@ function channelChart(before, after, name) {
 }
 
 /** Stages of one distribution as a table: which pass, how far the largest stands out, kurtosis. */
-function stageTable(model, stages) {
+function stageTable(stages) {
   return table(["after", "max / rms", "kurtosis"], stages.map((stage) => {
     const number = stage.listing.split("_")[0];
     return [h("a", { href: number === "000" ? "#graph/000" : passHref(number) }, stage.listing.replace("_", " ")), numberText(stage.max_over_rms), numberText(stage.kurtosis)];

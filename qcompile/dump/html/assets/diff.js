@@ -149,7 +149,7 @@ class DiffView {
 /** A node as a diff shows it: the call, the type, the format, and what was done to a constant. */
 function sideText(node) {
   const log = node.log?.length ? `  [${node.log.join(" | ")}]` : "";
-  return `${node.call}  ${[node.type, node.format].filter(Boolean).join(" ")}${log}`.trimEnd();
+  return `${constantName(node) ?? node.call}  ${[node.type, node.format].filter(Boolean).join(" ")}${log}`.trimEnd();
 }
 
 function once(action) {

@@ -31,20 +31,27 @@ class DistributionsView {
       h("div", { class: "tools" },
         choice("of", kinds, this.kind, (kind) => { this.layer = "all"; go(`#distributions/${kind}`); }),
         layers.length > 1 && choice("layer", [["all", "all"], ...layers.map((layer) => [String(layer), String(layer)])], this.layer, (layer) => { this.layer = layer; this.draw(); }),
-        h("span", { class: "keyed" }, h("i", { class: "swatch area" }), "as first seen", h("i", { class: "swatch front" }), "at the end"),
+        h("span", { class: "keyed" }, h("span", {}, h("i", { class: "swatch" }), "before"), h("span", {}, h("i", { class: "swatch front" }), "at the end")),
       ),
       shown.length ? h("div", { class: "cards" }, shown.map((item) => this.card(item))) : h("p", { class: "empty" }, `No pass changed any ${this.kind} that were looked at.`),
     );
   }
 
-  card({ name, stages }) {
+  card(item) {
+    const { name, stages } = item;
     const [first, last] = [stages[0], stages.length > 1 ? stages.at(-1) : undefined];
     return h("article", { class: "card", "data-name": name },
-      h("h3", {}, h("code", {}, name)),
+      h("h3", {}, h("code", {}, distributionTitle(this.kind, item))),
       h("p", { class: "moments" }, moment("max / rms", first.max_over_rms, last?.max_over_rms), moment("kurtosis", first.kurtosis, last?.kurtosis)),
-      histogramChart(first, last, name), channelChart(first, last, name), stages.length > 2 && stageTable(this.model, stages),
+      histogramChart(first, last, name), channelChart(first, last, name), stages.length > 2 && stageTable(stages),
     );
   }
+}
+
+/** Weights go by their names, activations by the weight that multiplies them or the attention that reads them. */
+function distributionTitle(kind, item) {
+  if (kind === "weights") return item.name;
+  return item.kind === "keys" ? `keys of ${item.name}` : `input of ${item.name.replace(/\.weight$/, "")}`;
 }
 
 function moment(name, before, after) {
@@ -52,5 +59,5 @@ function moment(name, before, after) {
 }
 
 function layerOf(item) {
-  return item.layer ?? (item.name.match(/layers[._](\d+)/) ?? [])[1];
+  return item.layer ?? undefined;
 }

@@ -34,7 +34,7 @@ function nodeDetails(model, name, number) {
     part("Where it comes from", chain(model, node, name)),
     part("What was done to it", node.log?.length > 0 && h("ol", { class: "log" }, node.log.map((entry) => h("li", {}, h("code", {}, entry))))),
     part("Through the pipeline", history(model, node, name)),
-    distributionPart(model, node),
+    distributionParts(model, node, listing),
     part("Reads", names(node.inputs, listing)),
     part("Read by", names(listing.users(name), listing)),
   ];
@@ -78,12 +78,12 @@ function history(model, node, name) {
   ];
 }
 
-function distributionPart(model, node) {
-  const found = model.distributionOf(node);
-  if (!found) return undefined;
-  const { stages, name } = found.item, [first, last] = [stages[0], stages.length > 1 ? stages.at(-1) : undefined];
-  return part("Distribution", histogramChart(first, last, name), channelChart(first, last, name), stageTable(model, stages),
-    h("p", {}, h("a", { href: `#distributions/${found.kind}/${encodeURIComponent(name)}` }, "beside the others")));
+function distributionParts(model, node, listing) {
+  return model.distributionsOf(node, listing).map(({ kind, item }) => {
+    const { stages, name } = item, [first, last] = [stages[0], stages.length > 1 ? stages.at(-1) : undefined];
+    return part(`Distribution of ${distributionTitle(kind, item)}`, histogramChart(first, last, name), channelChart(first, last, name), stageTable(stages),
+      h("p", {}, h("a", { href: `#distributions/${kind}/${encodeURIComponent(name)}` }, "beside the others")));
+  });
 }
 
 function names(list, listing) {

@@ -24,7 +24,7 @@ function linkedCall(node, listing) {
   });
 }
 
-const words = (text) => text.match(/[\w.%]+|\s+|[^\w\s]/g) ?? [];
+const words = (text) => text.match(/[A-Za-z]+|\d+|\s+|[^\sA-Za-z\d]/g) ?? [];
 const MOST = 200000;
 
 /** Both texts as spans, words of the one that are not in the other set off (longest common subsequence). */

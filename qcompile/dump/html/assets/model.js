@@ -86,15 +86,11 @@ class Model {
     return events;
   }
 
-  /** Distributions of a constant, of the weight that it is a part of, or of a node's result. */
-  distributionOf(node) {
-    const names = [node.name, constantName(node)];
-    const fits = (item) => names.some((name) => name && (name === item.name || (name.startsWith(`${item.name}.`))));
-    for (const kind of ["weights", "activations"]) {
-      const item = (this.distributions[kind] ?? []).find(fits);
-      if (item) return { kind, item };
-    }
-    return undefined;
+  /** Distributions that have to do with a node: of a constant, of the weight that a call multiplies with, of what it reads. */
+  distributionsOf(node, listing) {
+    const weights = new Set([node.name, weightName(constantName(node)), ...node.inputs.map((name) => weightName(listing.byName.get(name)?.constant))]);
+    const kinds = node.op === "constant" ? ["weights"] : ["activations", "weights"];
+    return kinds.flatMap((kind) => (this.distributions[kind] ?? []).filter((item) => weights.has(item.name)).map((item) => ({ kind, item })));
   }
 }
 
@@ -106,10 +102,11 @@ function fieldsThatDiffer(before, after) {
   return FIELDS.filter((field) => String(before[field] ?? "") !== String(after[field] ?? ""));
 }
 
-/** What a constant is called in the checkpoint. */
-function constantName(node) {
-  return node.op === "constant" ? node.call.match(/= constant\((.*)\)$/s)?.[1] ?? node.operator : undefined;
-}
+/** What a constant is called in the checkpoint; undefined for anything else. */
+const constantName = (node) => node.constant ?? undefined;
+
+/** The weight that a constant is a part of: `q_proj.weight` of `q_proj.weight.codes`. */
+const weightName = (name) => name?.replace(/\.(codes|scale|scale2|zero)$/, "");
 
 /** `98.3 MB`, as the tables of the terminal have it. */
 function bytesText(count) {
