@@ -133,7 +133,7 @@ def _tiles(facts: Facts) -> list[dict[str, str]]:
         _tile("nodes", f"{records[-1]['nodes_after']:,}" if records else "", records and f"{records[0]['nodes_before']:,}"),
         _tile("passes", str(len(records) or ""), note=f"{changed} changed something"),
         _tile("operators covered", f"{len(facts.coverage) - len(left)} of {len(facts.coverage)}" if facts.coverage else "",
-              note=f"{len(left) - refused} left by choice, {refused} not possible"),
+              note=f"{len(left) - refused} by choice" + (f", {refused} not possible" if refused else "")),
         _tile("KL from float", _number(facts.blame or {}, "total_kl", "{:.3g}"), note="nats at the output"),
     ]  # fmt: skip
     return [tile for tile in tiles if tile["value"]]

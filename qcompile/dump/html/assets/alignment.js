@@ -51,10 +51,18 @@ function gap(gone, come) {
   return rows;
 }
 
+/** Whether one can be called what became of the other: a part of a constant, or a kindred operator of the same traced ones. */
 function related(a, b) {
   if (a.op !== b.op) return false;
-  if (a.op === "constant") return constantName(b).startsWith(`${constantName(a)}.`) || constantName(a).startsWith(`${constantName(b)}.`);
-  return a.origins.length ? a.origins.some((origin) => b.origins.includes(origin)) : Boolean(a.source) && a.source === b.source;
+  if (a.op === "constant") return weightName(a.constant) === weightName(b.constant);
+  const shared = a.origins.length ? a.origins.some((origin) => b.origins.includes(origin)) : Boolean(a.source) && a.source === b.source;
+  return shared && kindred(a.operator, b.operator);
+}
+
+/** `aten.linear` and `integer_linear`: a word in common. */
+function kindred(a, b) {
+  const known = new Set(a.split(/[._]/));
+  return b.split(/[._]/).some((word) => word !== "aten" && word !== "operator" && known.has(word));
 }
 
 /** A node that went here and came there under one name has only moved. */

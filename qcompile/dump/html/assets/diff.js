@@ -142,7 +142,7 @@ class DiffView {
     block.element.open = true;
     const found = [...block.element.querySelectorAll(`[data-name="${CSS.escape(name)}"]`)];
     found.forEach((side) => side.setAttribute("aria-current", "true"));
-    found[0]?.scrollIntoView({ block: "nearest" });
+    bringIntoView(found[0]);
   }
 }
 

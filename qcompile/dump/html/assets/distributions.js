@@ -19,7 +19,7 @@ class DistributionsView {
     const card = name && this.root.querySelector(`[data-name="${CSS.escape(name)}"]`);
     if (!card) return;
     card.setAttribute("aria-current", "true");
-    card.scrollIntoView({ block: "nearest" });
+    bringIntoView(card);
   }
 
   draw() {
@@ -41,7 +41,7 @@ class DistributionsView {
     const { name, stages } = item;
     const [first, last] = [stages[0], stages.length > 1 ? stages.at(-1) : undefined];
     return h("article", { class: "card", "data-name": name },
-      h("h3", {}, h("code", {}, distributionTitle(this.kind, item))),
+      h("h3", {}, h("code", {}, breakable(distributionTitle(this.kind, item)))),
       h("p", { class: "moments" }, moment("max / rms", first.max_over_rms, last?.max_over_rms), moment("kurtosis", first.kurtosis, last?.kurtosis)),
       histogramChart(first, last, name), channelChart(first, last, name), stages.length > 2 && stageTable(stages),
     );

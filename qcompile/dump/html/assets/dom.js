@@ -24,6 +24,11 @@ function s(tag, attributes, ...children) {
 
 const byId = (id) => document.getElementById(id);
 
+/** A dotted name that may be broken behind its dots. */
+function breakable(name) {
+  return name.split(/(?<=\.)/).flatMap((piece, index) => (index ? [h("wbr"), piece] : [piece]));
+}
+
 /** A table of rows of cells; `numbers` are the columns aligned right. */
 function table(headers, rows, numbers = [], name = "") {
   const side = (index) => (numbers.includes(index) ? "number" : undefined);
@@ -67,6 +72,13 @@ function roving(container, selector) {
     container.querySelectorAll(`${selector}[tabindex="0"]`).forEach((other) => other.setAttribute("tabindex", "-1"));
     item.setAttribute("tabindex", "0");
   });
+}
+
+/** Scroll to an element that is out of sight, and to the middle of it. */
+function bringIntoView(element) {
+  if (!element) return;
+  const box = element.getBoundingClientRect(), room = byId("main").getBoundingClientRect();
+  if (box.top < room.top + 56 || box.bottom > room.bottom) element.scrollIntoView({ block: "center" });
 }
 
 /** What a view without data shows: why, and how to get it. */

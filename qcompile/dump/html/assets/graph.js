@@ -120,7 +120,7 @@ class GraphView {
     const constants = row.closest("details.constants");
     if (constants) constants.open = true;
     row.setAttribute("aria-current", "true");
-    row.scrollIntoView({ block: "nearest" });
+    bringIntoView(row);
   }
 }
 

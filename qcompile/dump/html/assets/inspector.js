@@ -12,7 +12,7 @@ function facts(pairs) {
 }
 
 function heading(kind, name) {
-  return h("div", { class: "heading" }, h("span", { class: "kind" }, kind), h("h2", {}, name), h("button", { type: "button", class: "close", "aria-label": "Close details", title: "Close (Esc)", onclick: () => closeInspector() }, "×"));
+  return h("div", { class: "heading" }, h("span", { class: "kind" }, kind), h("h2", {}, breakable(name)), h("button", { type: "button", class: "close", "aria-label": "Close details", title: "Close (Esc)", onclick: () => closeInspector() }, "×"));
 }
 
 /** The panel of a node. */
@@ -62,8 +62,7 @@ function passLink(model, label, name) {
 }
 
 function resources(kernel) {
-  const most = (key) => Math.max(0, ...kernel.launches.map((launch) => launch[key] ?? 0));
-  return kernel.launches.length ? `${most("registers")} registers, ${bytesText(most("shared_bytes"))} shared` : "";
+  return kernel.launches.length ? `${mostOf(kernel, "registers")} registers, ${bytesText(mostOf(kernel, "shared_bytes"))} shared` : "";
 }
 
 function history(model, node, name) {
@@ -143,14 +142,18 @@ function operatorTable(before, after) {
   return table(["operator", "before", "after", "change"], rows.map(([name, a, b]) => [h("code", {}, name), String(a), String(b), h("span", { class: b > a ? "added" : "removed" }, b > a ? `+${b - a}` : `−${a - b}`)]), [1, 2, 3]);
 }
 
-/** Distributions that this pass changed, by their tails. */
+/** Distributions that this pass changed, those first whose tails it changed most. */
 function stagesOf(model, listing) {
-  const rows = ["activations", "weights"].flatMap((kind) => (model.distributions[kind] ?? []).flatMap((item) => {
+  const found = ["activations", "weights"].flatMap((kind) => (model.distributions[kind] ?? []).map((item) => {
     const at = item.stages.findIndex((stage) => stage.listing === listing.name);
-    const [old, now] = [item.stages[at - 1], item.stages[at]];
-    return at > 0 ? [[h("a", { href: `#distributions/${kind}/${encodeURIComponent(item.name)}` }, h("code", {}, item.name)), `${numberText(old.max_over_rms)} → ${numberText(now.max_over_rms)}`, `${numberText(old.kurtosis)} → ${numberText(now.kurtosis)}`]] : [];
-  }));
-  return rows.length > 0 && part("Distributions", table(["", "max / rms", "kurtosis"], rows.slice(0, 12), [1, 2], "stages"));
+    return { kind, item, old: item.stages[at - 1], now: item.stages[at] };
+  })).filter(({ old }) => old);
+  const change = ({ old, now }) => Math.abs(Math.log((now.max_over_rms || 1) / (old.max_over_rms || 1)));
+  found.sort((a, b) => change(b) - change(a));
+  const link = ({ kind, item }) => h("a", { href: `#distributions/${kind}/${encodeURIComponent(item.name)}` }, h("code", {}, breakable(distributionTitle(kind, item))));
+  const both = (old, now) => `${numberText(old)} → ${numberText(now)}`;
+  const rows = found.slice(0, 10).map((row) => [link(row), both(row.old.max_over_rms, row.now.max_over_rms), both(row.old.kurtosis, row.now.kurtosis)]);
+  return rows.length > 0 && part("Distributions", table(["", "max / rms", "kurtosis"], rows, [1, 2], "stages"));
 }
 
 function noteList(model, notes) {

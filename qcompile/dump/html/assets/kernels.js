@@ -6,13 +6,21 @@ function drawKernels(model, root, chosen) {
     root.replaceChildren(empty("No kernel was generated: this target runs on operators that are there already."), used.length > 0 && table(["served by", "operators"], used.map((name) => [h("code", {}, name), String(model.coverage.filter((row) => row.kernel === name).length)]), [1]));
     return;
   }
-  const most = (kernel, key) => Math.max(0, ...kernel.launches.map((launch) => launch[key] ?? 0));
-  const rows = model.kernels.map((kernel) => h("tr", { "aria-current": kernel.name === chosen ? "true" : undefined },
-    h("td", {}, h("a", { href: kernelHref(kernel.name), class: "row-link" }, h("code", {}, kernel.name))), h("td", { class: "number" }, String(kernel.nodes.length || "")),
-    h("td", { class: "number" }, String(kernel.launches.length || "")), h("td", { class: "number" }, String(most(kernel, "registers") || "")), h("td", { class: "number" }, most(kernel, "shared_bytes") ? bytesText(most(kernel, "shared_bytes")) : ""),
-    h("td", { class: "number" }, kernel.source ? String(kernel.source.split("\n").length) : "")));
-  const headers = ["kernel", "nodes", "launches", "registers", "shared", "lines"];
-  root.replaceChildren(h("table", { class: "kernels" }, h("thead", {}, h("tr", {}, headers.map((text, index) => h("th", { scope: "col", class: index ? "number" : undefined }, text)))), h("tbody", {}, rows)));
+  const built = model.kernels.some((kernel) => kernel.launches.length);
+  const columns = [["kernel", (kernel) => h("a", { href: kernelHref(kernel.name), class: "row-link" }, h("code", {}, kernel.name))], ["implements", (kernel) => h("code", { class: "spec", title: kernel.spec }, kernel.spec)],
+    ["nodes", (kernel) => kernel.nodes.length || ""],
+    ...(built ? [["launches", (kernel) => kernel.launches.length || ""], ["registers", (kernel) => mostOf(kernel, "registers") || ""], ["shared", (kernel) => mostOf(kernel, "shared_bytes") && bytesText(mostOf(kernel, "shared_bytes"))], ["lines", (kernel) => (kernel.source ? kernel.source.split("\n").length : "")]] : [])];
+  const side = (index) => (index > 1 ? "number" : undefined);
+  const rows = model.kernels.map((kernel) => h("tr", { "aria-current": kernel.name === chosen ? "true" : undefined }, columns.map(([, cell], index) => h("td", { class: side(index) }, shownCell(cell(kernel))))));
+  root.replaceChildren(h("table", { class: "kernels" }, h("thead", {}, h("tr", {}, columns.map(([text], index) => h("th", { scope: "col", class: side(index) }, text)))), h("tbody", {}, rows)));
+  (root.querySelector("tr[aria-current] a.row-link") ?? root.querySelector("a.row-link")).setAttribute("tabindex", "0");
+}
+
+const shownCell = (value) => (typeof value === "number" ? String(value || "") : value);
+
+/** The largest figure of a kernel's launches. */
+function mostOf(kernel, key) {
+  return Math.max(0, ...kernel.launches.map((launch) => launch[key] ?? 0));
 }
 
 /** The panel of a kernel. */
