@@ -8,6 +8,7 @@ from pathlib import Path
 from qcompile.dump import products, writer
 from qcompile.dump.distributions import DistributionRecorder
 from qcompile.dump.graph_log import GraphLog
+from qcompile.dump.html.page import write_report
 from qcompile.ir.graph import Graph
 from qcompile.ir.lowered import Kernel
 from qcompile.ir.records import PassRecord
@@ -76,3 +77,4 @@ class DumpInstrument:
         writer.write_json(directory / "distributions.json", self._distributions.values())
         writer.write_records(directory, self._records)
         writer.write_heading(directory, self._heading, complete=True)
+        write_report(directory, directory / writer.REPORT_FILE)

@@ -59,6 +59,11 @@ class Facts:
         return str(self.graphs[-1]["listing"]).split("_")[0] if self.graphs else "000"
 
     @property
+    def names(self) -> frozenset[str]:
+        """Of the nodes of all listings."""
+        return frozenset(node["name"] for graph in self.graphs for node in graph["new"])
+
+    @property
     def input_bytes(self) -> int | None:
         """Of the constants as traced; None if that graph is not here."""
         if not self.graphs or self.graphs[0]["pass"] is not None or not self.passes:
@@ -132,12 +137,11 @@ def artifact_facts(contents: ArtifactContents) -> Facts:
 
 
 def _kernels(contents: ArtifactContents, coverage: Sequence[Row]) -> list[Row]:
-    """Kernels with their sources; which nodes they serve is read from the coverage where the graph does not say it."""
+    """Kernels with their sources, those of the engine's own code without; which nodes they serve is read from the coverage."""
     served: dict[str, list[str]] = {}
     for row in coverage:
         for name in row["kernel"].split(", "):
             served.setdefault(name, []).append(row["node"])
     rows = products.kernel_rows(contents.graph, contents.kernels)
-    return [
-        {**row, "nodes": row["nodes"] or served.get(row["name"], []), "source": contents.kernels[row["name"]].source} for row in rows
-    ]
+    made = [{**row, "nodes": served.pop(row["name"], []), "source": contents.kernels[row["name"]].source} for row in rows]
+    return made + [{"name": name, "spec": "", "nodes": nodes, "launches": [], "source": ""} for name, nodes in served.items() if name]

@@ -59,7 +59,7 @@ def render(facts: Facts) -> str:
         "axis": views.time_axis(facts.passes),
         "caption": views.caption(facts.passes),
         "coverage": views.coverage_groups(facts.coverage, number, [kernel["name"] for kernel in facts.kernels]),
-        "notes": views.note_groups(facts.notes, number),
+        "notes": views.note_groups(facts.notes, number, facts.names),
         "cache": rows,
         "cache_sums": sums,
         "context": CONTEXT,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -101,7 +101,7 @@ def seconds(value: float) -> str:
 
 @dataclass(frozen=True)
 class Member:
-    """A node in a list of nodes, and where the report shows it."""
+    """A node in a list of nodes, and where the report shows it; "" for what is no node, such as a space."""
 
     title: str
     href: str
@@ -147,12 +147,13 @@ class NoteGroup:
         return getattr(self, "pass_" if key == "pass" else key)
 
 
-def note_groups(notes: Sequence[Mapping[str, Any]], number: str) -> list[NoteGroup]:
-    """Notes by pass and reason, those that nobody chose first."""
+def note_groups(notes: Sequence[Mapping[str, Any]], number: str, nodes: Container[str]) -> list[NoteGroup]:
+    """Notes by pass and reason, those that nobody chose first; `nodes` are names that the report has a place for."""
     groups: dict[tuple[str, str, bool], list[Member]] = {}
     for note in notes:
         key = (note["pass"], note["reason"], bool(note.get("chosen")))
-        groups.setdefault(key, []).append(Member(note["node"], node_link(note["node"], number)))
+        name = note["node"]
+        groups.setdefault(key, []).append(Member(name, node_link(name, number) if name in nodes else ""))
     made = [NoteGroup(name, reason, chosen, members) for (name, reason, chosen), members in groups.items()]
     return sorted(made, key=lambda group: group.chosen)
 

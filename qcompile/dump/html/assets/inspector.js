@@ -33,7 +33,7 @@ function nodeDetails(model, name, number) {
     node.op !== "constant" && h("pre", { class: "call" }, linkedCall(node, listing)),
     part("Where it comes from", chain(model, node, name)),
     part("What was done to it", node.log?.length > 0 && h("ol", { class: "log" }, node.log.map((entry) => h("li", {}, h("code", {}, entry))))),
-    part("Through the pipeline", history(model, node, name)),
+    model.listings.length > 1 && part("Through the pipeline", history(model, node, name)),
     distributionParts(model, node, listing),
     part("Reads", names(node.inputs, listing)),
     part("Read by", names(listing.users(name), listing)),
@@ -156,9 +156,15 @@ function stagesOf(model, listing) {
   return rows.length > 0 && part("Distributions", table(["", "max / rms", "kurtosis"], rows, [1, 2], "stages"));
 }
 
+/** A name as a link to where it was last seen; as text if it is no node's. */
+function nodeLink(model, name) {
+  const listing = model.listingWith(name, model.last?.number ?? "000"), text = h("code", {}, name);
+  return listing ? h("a", { href: nodeHref(name, listing.number) }, text) : text;
+}
+
 function noteList(model, notes) {
   const groups = new Map();
   for (const note of notes) groups.set(note.reason, [...(groups.get(note.reason) ?? []), note]);
   return groups.size > 0 && h("ul", { class: "noted" }, [...groups].map(([reason, members]) => h("li", {}, h("span", { class: "mark" }, members[0].chosen ? "chosen" : "not possible"), ` ${reason} `,
-    h("ul", { class: "names" }, clipped(members.map((note) => h("li", {}, h("a", { href: nodeHref(note.node, model.last?.number ?? "000") }, h("code", {}, note.node)))), 4)))));
+    h("ul", { class: "names" }, clipped(members.map((note) => h("li", {}, nodeLink(model, note.node))), 4)))));
 }

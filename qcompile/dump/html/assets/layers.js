@@ -7,28 +7,30 @@ function kindOf(node) {
 
 /** The sections of a listing: inputs and shared constants, what comes before the layers, each layer, what comes after. */
 function sectionsOf(listing) {
-  const calls = listing.nodes.map((node, index) => (node.op === "call" && node.layer !== null ? index : -1)).filter((index) => index >= 0);
-  const first = calls[0] ?? Infinity, last = calls.at(-1) ?? -1;
   const found = new Map();
-  listing.nodes.forEach((node, index) => {
-    const key = sectionKey(node, index, first, last);
-    if (!found.has(key)) found.set(key, { key, layer: node.layer, nodes: [] });
+  for (const [node, layer] of layersOf(listing)) {
+    const key = typeof layer === "number" ? `layer ${layer}` : layer;
+    if (!found.has(key)) found.set(key, { key, layer, nodes: [] });
     found.get(key).nodes.push(node);
-  });
+  }
   return [...found.values()].sort((a, b) => sectionRank(a.key) - sectionRank(b.key));
 }
 
-function sectionKey(node, index, first, last) {
-  if (node.layer !== null) return `layer ${node.layer}`;
-  if (node.op === "input") return "inputs";
-  if (node.op === "constant") return "shared constants";
-  if (first === Infinity) return "operators";
-  if (index < first) return "before the layers";
-  return index > last ? "after the layers" : "beside the layers";
+/** Each node with its layer or the name of another section; a call of no layer between two of a layer belongs to the one before it. */
+function layersOf(listing) {
+  const layered = listing.nodes.map((node, index) => (node.op === "call" && node.layer !== null ? index : -1)).filter((index) => index >= 0);
+  const last = layered.at(-1) ?? -1;
+  let current = layered.length ? "before the layers" : "operators";
+  return listing.nodes.map((node, index) => {
+    if (node.op === "input") return [node, "inputs"];
+    if (node.op === "constant") return [node, node.layer ?? "shared constants"];
+    if (node.layer !== null) current = node.layer;
+    return [node, node.layer ?? (last >= 0 && index > last ? "after the layers" : current)];
+  });
 }
 
 function sectionRank(key) {
-  const order = ["inputs", "shared constants", "before the layers", "operators", "beside the layers"];
+  const order = ["inputs", "shared constants", "before the layers", "operators"];
   const rank = order.indexOf(key);
   if (rank >= 0) return rank - order.length;
   return key === "after the layers" ? Infinity : Number(key.split(" ")[1]);

@@ -35,10 +35,8 @@ class SensitivityView {
     return order.map((cell, index) => [String(index + 1), cell.layer === null ? "" : String(cell.layer), cell.kind, cell.pass, this.what(cell), numberText(cell.off), numberText(cell.alone)]);
   }
 
-  /** The node as a link where there is one by that name. */
   what(cell) {
-    const listing = cell.node && this.model.listingWith(cell.node, "999");
-    return listing ? h("a", { href: nodeHref(cell.node, listing.number) }, h("code", {}, cell.node)) : h("code", {}, cell.node ?? cell.group ?? "");
+    return cell.node ? nodeLink(this.model, cell.node) : h("code", {}, cell.group ?? "");
   }
 
   explain(cell) {
