@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 import qcompile
-from qcompile.cli import bench, compiling, evaluating, exporting, inspecting, listing, running
+from qcompile.cli import bench, compiling, diffing, evaluating, exporting, inspecting, listing, running
 from qcompile.cli.output import stderr
 from qcompile.errors import QCompileError
 
@@ -68,6 +68,7 @@ app.command("run")(running.run)
 app.command("eval")(evaluating.evaluate_artifact)
 app.command("export")(exporting.export)
 app.command("inspect")(inspecting.inspect)
+app.command("diff")(diffing.diff)
 app.command("bench")(bench.bench)
 app.command("passes")(listing.passes)
 app.command("targets")(listing.targets)

@@ -7,8 +7,11 @@ from pathlib import Path
 
 from qcompile.dump import products, writer
 from qcompile.dump.distributions import DistributionRecorder
+from qcompile.dump.facts import facts_of_dump
 from qcompile.dump.graph_log import GraphLog
 from qcompile.dump.html.page import write_report
+from qcompile.dump.rows import listing_name
+from qcompile.dump.tables import coverage_rows
 from qcompile.ir.graph import Graph
 from qcompile.ir.lowered import Kernel
 from qcompile.ir.records import PassRecord
@@ -50,12 +53,12 @@ class DumpInstrument:
         """Write what a pass changed, and the records so far."""
         self._records.append(record)
         if record.changed:
-            before, self._text = self._text, self._write(writer.listing_name(record), record.index, graph)
+            before, self._text = self._text, self._write(listing_name(record), record.index, graph)
             writer.write_diff(self.directory, record, before, self._text)
-            moments = self._distributions.after(graph, writer.listing_name(record), record.spec)
+            moments = self._distributions.after(graph, listing_name(record), record.spec)
             if moments is not None:
                 writer.write_moments(self.directory, record, moments)
-            self._distributions.before(graph, writer.listing_name(record))
+            self._distributions.before(graph, listing_name(record))
         writer.write_records(self.directory, self._records)
 
     def _write(self, listing: str, index: int | None, graph: Graph) -> str:
@@ -66,15 +69,15 @@ class DumpInstrument:
         return text
 
     def finish(self, contents: ArtifactContents, notes: Sequence[tuple[str, str, str, bool]], kernels: Mapping[str, Kernel]) -> None:
-        """Write what came out, once code is generated; `kernels` are all that nodes name, those without source included."""
+        """Write what came out, once code is generated; `kernels` are all that were made, those without source included."""
         directory = self.directory
         self._heading["pipeline"] = contents.pipeline
-        writer.write_kernels(directory, contents.graph, kernels)
-        writer.write_json(directory / "coverage.json", products.coverage_rows(contents.coverage))
+        writer.write_kernels(directory, products.kernel_rows(contents.plan, kernels), kernels)
+        writer.write_json(directory / "coverage.json", coverage_rows(contents.coverage))
         writer.write_json(directory / "notes.json", products.note_rows(notes))
         writer.write_json(directory / "cache.json", products.cache_rows(contents.plan))
         writer.write_json(directory / "sizes.json", products.size_values(contents))
         writer.write_json(directory / "distributions.json", self._distributions.values())
         writer.write_records(directory, self._records)
         writer.write_heading(directory, self._heading, complete=True)
-        write_report(directory, directory / writer.REPORT_FILE)
+        write_report(facts_of_dump(directory), directory / writer.REPORT_FILE)

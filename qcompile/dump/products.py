@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qcompile.dump.tables import coverage_rows
-from qcompile.ir.graph import Graph
 from qcompile.ir.lowered import Kernel, KernelSpec, Launch, Plan
 from qcompile.runtime.accounting import bits_per_weight, cache_bytes_per_sequence, cache_bytes_per_token
 from qcompile.runtime.artifact import ArtifactContents
 from qcompile.runtime.cache_layers import cache_layers
-
-__all__ = ["cache_rows", "coverage_rows", "kernel_rows", "note_rows", "size_values"]
 
 
 def note_rows(notes: Sequence[tuple[str, str, str, bool]]) -> list[dict[str, Any]]:
@@ -39,22 +35,30 @@ def size_values(contents: ArtifactContents) -> dict[str, Any]:
     }
 
 
-def kernel_rows(graph: Graph, kernels: Mapping[str, Kernel]) -> list[dict[str, Any]]:
-    """Each kernel with the nodes that it serves and what its launches take; `file` is null where an engine brings its own code."""
-    served: dict[str, list[str]] = {}
-    for node in graph.fx.nodes:
-        for name in dict.fromkeys(node.meta.get("kernels", {}).values()):
-            served.setdefault(name, []).append(node.name)
-    return [
-        {
-            "name": kernel.name,
-            "spec": spec_text(kernel.spec),
-            "file": f"kernels/{kernel.name}.py" if kernel.source else None,
-            "nodes": served.get(kernel.name, []),
-            "launches": [_launch(launch) for launch in kernel.launches],
-        }
-        for kernel in kernels.values()
-    ]
+def kernel_rows(plan: Plan, kernels: Mapping[str, Kernel]) -> list[dict[str, Any]]:
+    """Each kernel that a plan runs or that has a source, the nodes that it serves and what its launches take.
+
+    `file` is null where an engine brings its own code; such a kernel may be missing in `kernels`.
+    """
+    served: dict[str, dict[str, None]] = {}
+    operators: dict[str, str] = {}
+    for entry in plan.entries.values():
+        for step in entry.steps:
+            for name in step.kernels.values():
+                served.setdefault(name, {})[step.node] = None
+                operators[name] = step.operator.removeprefix("qcompile.").removesuffix(".default")
+    names = dict.fromkeys([*(name for name in kernels if kernels[name].source or name in served), *served])
+    return [_kernel_row(name, kernels.get(name), operators.get(name, ""), list(served.get(name, {}))) for name in names]
+
+
+def _kernel_row(name: str, kernel: Kernel | None, operator: str, nodes: list[str]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "spec": operator if kernel is None else spec_text(kernel.spec),
+        "file": f"kernels/{name}.py" if kernel is not None and kernel.source else None,
+        "nodes": nodes,
+        "launches": [] if kernel is None else [_launch(launch) for launch in kernel.launches],
+    }
 
 
 def _launch(launch: Launch) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qcompile.dump.writer import FORMAT, GRAPHS_FILE, HEADING_FILE, KERNELS_FILE, RECORDS_FILE, record_of
+from qcompile.dump.rows import record_of
+from qcompile.dump.writer import FORMAT, GRAPHS_FILE, HEADING_FILE, KERNELS_FILE, RECORDS_FILE
 from qcompile.errors import SourceError
 from qcompile.ir.records import PassRecord
 

@@ -14,10 +14,9 @@ from typing import Any
 
 from rich.table import Table
 
-from qcompile.dump.products import kernel_rows
+from qcompile.dump.rows import listing_name, record_row
 from qcompile.dump.tables import written
 from qcompile.errors import SourceError
-from qcompile.ir.graph import Graph
 from qcompile.ir.lowered import Kernel
 from qcompile.ir.records import PassRecord
 from qcompile.version import __version__
@@ -80,11 +79,6 @@ def write_records(directory: Path, records: Sequence[PassRecord]) -> None:
     write_json(directory / RECORDS_FILE, [record_row(record) for record in records])
 
 
-def listing_name(record: PassRecord) -> str:
-    """`NNN_pass-name`; NNN counts from 001, after the input."""
-    return f"{record.index + 1:03d}_{record.name}"
-
-
 def write_diff(directory: Path, record: PassRecord, text_before: str, text_after: str) -> None:
     """Write `NNN_pass-name.diff`."""
     name = listing_name(record)
@@ -96,39 +90,14 @@ def write_moments(directory: Path, record: PassRecord, moments: Table) -> None:
     (directory / f"{listing_name(record)}.spaces.txt").write_text(written([moments]), encoding="utf-8")
 
 
-def write_kernels(directory: Path, graph: Graph, kernels: Mapping[str, Kernel]) -> None:
-    """Write `kernels.json`, and the source of every kernel that has one under `kernels/`."""
-    rows = kernel_rows(graph, kernels)
+def write_kernels(directory: Path, rows: Sequence[Mapping[str, Any]], kernels: Mapping[str, Kernel]) -> None:
+    """Write the rows as `kernels.json`, and the source of every kernel that has one under `kernels/`."""
     write_json(directory / KERNELS_FILE, rows)
     for row in rows:
         if row["file"]:
             path = directory / row["file"]
             path.parent.mkdir(exist_ok=True)
             path.write_text(kernels[row["name"]].source, encoding="utf-8")
-
-
-def record_row(record: PassRecord) -> dict[str, Any]:
-    """A record as JSON values; `max_error` is null where it was not checked, `listing` where nothing changed."""
-    return {
-        "index": record.index,
-        "name": record.name,
-        "spec": record.spec,
-        "changed": record.changed,
-        "nodes_before": record.nodes_before,
-        "nodes_after": record.nodes_after,
-        "seconds": round(record.seconds, 4),
-        "max_error": record.max_error,
-        "bytes": record.constant_bytes,
-        "listing": f"{listing_name(record)}.txt" if record.changed else None,
-    }
-
-
-def record_of(row: Mapping[str, Any]) -> PassRecord:
-    """The record that `record_row` made a row of."""
-    return PassRecord(
-        row["index"], row["name"], row["spec"], row["changed"], row["nodes_before"], row["nodes_after"], row["seconds"],
-        row["bytes"], row["max_error"],
-    )  # fmt: skip
 
 
 def _diff(before: str, after: str, name: str) -> str:

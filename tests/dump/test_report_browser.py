@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import qcompile
+from qcompile.dump.facts import facts_of_dump
 from qcompile.dump.html.page import write_report
 from qcompile.dump.reader import Dump
 from tests.models import tiny
@@ -43,7 +44,7 @@ def dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for layer, kind, off in ((0, "weights", 0.25), (1, "weights", 0.05), (0, "cache", 0.01), (None, "weights", 0.002))
     ]
     (directory / "blame.json").write_text(json.dumps({"total_kl": 0.3, "cells": cells, "evaluations": 12}))
-    write_report(directory, directory / "report.html")
+    write_report(facts_of_dump(directory), directory / "report.html")
     return directory
 
 
@@ -331,7 +332,7 @@ def test_three_thousand_nodes_are_compared_quickly(browser: Browser, tmp_path: P
     (tmp_path / "dump.json").write_text(json.dumps(heading))
     (tmp_path / "passes.json").write_text(json.dumps([record]))
     (tmp_path / "graphs.jsonl").write_text("".join(json.dumps(item) + "\n" for item in lines))
-    write_report(tmp_path, tmp_path / "report.html")
+    write_report(facts_of_dump(tmp_path), tmp_path / "report.html")
     wide = Browser(browser.chromium, tmp_path)
     wide.open()
     draw = "const begun = performance.now(); location.hash = '#diff/000..001'; dispatchEvent(new Event('hashchange')); "

@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qcompile.dump import writer
+from qcompile.dump.products import kernel_rows
+from qcompile.dump.rows import record_of, record_row
 from qcompile.errors import SourceError
-from qcompile.ir.graph import Graph, Interface
-from qcompile.ir.lowered import Kernel, KernelSpec
+from qcompile.ir.lowered import Entry, Kernel, KernelSpec, Plan, Step
 from qcompile.ir.records import PassRecord
 from qcompile.version import __version__
 
@@ -21,12 +20,9 @@ IDLE = PassRecord(1, "fold-constants", "fold-constants{limit=2}", False, 8, 8, 0
 SPEC = KernelSpec("linear", (("K", 64), ("N", 64)), ())
 
 
+STEP = Step("aten.linear.default", (), {}, ("y",), {"m1": "gemm", "m64": "reference.linear"}, "linear_1")
+PLAN = Plan({"forward": Entry("forward", (), (), {}, (STEP,), {})})
 HEADING = {"model": "tiny", "target": "cpu-fp32", "pipeline": "canonicalize,fold-constants{limit=2}"}
-
-
-def _graph() -> Graph:
-    """An empty program."""
-    return Graph(fx.Graph(), {}, Interface((), ()), FakeTensorMode())
 
 
 def _write(directory: Path) -> None:
@@ -34,7 +30,7 @@ def _write(directory: Path) -> None:
     writer.write_heading(directory, HEADING, complete=False)
     writer.write_diff(directory, CHANGED, "a\nb\nc\n", "a\nc\n")
     kernels = {"gemm": Kernel("gemm", SPEC, "print(1)\n"), "reference.linear": Kernel("reference.linear", SPEC, "")}
-    writer.write_kernels(directory, _graph(), kernels)
+    writer.write_kernels(directory, kernel_rows(PLAN, kernels), kernels)
     writer.write_records(directory, [CHANGED, IDLE])
 
 
@@ -47,7 +43,7 @@ def test_files_of_a_dump(tmp_path: Path) -> None:
     assert _files(tmp_path) == ["001_canonicalize.diff", "dump.json", "kernels.json", "kernels/gemm.py", "passes.json", "pipeline.txt"]
     assert (tmp_path / "001_canonicalize.diff").read_text() == "--- before\n+++ 001_canonicalize\n@@ -1,3 +1,2 @@\n a\n-b\n c\n"
     assert json.loads((tmp_path / "dump.json").read_text()) == {"format": 1, "qcompile": __version__, "complete": False, **HEADING}
-    spec = {"spec": "linear K=64 N=64", "nodes": [], "launches": []}
+    spec = {"spec": "linear K=64 N=64", "nodes": ["linear_1"], "launches": []}
     assert json.loads((tmp_path / "kernels.json").read_text()) == [
         {"name": "gemm", "file": "kernels/gemm.py", **spec}, {"name": "reference.linear", "file": None, **spec},
     ]  # fmt: skip
@@ -65,7 +61,7 @@ def test_summary_has_every_pass(tmp_path: Path) -> None:
 
 
 def test_a_row_reads_back() -> None:
-    assert [writer.record_of(writer.record_row(record)) for record in (CHANGED, IDLE)] == [CHANGED, IDLE]
+    assert [record_of(record_row(record)) for record in (CHANGED, IDLE)] == [CHANGED, IDLE]
 
 
 def test_wider_columns_are_no_change(tmp_path: Path) -> None:

@@ -7,12 +7,11 @@ from typing import Any
 
 from markupsafe import Markup
 
-from qcompile.dump import products
 from qcompile.dump.cache_table import cache_tables
 from qcompile.dump.html import views
 from qcompile.dump.html.page import asset, environment
 from qcompile.dump.tables import coverage_table, format_bytes, pass_table, readable, value_table, written
-from qcompile.dump.writer import record_row
+from qcompile.dump.rows import record_row
 from qcompile.runtime.artifact import ArtifactContents
 from qcompile.runtime.cache_layers import CONTEXT, cache_layers
 
@@ -44,13 +43,13 @@ def make_report(contents: ArtifactContents, sizes: Mapping[str, Any]) -> Report:
 def report_html(contents: ArtifactContents, sizes: Mapping[str, Any]) -> str:
     """The same as HTML: a fragment with its own style."""
     records = [record_row(record) for record in contents.records]
-    rows, sums = views.cache_rows(products.cache_rows(contents.plan))
+    rows, sums = views.cache_rows(cache_layers(contents.plan))
     context = {
         "style": Markup(asset("notebook.css")),  # noqa: S704  our own file
         "facts": _headline(contents, sizes),
         "passes": views.pass_rows(records),
         "axis": views.time_axis(records),
-        "coverage": views.coverage_groups(products.coverage_rows(contents.coverage)),
+        "coverage": views.coverage_groups(contents.coverage),
         "cache": rows,
         "cache_sums": sums,
         "context": CONTEXT,

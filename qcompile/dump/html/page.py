@@ -6,7 +6,6 @@ import base64
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -15,8 +14,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from qcompile.dump.facts import Facts
 from qcompile.dump.html import views
-from qcompile.dump.html.facts import Facts, read_facts
+from qcompile.dump.html.content import Content
 from qcompile.dump.tables import format_bytes
 from qcompile.errors import SourceError
 from qcompile.runtime.cache_layers import CONTEXT
@@ -28,14 +28,13 @@ SCRIPTS = (
 """Parts of the script, in the order in which they are joined."""
 
 
-def write_report(directory: Path, path: Path) -> int:
+def write_report(facts: Facts, path: Path) -> int:
     """Write the report of a dump or an artifact; returns its size in bytes.
 
     Raises:
-        SourceError: if `directory` is neither, or `path` cannot be written.
-        ArtifactError: for a damaged artifact.
+        SourceError: if `path` cannot be written.
     """
-    text = render(read_facts(directory)).encode()
+    text = render(Content(facts)).encode()
     try:
         path.write_bytes(text)
     except OSError as error:
@@ -43,32 +42,33 @@ def write_report(directory: Path, path: Path) -> int:
     return len(text)
 
 
-def render(facts: Facts) -> str:
+def render(content: Content) -> str:
     """The whole page. Everything from the model is escaped, and the page's own policy lets nothing run or load but what is in it."""
+    facts = content.facts
     script, style = script_text(), asset("report.css")
     rows, sums = views.cache_rows(facts.cache)
-    number = facts.last_number
+    number = content.last_number
     context = {
-        "title": facts.title,
+        "title": facts.model,
         "target": facts.target,
-        "complete": facts.complete,
+        "interruption": facts.interruption,
         "pipeline": facts.pipeline,
-        "views": _views(facts),
-        "tiles": _tiles(facts),
-        "passes": views.pass_rows(facts.passes, facts.input_bytes),
+        "views": _views(content),
+        "tiles": _tiles(content),
+        "passes": views.pass_rows(facts.passes, content.input_bytes),
         "axis": views.time_axis(facts.passes),
         "caption": views.caption(facts.passes),
         "coverage": views.coverage_groups(facts.coverage, number, [kernel["name"] for kernel in facts.kernels]),
-        "notes": views.note_groups(facts.notes, number, facts.names),
+        "notes": views.note_groups(content.notes, number, content.names),
         "cache": rows,
         "cache_sums": sums,
         "context": CONTEXT,
-        "sizes": views.size_rows(facts.sizes),
+        "sizes": views.size_rows({**facts.sizes, **facts.figures}),
         "style": Markup(style),  # noqa: S704  our own file
         "script": Markup(script),  # noqa: S704  our own files
         "style_hash": _digest(style),
         "script_hash": _digest(script),
-        "data": packed(facts.to_json()),
+        "data": packed(content.to_json()),
     }
     return environment().get_template("report.html").render(context)
 
@@ -105,12 +105,13 @@ def _digest(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
-def _views(facts: Facts) -> list[tuple[str, str, str]]:
+def _views(content: Content) -> list[tuple[str, str, str]]:
     """Address, label and a count for each tab."""
-    distributions = sum(len(items) for items in facts.distributions.values())
+    facts, graphs = content.facts, content.graphs
+    distributions = sum(len(items) for items in (facts.distributions or {}).values())
     return [
         ("pipeline", "Pipeline", str(len(facts.passes))),
-        ("graph", "Graph", f"{len(facts.graphs[-1]['order']):,}" if facts.graphs else ""),
+        ("graph", "Graph", f"{len(graphs[-1]['order']):,}" if graphs else ""),
         ("diff", "Diff", ""),
         ("distributions", "Distributions", str(distributions or "")),
         ("sensitivity", "Sensitivity", ""),
@@ -120,21 +121,21 @@ def _views(facts: Facts) -> list[tuple[str, str, str]]:
     ]
 
 
-def _tiles(facts: Facts) -> list[dict[str, str]]:
+def _tiles(content: Content) -> list[dict[str, str]]:
     """The figures at the top; only those that are known."""
+    facts, before = content.facts, content.input_bytes
     records, sizes = facts.passes, facts.sizes
     changed = sum(record["changed"] for record in records)
-    left = [row for row in facts.coverage if row["reason"]]
-    refused = sum(not row["chosen"] for row in left)
-    before = facts.input_bytes
+    left = [row for row in facts.coverage if row.reason]
+    refused = sum(not row.chosen for row in left)
     tiles = [
         _tile("weights", format_bytes(sizes["weight_bytes"]) if "weight_bytes" in sizes else "", before and format_bytes(before)),
-        _tile("bits per weight", _number(sizes, "bits_per_weight", "{:.2f}"), note="of quantized matrices"),
+        _tile("bits per weight", _number(sizes.get("bits_per_weight"), "{:.2f}"), note="of quantized matrices"),
         _tile("nodes", f"{records[-1]['nodes_after']:,}" if records else "", records and f"{records[0]['nodes_before']:,}"),
         _tile("passes", str(len(records) or ""), note=f"{changed} changed something"),
         _tile("operators covered", f"{len(facts.coverage) - len(left)} of {len(facts.coverage)}" if facts.coverage else "",
               note=f"{len(left) - refused} by choice" + (f", {refused} not possible" if refused else "")),
-        _tile("KL from float", _number(facts.blame or {}, "total_kl", "{:.3g}"), note="nats at the output"),
+        _tile("KL from float", _number(facts.figures.get("kl"), "{:.3g}"), note="nats at the output"),
     ]  # fmt: skip
     return [tile for tile in tiles if tile["value"]]
 
@@ -143,6 +144,5 @@ def _tile(name: str, value: str, before: str | Any = "", note: str = "") -> dict
     return {"name": name, "value": value, "before": before if before and before != value else "", "note": note}
 
 
-def _number(values: Mapping[str, Any], key: str, text: str) -> str:
-    value = values.get(key)
+def _number(value: float | None, text: str) -> str:
     return "" if value is None else text.format(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from qcompile.runtime.cache_layers import CacheLayer, folded
 
 WIDTH = 1000
 """Units across a bar's drawing."""
+_NUMBERED = re.compile(r"^(\w+?)_\d+: ")
+"""A node that a reason begins with, the number apart: `gated_activation_3: …`."""
 _LEAST = 4
 """Units of the shortest bar: a pass that took no time is still somewhere."""
 
@@ -120,16 +123,15 @@ class CoverageGroup:
     link: str = ""
 
 
-def coverage_groups(rows: Sequence[Mapping[str, Any]], number: str = "", kernels: Iterable[str] = ()) -> list[CoverageGroup]:
-    """Coverage as the terminal groups it; `rows` are those of `coverage.json`, `number` is the listing that nodes are shown in."""
+def coverage_groups(rows: Sequence[CoverageRow], number: str = "", kernels: Iterable[str] = ()) -> list[CoverageGroup]:
+    """Coverage as the terminal groups it; `number` is the listing that nodes are shown in."""
     known = set(kernels)
-    given = [CoverageRow(**row) for row in rows]
     return [
         CoverageGroup(
             operator, form, kernel, reason, members[0].chosen, [Member(row.weight or row.node, node_link(row.node, number)) for row in members],
             kernel if kernel in known else "",
         )
-        for (operator, form, kernel, reason), members in group_coverage(given).items()
+        for (operator, form, kernel, reason), members in group_coverage(rows).items()
     ]  # fmt: skip
 
 
@@ -148,11 +150,11 @@ class NoteGroup:
 
 
 def note_groups(notes: Sequence[Mapping[str, Any]], number: str, nodes: Container[str]) -> list[NoteGroup]:
-    """Notes by pass and reason, those that nobody chose first; `nodes` are names that the report has a place for."""
+    """Notes by pass and reason, whichever of many nodes a reason names, those that nobody chose first; `nodes` are names that the report has a place for."""
     groups: dict[tuple[str, str, bool], list[Member]] = {}
     for note in notes:
-        key = (note["pass"], note["reason"], bool(note.get("chosen")))
-        name = note["node"]
+        name, reason = note["node"], _NUMBERED.sub(r"\1: ", note["reason"])
+        key = (note["pass"], reason, bool(note["chosen"]))
         groups.setdefault(key, []).append(Member(name, node_link(name, number) if name in nodes else ""))
     made = [NoteGroup(name, reason, chosen, members) for (name, reason, chosen), members in groups.items()]
     return sorted(made, key=lambda group: group.chosen)
@@ -163,12 +165,11 @@ def node_link(name: str, number: str) -> str:
     return f"#node/{quote(name, safe='')}@{number}"
 
 
-def cache_rows(layers: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Runs of layers whose caches are alike, and sums; `layers` are rows of `cache.json`."""
-    known = [CacheLayer(**{key: value for key, value in layer.items() if key != "bits_per_number"}) for layer in layers]
-    rows = [{**layer.to_dict(), "layers": name} for name, layer in folded(known)]
+def cache_rows(layers: Sequence[CacheLayer]) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Runs of layers whose caches are alike, and sums."""
+    rows = [{**layer.to_dict(), "layers": name} for name, layer in folded(layers)]
     sums = {"token": "bytes_per_token", "sequence": "bytes_per_sequence", "tables": "table_bytes"}
-    return rows, {"count": len(known)} | {name: sum(getattr(layer, key) for layer in known) for name, key in sums.items()}
+    return rows, {"count": len(layers)} | {name: sum(getattr(layer, key) for layer in layers) for name, key in sums.items()}
 
 
 def size_rows(sizes: Mapping[str, Any]) -> dict[str, object]:

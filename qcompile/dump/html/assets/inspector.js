@@ -111,6 +111,7 @@ function passDetails(model, number) {
       ["time", `${record.seconds.toFixed(2)} s`], ["nodes", `${record.nodes_before.toLocaleString("en")} → ${record.nodes_after.toLocaleString("en")}`], ["constants", bytesText(record.bytes)],
       ["max error", record.max_error !== null && record.max_error !== undefined ? numberText(record.max_error) : undefined],
       ["SQNR", record.sqnr_db !== null && record.sqnr_db !== undefined ? `${record.sqnr_db.toFixed(1)} dB` : undefined], ["KL", record.kl !== null && record.kl !== undefined ? numberText(record.kl) : undefined],
+      ["so far", soFar(record)],
     ]),
     own ? h("p", { class: "actions" }, h("a", { class: "button", href: `#diff/${model.before(listing).number}..${listing.number}` }, "What it changed"), h("a", { class: "button", href: `#graph/${listing.number}` }, "The graph after it"))
       : h("p", { class: "caption" }, record.changed ? "Its listing is not in this report." : "It changed nothing."),
@@ -118,6 +119,12 @@ function passDetails(model, number) {
     own && stagesOf(model, listing),
     part("Left alone", noteList(model, notes)),
   ];
+}
+
+/** What this and all passes before it did to the output, where it was measured. */
+function soFar(record) {
+  const known = [["SQNR", record.total_sqnr_db, " dB"], ["KL", record.total_kl, ""]].filter(([, value]) => value !== null && value !== undefined);
+  return known.map(([name, value, unit]) => `${name} ${numberText(value)}${unit}`).join(", ");
 }
 
 function inputDetails(model, listing) {
@@ -164,7 +171,10 @@ function nodeLink(model, name) {
 
 function noteList(model, notes) {
   const groups = new Map();
-  for (const note of notes) groups.set(note.reason, [...(groups.get(note.reason) ?? []), note]);
+  for (const note of notes) {
+    const reason = note.reason.replace(/^(\w+?)_\d+: /, "$1: ");
+    groups.set(reason, [...(groups.get(reason) ?? []), note]);
+  }
   return groups.size > 0 && h("ul", { class: "noted" }, [...groups].map(([reason, members]) => h("li", {}, h("span", { class: "mark" }, members[0].chosen ? "chosen" : "not possible"), ` ${reason} `,
     h("ul", { class: "names" }, clipped(members.map((note) => h("li", {}, nodeLink(model, note.node))), 4)))));
 }

@@ -1,11 +1,7 @@
 // Kernels: what each implements, what it takes of the device, its source.
 
 function drawKernels(model, root, chosen) {
-  if (!model.kernels.length) {
-    const used = [...new Set(model.coverage.map((row) => row.kernel))].filter(Boolean);
-    root.replaceChildren(empty("No kernel was generated: this target runs on operators that are there already."), used.length > 0 && table(["served by", "operators"], used.map((name) => [h("code", {}, name), String(model.coverage.filter((row) => row.kernel === name).length)]), [1]));
-    return;
-  }
+  if (!model.kernels.length) return root.replaceChildren(empty("No kernel is named here: the compilation did not come so far."));
   const built = model.kernels.some((kernel) => kernel.launches.length);
   const columns = [["kernel", (kernel) => h("a", { href: kernelHref(kernel.name), class: "row-link" }, h("code", {}, kernel.name))], ["implements", (kernel) => h("code", { class: "spec", title: kernel.spec }, kernel.spec)],
     ["nodes", (kernel) => kernel.nodes.length || ""],
