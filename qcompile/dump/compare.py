@@ -226,7 +226,7 @@ def _growth(before: Mapping[str, Any], after: Mapping[str, Any], limit: float) -
         old, new = before[key], after.get(key)
         if isinstance(old, int | float) and isinstance(new, int | float) and exceeds(old, new, limit):
             shown = [format_bytes(value) if "bytes" in key else f"{value:.4g}" for value in (old, new)]
-            yield f"{key.replace('_', ' ')}: {shown[0]} -> {shown[1]} ({_percent(old, new)}), allowed {limit:+.3%}"
+            yield f"{key.replace('_', ' ')}: {shown[0]} -> {shown[1]} ({_percent(old, new)}), allowed {100 * limit:+.3g} %"
 
 
 def _errors(before: Facts, after: Facts, limit: float) -> Iterable[str]:
@@ -237,7 +237,7 @@ def _errors(before: Facts, after: Facts, limit: float) -> Iterable[str]:
             if new is not None and was is not None and now is not None:
                 errors = [max(measure(value), EXACT_TOLERANCE) for value in (was, now)]
                 if exceeds(*errors, limit):
-                    yield f"{new['name']}: {key} {was:.4g} -> {now:.4g} (error {_percent(*errors)}), allowed {limit:+.3%}"
+                    yield f"{new['name']}: {key} {was:.4g} -> {now:.4g} (error {_percent(*errors)}), allowed {100 * limit:+.3g} %"
 
 
 _MEASURES: dict[str, Callable[[float], float]] = {"max_error": float, "kl": float, "sqnr_db": lambda decibel: 10 ** (-decibel / 20)}
@@ -253,14 +253,14 @@ def _accuracy(before: Facts, after: Facts, limits: Limits) -> Iterable[str]:
     if new is not None and new > limits.kl:
         yield f"kl: {new:.4g}, allowed {limits.kl:.4g}"
     if new is not None and old is not None and exceeds(old, new, limits.error):
-        yield f"kl: {old:.4g} -> {new:.4g} ({_percent(old, new)}), allowed {limits.error:+.3%}"
+        yield f"kl: {old:.4g} -> {new:.4g} ({_percent(old, new)}), allowed {100 * limits.error:+.3g} %"
 
 
 def _slower(before: Mapping[str, float], after: Mapping[str, float], limit: float) -> Iterable[str]:
     for key in before:
         if key.endswith("_per_second") and key in after and after[key] < before[key] * (1 - limit):
             change = _percent(before[key], after[key])
-            yield f"{key.replace('_', ' ')}: {before[key]:.4g} -> {after[key]:.4g} ({change}), allowed {-limit:+.3%}"
+            yield f"{key.replace('_', ' ')}: {before[key]:.4g} -> {after[key]:.4g} ({change}), allowed {-100 * limit:+.3g} %"
 
 
 def _unserved(before: Sequence[CoverageRow], after: Sequence[CoverageRow], limit: float) -> Iterable[str]:
