@@ -21,7 +21,7 @@ from qcompile.dump.tables import coverage_table, distribution_table, kernel_tabl
 def inspect(
     path: Annotated[Path, typer.Argument(help="An artifact, or a directory written by --dump.")],
     node: Annotated[str | None, typer.Option(help="A node or constant as the listing names it: where it comes from.")] = None,
-    html: Annotated[Path | None, typer.Option("--html", help="Write a report to this file: a page of its own, to open in a browser.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a report to this file, to open in a browser.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """What was done to a model: passes, sizes, the format and kernel of every operator, or why it was left alone, and its cache."""

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 import qcompile
@@ -25,23 +24,12 @@ from qcompile.dump.html import views
 from qcompile.dump.html.content import Content
 from qcompile.dump.html.page import SCRIPTS, asset, render, script_text, write_report
 from qcompile.errors import ArtifactError, SourceError
-from tests.models import tiny
 
 PASS = {
-    "index": 0, "name": "quantize-weights", "spec": "quantize-weights{group_size=32}", "changed": True, "nodes_before": 10, "nodes_after": 1250,
+    "index": 0, "name": "quantize-weights", "spec": "quantize-weights", "changed": True, "nodes_before": 10, "nodes_after": 1250,
     "seconds": 3.0, "max_error": 0.25, "bytes": 250_000, "exact": False, "sqnr_db": 14.25, "kl": 0.3415,
 }  # fmt: skip
 HOSTILE = '</script><img src=x onerror="alert(1)">'
-
-
-@pytest.fixture(scope="module")
-def dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dump of a tiny language model, checked while it was compiled, and its artifact beside it."""
-    torch.manual_seed(0)
-    root = tmp_path_factory.mktemp("report")
-    compiled = qcompile.compile(tiny("llama"), "cpu-int4", recipe="nearest", max_context=32, check=True, dump=root / "dump")
-    compiled.save(root / "artifact")
-    return root / "dump"
 
 
 class Page(HTMLParser):
@@ -73,19 +61,23 @@ class Page(HTMLParser):
         return json.loads(zlib.decompress(base64.b64decode(self.scripts[0])))
 
 
-def test_compiling_writes_one_page_with_everything_in_it(dump: Path) -> None:
-    page = Page((dump / "report.html").read_text())
+def test_compiling_writes_one_page_with_everything_in_it(reported: Path) -> None:
+    page = Page((reported / "report.html").read_text())
     assert not [attributes for attributes in page.named("script") if "src" in attributes]
     assert [attributes["href"] for attributes in page.named("link")] == ["data:,"]
     assert all((attributes.get("href") or "").startswith("#") for attributes in page.named("a"))
     assert page.data["graphs"][0]["listing"] == "000_input"
-    assert [record["name"] for record in page.data["passes"]] == [record["name"] for record in json.loads((dump / "passes.json").read_text())]
+    assert [record["name"] for record in page.data["passes"]] == [
+        record["name"] for record in json.loads((reported / "passes.json").read_text())
+    ]
 
 
-def test_the_policy_lets_only_this_script_and_style_in(dump: Path) -> None:
-    page = Page((dump / "report.html").read_text())
+def test_the_policy_lets_only_this_script_and_style_in(reported: Path) -> None:
+    page = Page((reported / "report.html").read_text())
     policy = next(attributes["content"] for attributes in page.named("meta") if "http-equiv" in attributes) or ""
-    digests = [f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in (page.scripts[1], page.styles[0])]
+    digests = [
+        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in (page.scripts[1], page.styles[0])
+    ]
     assert f"script-src {digests[0]}" in policy
     assert f"style-src {digests[1]}" in policy
     assert policy.startswith("default-src 'none'")
@@ -105,28 +97,38 @@ def test_names_of_a_model_stay_text() -> None:
 
 def test_the_script_makes_no_markup_and_asks_for_nothing() -> None:
     text = script_text()
-    for forbidden in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "Function(", "fetch(", "XMLHttpRequest", "import("):
+    for forbidden in (
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacentHTML",
+        "document.write",
+        "eval(",
+        "Function(",
+        "fetch(",
+        "XMLHttpRequest",
+        "import(",
+    ):
         assert forbidden not in text
     assert set(re.findall(r"https?://[^\"'\s]+", text + asset("report.css"))) == {"http://www.w3.org/2000/svg"}
     assert "</script" not in text
     assert max(len(asset(f"{name}.js").splitlines()) for name in SCRIPTS) <= 400
 
 
-def test_every_node_is_sent_once(dump: Path) -> None:
-    content = Content(read_facts(dump))
+def test_every_node_is_sent_once(reported: Path) -> None:
+    content = Content(read_facts(reported))
     sent = [node["id"] for graph in content.graphs for node in graph["new"]]
     assert len(sent) == len(set(sent))
     assert {number for graph in content.graphs for number in graph["order"]} == set(sent)
     assert content.input_bytes == content.facts.passes[0]["bytes"]
 
 
-def test_an_artifact_has_a_report_of_what_it_holds(dump: Path, tmp_path: Path) -> None:
-    size = write_report(read_facts(dump.parent / "artifact"), tmp_path / "report.html")
+def test_an_artifact_has_a_report_of_what_it_holds(reported: Path, tmp_path: Path) -> None:
+    size = write_report(read_facts(reported.parent / "artifact"), tmp_path / "report.html")
     assert size == (tmp_path / "report.html").stat().st_size < 5_000_000
     page = Page((tmp_path / "report.html").read_text())
     (graph,) = page.data["graphs"]
     assert graph["listing"].endswith("_final")
-    whole = Page((dump / "report.html").read_text()).data
+    whole = Page((reported / "report.html").read_text()).data
     names = {node["name"] for node in graph["new"]}
     last = {node["id"]: node["name"] for listing in whole["graphs"] for node in listing["new"]}
     assert names == {last[number] for number in whole["graphs"][-1]["order"]}
@@ -134,27 +136,27 @@ def test_an_artifact_has_a_report_of_what_it_holds(dump: Path, tmp_path: Path) -
     assert page.data["coverage"] == whole["coverage"]
 
 
-def test_an_interrupted_dump_says_so(dump: Path, tmp_path: Path) -> None:
+def test_an_interrupted_dump_says_so(reported: Path, tmp_path: Path) -> None:
     for name in ("passes.json", "graphs.jsonl"):
-        (tmp_path / name).write_text((dump / name).read_text())
-    heading = json.loads((dump / "dump.json").read_text()) | {"complete": False}
+        (tmp_path / name).write_text((reported / name).read_text())
+    heading = json.loads((reported / "dump.json").read_text()) | {"complete": False}
     (tmp_path / "dump.json").write_text(json.dumps(heading))
     write_report(read_facts(tmp_path), tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
     assert "interrupted: this dump ends early" in text
     assert len(Page(text).data["graphs"]) > 2
-    assert "interrupted: this dump ends early" not in (dump / "report.html").read_text()
+    assert "interrupted: this dump ends early" not in (reported / "report.html").read_text()
 
 
-def test_the_command_writes_a_report(dump: Path, tmp_path: Path) -> None:
-    run = CliRunner().invoke(app, ["inspect", str(dump), "--html", str(tmp_path / "a.html"), "--json"])
+def test_the_command_writes_a_report(reported: Path, tmp_path: Path) -> None:
+    run = CliRunner().invoke(app, ["inspect", str(reported), "--html", str(tmp_path / "a.html"), "--json"])
     assert json.loads(run.stdout) == {"report": str(tmp_path / "a.html"), "report_bytes": (tmp_path / "a.html").stat().st_size}
 
 
-def test_a_report_that_cannot_be_made_is_named(dump: Path, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"report .*nowhere/r.html: expected a file that can be written, got No such file .*; choose another"):
-        write_report(read_facts(dump), tmp_path / "nowhere" / "r.html")
-    with pytest.raises(ArtifactError, match="manifest.json"):
+def test_a_report_that_cannot_be_made_is_named(reported: Path, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"report .*/r.html: expected a file that can be written, got No such file .*; choose"):
+        write_report(read_facts(reported), tmp_path / "nowhere" / "r.html")
+    with pytest.raises(ArtifactError, match=r"manifest\.json"):
         write_report(read_facts(tmp_path), tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
 
@@ -188,8 +190,8 @@ def test_a_time_too_short_to_see_has_a_bar_still() -> None:
     assert [(row.start, row.width) for row in rows[1:]] == [(0, 4), (0, 1000), (996, 4)]
 
 
-def test_notebooks_show_tables_and_terminals_text(dump: Path) -> None:
-    compiled: CompiledModel = qcompile.load(dump.parent / "artifact")
+def test_notebooks_show_tables_and_terminals_text(reported: Path) -> None:
+    compiled: CompiledModel = qcompile.load(reported.parent / "artifact")
     report = compiled.report()
     assert isinstance(report, str)
     assert str(report).startswith("passes")

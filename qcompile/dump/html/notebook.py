@@ -10,8 +10,8 @@ from markupsafe import Markup
 from qcompile.dump.cache_table import cache_tables
 from qcompile.dump.html import views
 from qcompile.dump.html.page import asset, environment
-from qcompile.dump.tables import coverage_table, format_bytes, pass_table, readable, value_table, written
 from qcompile.dump.rows import record_row
+from qcompile.dump.tables import coverage_table, format_bytes, pass_table, readable, value_table, written
 from qcompile.runtime.artifact import ArtifactContents
 from qcompile.runtime.cache_layers import CONTEXT, cache_layers
 
@@ -45,7 +45,7 @@ def report_html(contents: ArtifactContents, sizes: Mapping[str, Any]) -> str:
     records = [record_row(record) for record in contents.records]
     rows, sums = views.cache_rows(cache_layers(contents.plan))
     context = {
-        "style": Markup(asset("notebook.css")),  # noqa: S704  our own file
+        "style": Markup(asset("notebook.css")),
         "facts": _headline(contents, sizes),
         "passes": views.pass_rows(records),
         "axis": views.time_axis(records),

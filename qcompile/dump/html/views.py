@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from qcompile.dump.tables import format_bytes, group_coverage, readable
+from qcompile.dump.tables import format_bytes, group_coverage
 from qcompile.ir.records import CoverageRow
 from qcompile.runtime.cache_layers import CacheLayer, folded
 
@@ -67,7 +67,7 @@ def _pass_row(record: Mapping[str, Any], start: int, width: int, share: int) -> 
         lossy=record["changed"] and record.get("exact") is False,
         time=seconds(record["seconds"]),
         nodes=f"{record['nodes_after']:,}",
-        delta=f"{difference:+,}".replace("-", "−") if difference else "",
+        delta=f"{difference:+,}".replace("-", "\N{MINUS SIGN}") if difference else "",
         bytes=format_bytes(record["bytes"]),
         effect=effect(record),
         start=start,
@@ -124,33 +124,30 @@ class CoverageGroup:
 
 
 def coverage_groups(rows: Sequence[CoverageRow], number: str = "", kernels: Iterable[str] = ()) -> list[CoverageGroup]:
-    """Coverage as the terminal groups it; `number` is the listing that nodes are shown in."""
+    """Coverage as the terminal groups it; `number` is the listing that nodes are shown in, `kernels` those that have a place there."""
     known = set(kernels)
-    return [
-        CoverageGroup(
-            operator, form, kernel, reason, members[0].chosen, [Member(row.weight or row.node, node_link(row.node, number)) for row in members],
-            kernel if kernel in known else "",
-        )
-        for (operator, form, kernel, reason), members in group_coverage(rows).items()
-    ]  # fmt: skip
+    groups = []
+    for (operator, form, kernel, reason), alike in group_coverage(rows).items():
+        members = [Member(row.weight or row.node, node_link(row.node, number)) for row in alike]
+        groups.append(CoverageGroup(operator, form, kernel, reason, alike[0].chosen, members, kernel if kernel in known else ""))
+    return groups
 
 
 @dataclass(frozen=True)
 class NoteGroup:
     """Nodes that one pass left alone for one reason."""
 
-    pass_: str
+    step: str
     reason: str
     chosen: bool
     members: list[Member]
 
-    def __getitem__(self, key: str) -> Any:
-        """For templates, where `pass` is a name like any other."""
-        return getattr(self, "pass_" if key == "pass" else key)
-
 
 def note_groups(notes: Sequence[Mapping[str, Any]], number: str, nodes: Container[str]) -> list[NoteGroup]:
-    """Notes by pass and reason, whichever of many nodes a reason names, those that nobody chose first; `nodes` are names that the report has a place for."""
+    """Notes by pass and reason, those that nobody chose first; reasons that differ in the number of a node they begin with are one.
+
+    `nodes` are the names that the report has a place for, `number` the listing that they are shown in.
+    """
     groups: dict[tuple[str, str, bool], list[Member]] = {}
     for note in notes:
         name, reason = note["node"], _NUMBERED.sub(r"\1: ", note["reason"])
@@ -172,10 +169,17 @@ def cache_rows(layers: Sequence[CacheLayer]) -> tuple[list[dict[str, Any]], dict
     return rows, {"count": len(layers)} | {name: sum(getattr(layer, key) for layer in layers) for name, key in sums.items()}
 
 
-def size_rows(sizes: Mapping[str, Any]) -> dict[str, object]:
-    """Sizes with units, floats with four significant digits."""
-    rows = readable({key.replace("_bytes_per_", " per ") + ("_bytes" if "_bytes_per_" in key else ""): value for key, value in sizes.items()})
-    return {key.removesuffix(" bytes") or key: f"{value:.4g}" if isinstance(value, float) else value for key, value in rows.items()}
+def size_rows(sizes: Mapping[str, Any]) -> dict[str, str]:
+    """Sizes in words: bytes with a unit, other floats with four significant digits."""
+    return {" ".join(word for word in key.split("_") if word != "bytes"): _size(key, value) for key, value in sizes.items()}
+
+
+def _size(key: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if "bytes" in key:
+        return format_bytes(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def caption(records: Sequence[Mapping[str, Any]]) -> str:

@@ -1,38 +1,56 @@
-// Where the KL divergence comes from: layers by passes and kinds.
+// Where the divergence from the model comes from: layers by kinds of quantizers and the passes that put them there.
+
+const MEASURES = [["share", "mean of both: these add up"], ["off", "lost when only this is exact"], ["alone", "there when only this is quantized"]];
 
 class SensitivityView {
   constructor(model, root) {
     this.model = model;
     this.root = root;
-    this.measure = "off";
+    this.measures = MEASURES.filter(([measure]) => model.blame?.cells.some((cell) => cell[measure] !== undefined));
+    this.measure = this.measures[0]?.[0];
     roving(root, "[data-cell]");
   }
 
   show() {
     const blame = this.model.blame;
     if (!blame) {
-      return this.root.replaceChildren(empty("Nobody has asked yet where the error comes from. This attributes it to layers, passes and kinds, and adds it to the dump:", "qcompile blame OUT --reference MODEL --dump DIR"));
+      return this.root.replaceChildren(empty("Nobody has asked yet where the error comes from. This attributes it to layers, kinds and passes, and adds it to the dump; `qcompile inspect DIR --html FILE` then shows it here.", "qcompile blame OUT --reference MODEL --dump DIR"));
     }
-    const cells = blame.cells.map((cell) => ({ ...cell, row: `${cell.kind}`, column: cell.layer === null ? "rest" : String(cell.layer), value: cell[this.measure] ?? 0 }));
-    const merged = [...group(cells, (cell) => `${cell.row}|${cell.column}`).values()].map((list) => ({ ...list[0], value: sum(list), parts: list, title: `${list[0].row}, ${list[0].layer === null ? "no layer" : `layer ${list[0].layer}`}: ${numberText(sum(list))} nats` }));
-    const columns = [...new Set(merged.map((cell) => cell.column))].sort((a, b) => (a === "rest" ? Infinity : Number(a)) - (b === "rest" ? Infinity : Number(b)));
-    const rows = ["weights", "activations", "cache"].filter((kind) => merged.some((cell) => cell.row === kind));
-    const said = h("p", { class: "caption", role: "status" }, "Choose a cell to see its parts.");
-    const most = Math.max(...merged.map((cell) => cell.value), 0);
+    const cells = this.cells(blame), most = Math.max(...cells.map((cell) => cell.value), 0);
+    const said = h("p", { class: "caption", role: "status" }, "Choose a cell to see what it is made of.");
     this.root.replaceChildren(
-      h("div", { class: "tools" }, choice("KL", [["off", "that vanishes when only this is exact"], ["alone", "when only this is quantized"]], this.measure, (measure) => { this.measure = measure; this.show(); }), heatLegend(most),
-        h("span", { class: "sum" }, `${numberText(blame.total_kl)} nats in all, ${blame.evaluations} evaluations`)),
-      h("div", { class: "scroll" }, heatMap(rows, columns, merged, (cell) => said.replaceChildren(...this.explain(cell)))),
+      h("div", { class: "tools" },
+        choice(blame.unit ?? "KL", this.measures, this.measure, (measure) => { this.measure = measure; this.show(); }), heatLegend(most),
+        h("span", { class: "sum" }, `${numberText(blame.total_kl)} in all, ${blame.evaluations} evaluations`)),
+      h("div", { class: "scroll" }, heatMap(unique(cells, "row"), columnsOf(cells), cells, (cell) => said.replaceChildren(...this.explain(cell)))),
       said,
       h("h2", {}, "The largest"),
-      table(["", "layer", "kind", "pass", "what", "vanishes when exact", "alone"], this.ranked(blame.cells), [0, 1, 5, 6], "ranked"),
+      table(["", "layer", "kind", "pass", "what", ...this.measures.map(([measure]) => ({ share: "share", off: "lost when exact", alone: "alone" })[measure])], this.ranked(blame.cells), [0, 1, 5, 6, 7], "ranked"),
+      ...this.steps(blame.passes ?? []),
     );
     this.root.querySelector("[data-cell]")?.setAttribute("tabindex", "0");
   }
 
+  /** One per layer, kind and pass: what stands in one place is added up. */
+  cells(blame) {
+    const kinds = group(blame.cells, (cell) => cell.kind);
+    const rowOf = (cell) => (new Set(kinds.get(cell.kind).map((other) => other.pass)).size > 1 ? `${cell.kind}, ${cell.pass}` : cell.kind);
+    const places = group(blame.cells.map((cell) => ({ ...cell, row: rowOf(cell), column: cell.layer === null ? "others" : String(cell.layer) })), (cell) => `${cell.row}|${cell.column}`);
+    return [...places.values()].map((parts) => {
+      const { row, column } = parts[0], value = parts.reduce((total, part) => total + (part[this.measure] ?? 0), 0);
+      return { row, column, value, parts, title: `${row}, ${column === "others" ? "several layers or none" : `layer ${column}`}: ${numberText(value)}` };
+    });
+  }
+
   ranked(cells) {
     const order = [...cells].sort((a, b) => (b[this.measure] ?? 0) - (a[this.measure] ?? 0)).slice(0, 24);
-    return order.map((cell, index) => [String(index + 1), cell.layer === null ? "" : String(cell.layer), cell.kind, cell.pass, this.what(cell), numberText(cell.off), numberText(cell.alone)]);
+    return order.map((cell, index) => [String(index + 1), cell.layer === null ? "" : String(cell.layer), cell.kind, cell.pass, this.what(cell), ...this.measures.map(([measure]) => numberText(cell[measure]))]);
+  }
+
+  steps(passes) {
+    if (!passes.length) return [];
+    const rows = passes.map((step) => [step.pass, numberText(step.added), step.exact ? "yes" : "no", step.node ? nodeLink(this.model, step.node) : step.place]);
+    return [h("h2", {}, "Passes without quantizers"), table(["pass", "adds", "claims to be exact", "where it goes wrong"], rows, [1])];
   }
 
   what(cell) {
@@ -40,15 +58,25 @@ class SensitivityView {
   }
 
   explain(cell) {
-    const parts = cell.parts.map((item, index) => [index > 0 && "; ", `${item.pass} `, this.what(item), ` ${numberText(item[this.measure])}`]);
+    const parts = cell.parts.map((item, index) => [index > 0 && "; ", this.what(item), ` ${numberText(item[this.measure])}`]);
     return [h("b", {}, cell.title), " — ", parts].flat(Infinity).filter(Boolean);
   }
 }
 
-const sum = (list) => list.reduce((total, cell) => total + cell.value, 0);
+const unique = (items, key) => [...new Set(items.map((item) => item[key]))];
+
+/** Layers in order, what belongs to none or to several at the end. */
+function columnsOf(cells) {
+  const rank = (name) => (name === "others" ? Infinity : Number(name));
+  return unique(cells, "column").sort((a, b) => rank(a) - rank(b));
+}
 
 function group(list, key) {
   const groups = new Map();
-  for (const item of list) groups.set(key(item), [...(groups.get(key(item)) ?? []), item]);
+  for (const item of list) {
+    const place = key(item);
+    if (!groups.has(place)) groups.set(place, []);
+    groups.get(place).push(item);
+  }
   return groups;
 }
