@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from qcompile.ir.constants import log_text
 from qcompile.ir.graph import operator_name
 from qcompile.quant.scheme import dtype_name
 
@@ -64,7 +65,7 @@ def _line(graph: Graph, node: fx.Node, names: dict[str, str]) -> Line:
         return Line(f"%{node.name} = input", kind, "", note)
     if node.op == "get_attr":
         constant = graph.constants[str(node.target)]
-        log = " | ".join(map(str, constant.transforms))
+        log = " | ".join(map(log_text, constant.transforms))
         note = "  ".join(part for part in (note, log and f"[{log}]") if part)
         return Line(f"%{node.name} = constant({node.target})", kind, str(constant.format or ""), note)
     arguments = _positional(node)
