@@ -24,6 +24,7 @@ from qcompile.runtime.engines import default_engine, has_onnxruntime, make_engin
 from qcompile.target import Target, parse_target
 
 if TYPE_CHECKING:
+    from qcompile.dump.html.notebook import Report
     from qcompile.exporters.onnx import OnnxFile
 
 DEFAULT_CONTEXT = 2048
@@ -235,17 +236,15 @@ class CompiledModel:
         )  # fmt: skip
         return file
 
-    def report(self) -> str:
-        """Passes, size, bits, error per step, and what was left alone and why, as text."""
-        from qcompile.dump.cache_table import cache_tables
-        from qcompile.dump.tables import coverage_table, pass_table, readable, value_table, written
+    def report(self) -> Report:
+        """Passes, size, bits, error per step, and what was left alone and why: text, which notebooks show as tables."""
+        from qcompile.dump.html.notebook import make_report
 
         sizes = {
             "target": self.contents.target, "weight_bytes": self.weight_bytes, "bits_per_weight": self.bits_per_weight,
             "max_batch": self.max_batch, "max_context": self.max_context, "kv_bytes_per_token": self.kv_bytes_per_token,
         }  # fmt: skip
-        tables = [pass_table(self.records), coverage_table(self.coverage), *cache_tables(self.cache_layers), value_table(readable(sizes))]
-        return written([*tables, self.contents.pipeline])
+        return make_report(self.contents, sizes)
 
 
 def onnx_exporter(name: str) -> ModuleType:
