@@ -109,16 +109,16 @@ def deformable(node: Node) -> Tensor:
 def _between(x: Tensor, down: Tensor, right: Tensor) -> Tensor:
     """X [N, D, C, H, W] between pixels, at places [N, D, taps, rows, columns]: [N, D, C, taps, rows, columns]; 0 outside."""
     height, width = x.shape[3:]
-    flat, total = x.flatten(3), None
+    flat = x.flatten(3)
+    parts = []
     for low, high in ((0, 0), (0, 1), (1, 0), (1, 1)):
         row, column = torch.floor(down) + low, torch.floor(right) + high
         share = (1 - (down - row).abs()) * (1 - (right - column).abs())
         share = torch.where((row >= 0) & (row < height) & (column >= 0) & (column < width), share, 0.0)
         pixel = (row.clamp(0, height - 1) * width + column.clamp(0, width - 1)).to(torch.int64)
         picked = torch.gather(flat, 3, pixel.flatten(2).unsqueeze(2).expand(-1, -1, x.shape[2], -1))
-        part = picked.reshape(*picked.shape[:3], *down.shape[2:]) * share.unsqueeze(2)
-        total = part if total is None else total + part
-    return total
+        parts.append(picked.reshape(*picked.shape[:3], *down.shape[2:]) * share.unsqueeze(2))
+    return sum(parts[1:], parts[0])
 
 
 @rule("CenterCropPad")
