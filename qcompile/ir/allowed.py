@@ -55,7 +55,8 @@ slice_scatter.default softmax.int softplus.default sort.default sort.stable spli
 square.default squeeze.default squeeze.dim squeeze.dims stack.default sub.Scalar sub.Tensor sum.default sum.dim_IntList sym_size.int
 t.default tan.default tanh.default tensor_split.sections tile.default to.device to.dtype to.dtype_layout topk.default transpose.int
 tril.default triu.default true_divide.Tensor type_as.default unbind.int unflatten.int unfold.default unsqueeze.default
-upsample_bilinear2d.vec upsample_nearest2d.vec var.correction var.dim view.default view_as.default where.Scalar where.ScalarOther
+unique_dim.default _unique2.default upsample_bilinear2d.vec upsample_nearest2d.vec
+var.correction var.dim view.default view_as.default where.Scalar where.ScalarOther
 where.ScalarSelf where.self zeros.default zeros_like.default
 """
 _QCOMPILE = """

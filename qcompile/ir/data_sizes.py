@@ -6,37 +6,51 @@ and the printer need not know of it; an engine learns its value when the operato
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 if TYPE_CHECKING:
     from qcompile.ir.graph import Graph
 
-_SMALLEST_EXAMPLE = 11
-"""What a new symbol is taken to be where a number is asked for: neither 0 nor 1, which mean more."""
+_EXAMPLE = 12
+"""What a new symbol is taken to be where a number is asked for and none is known: neither 0 nor 1, which mean more."""
 
 
 def settle_sizes(graph: Graph) -> None:
     """Replace symbols that tracing made for sizes of results, in place, and name each after the first node that has it."""
-    found: dict[Any, str] = {}
+    found: dict[Any, tuple[fx.Node, int, int]] = {}
     for node in graph.nodes:
-        for leaf in pytree.tree_leaves(node.meta.get("val")):
+        for place, leaf in enumerate(pytree.tree_leaves(node.meta.get("val"))):
             for axis, size in enumerate(_sizes(leaf)):
                 for symbol in _undecided(size):
-                    found.setdefault(symbol, f"{node.name}_{axis}")
+                    found.setdefault(symbol, (node, place, axis))
     if not found:
         return
-    sizes = new_sizes(graph.mode, len(found))
+    sizes = new_sizes(graph.mode, _examples(graph, found))
     table = dict(zip(found, sizes, strict=True))
     for node in graph.nodes:
         if "val" in node.meta:
             node.meta["val"] = _replaced(graph.mode, node.meta["val"], table)
-    graph.interface.symbols |= {str(size): name for size, name in zip(sizes, found.values(), strict=True)}
+    names = [f"{node.name}_{axis}" for node, _, axis in found.values()]
+    graph.interface.symbols |= {str(size): name for size, name in zip(sizes, names, strict=True)}
+
+
+def _examples(graph: Graph, found: Mapping[Any, tuple[fx.Node, int, int]]) -> list[int]:
+    """What each symbol is on the graph's own examples, so that relations between sizes hold; 0 and 1 mean too much to be examples."""
+    if any(node.name not in graph.interface.examples for node in graph.placeholders):
+        return [_EXAMPLE] * len(found)
+    program = graph.clone()
+    nodes = {node.name: node for node in program.nodes}
+    program.output.args = (tuple(nodes[node.name] for node, _, _ in found.values()),)
+    program.remove_dead()
+    values = program.run([graph.interface.examples[node.name] for node in graph.placeholders])
+    leaves = [_sizes(pytree.tree_leaves(value)[place])[axis] for value, (_, place, axis) in zip(values, found.values(), strict=True)]
+    return [size if size > 1 else _EXAMPLE for size in leaves]
 
 
 def with_known_sizes(mode: FakeTensorMode, value: Any, known: Any) -> Any:
@@ -51,22 +65,26 @@ def with_known_sizes(mode: FakeTensorMode, value: Any, known: Any) -> Any:
             if isinstance(size, torch.SymInt) and size.node.expr in undecided and place < len(before):
                 table.setdefault(size.node.expr, _sizes(before[place])[axis])
     missing = [symbol for symbol in undecided if symbol not in table]
-    table |= dict(zip(missing, new_sizes(mode, len(missing)), strict=True))
+    table |= dict(zip(missing, new_sizes(mode, [_EXAMPLE] * len(missing)), strict=True))
     return _replaced(mode, value, table)
 
 
-def new_sizes(mode: FakeTensorMode, count: int, least: int = _SMALLEST_EXAMPLE) -> list[torch.SymInt]:
-    """Fresh symbolic sizes, no two alike, in the order in which sympy sorts them; `mode` has an environment of shapes."""
-    if not count:
+def new_sizes(mode: FakeTensorMode, examples: Sequence[int]) -> list[torch.SymInt]:
+    """Fresh symbolic sizes, one for each example, no two of them related; `mode` has an environment of shapes."""
+    if not examples:
         return []
     # Heavy (sympy), and needed only by whoever asks for the graph itself: an engine runs the plan.
     from torch._dynamo.source import ConstantSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
-    probe = torch.empty([least + index for index in range(count)], device="meta")
-    context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * count)
-    sizes: Any = mode.from_tensor(probe, symbolic_context=context, source=ConstantSource("sizes")).shape
-    return sorted(sizes, key=str)
+    environment: Any = mode.shape_env
+
+    def new_size(example: int) -> Any:
+        context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+        source = ConstantSource(f"size_{len(environment.backed_var_to_val)}")
+        return mode.from_tensor(torch.empty(example, device="meta"), symbolic_context=context, source=source).shape[0]
+
+    return [new_size(example) for example in examples]
 
 
 def _sizes(leaf: Any) -> list[Any]:

@@ -164,7 +164,7 @@ def _symbols(names: list[str]) -> tuple[FakeTensorMode, dict[str, torch.SymInt]]
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     mode = FakeTensorMode(shape_env=ShapeEnv())
-    return mode, dict(zip(names, new_sizes(mode, len(names), least=2), strict=True))
+    return mode, dict(zip(names, sorted(new_sizes(mode, range(2, 2 + len(names))), key=str), strict=True))
 
 
 def _example(data: Mapping[str, Any]) -> Tensor:

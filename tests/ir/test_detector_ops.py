@@ -12,10 +12,11 @@ from torch import Tensor
 pytest.importorskip("onnx")
 
 import qcompile
-from qcompile.errors import EngineError
+from qcompile.errors import EngineError, PassError
 from qcompile.ir.lowered import Buffer, Entry, Step
 from qcompile.ir.memory import plan_entry, undecided_sizes
 from qcompile.ir.verify import verify
+from qcompile.runtime.cuda.program import Program as CudaProgram
 from qcompile.runtime.engines.program import Program
 from tests.frontend.onnx.making import FLOAT, INT64, make, node, random, saved, stock
 
@@ -126,14 +127,14 @@ def test_other_precisions_keep_the_boxes_of_their_own_scores(tmp_path: Path) -> 
 
 
 def test_places_that_are_not_0(tmp_path: Path) -> None:
-    """`NonZero` and `Compress` of values, none of which may be left."""
+    """`NonZero`, `Compress` and `Unique` of values, none of which may be left."""
     nodes = [
         node("Greater", "x zero", "m"), node("NonZero", "m", "n"), node("Transpose", "n", "t", perm=[1, 0]), node("GatherND", "x t", "y"),
         node("ReduceMax", "x axis", "top", keepdims=0), node("Greater", "top zero", "rows"), node("Compress", "x rows", "z", axis=0),
-        node("MatMul", "z w", "v"),
+        node("MatMul", "z w", "v"), node("Round", "x", "r"), node("Unique", "r", "u first inverse c"),
     ]  # fmt: skip
     weights = {"zero": random(1)[0] * 0, "axis": [1], "w": random(5, 16)}
-    path = saved(make(nodes, {"x": (["batch", 5], FLOAT)}, "y v", weights), tmp_path)
+    path = saved(make(nodes, {"x": (["batch", 5], FLOAT)}, "y v u c", weights), tmp_path)
     compiled = qcompile.compile(path, "cpu-fp32")
     compiled.save(tmp_path / "out")
     exported = qcompile.load(tmp_path / "out").export_onnx(tmp_path / "exported", opset=21)
@@ -145,6 +146,28 @@ def test_places_that_are_not_0(tmp_path: Path) -> None:
             for found in (list(compiled(x=given).values()), stock(exported.path, {"x": given})):
                 assert [item.shape for item in found] == [item.shape for item in expected]
                 assert all(torch.allclose(*pair, rtol=0, atol=CLOSE) for pair in zip(found, expected, strict=True))
+
+
+def of_places(folder: Path, *nodes: Any) -> Any:
+    """What a graph behind the places [1, n] of what is not 0 gives for four of six."""
+    weights = {"pair": [2, -1], "first": [0], "few": 5, "zero": random(1)[0] * 0}
+    used = {name for item in nodes for name in item.input}
+    kept = {name: value for name, value in weights.items() if name in used}
+    path = saved(make([node("NonZero", "x", "n"), *nodes], {"x": (["length"], FLOAT)}, "y", kept), folder)
+    return qcompile.compile(path, "cpu-fp32")(x=torch.tensor([1.0, 0, 2, 3, 0, 4]))
+
+
+def test_sizes_that_are_related(tmp_path: Path) -> None:
+    """An even number of places, and no more of them than there are numbers, although nothing says so."""
+    assert of_places(tmp_path, node("Reshape", "n pair", "y")).tolist() == [[0, 2], [3, 5]]
+    behind = [node("Shape", "n", "count", start=1), node("TopK", "x count", "y where", axis=0)]
+    assert of_places(tmp_path, *behind).tolist() == [4, 3, 2, 1]
+
+
+def test_a_question_about_such_a_size(tmp_path: Path) -> None:
+    nodes = [node("Shape", "n", "sizes", start=1), node("Squeeze", "sizes first", "count"), node("Less", "count few", "less")]
+    with pytest.raises(PassError, match=r"lt \(less_node\): expected a size or a tensor, got a question about sizes"):
+        of_places(tmp_path, *nodes, node("Where", "less x zero", "y"))
 
 
 def entry(shape: tuple[Any, ...] = ("n", 1)) -> Entry:
@@ -178,3 +201,9 @@ def test_a_plan_that_says_another_shape() -> None:
     program.tensors["x"].fill_(1)
     with pytest.raises(EngineError, match=r"kept: expected int64 \[1, 2\], got torch.int64 \[1, 1\]; the plan is not this model's"):
         program.run()
+
+
+def test_the_cuda_engine_refuses_such_a_plan() -> None:
+    context: Any = None
+    with pytest.raises(EngineError, match=r"engine cuda: expected sizes that the inputs decide, got n, which values decide; load the"):
+        CudaProgram(context, entry(), {"batch": 1}, {})

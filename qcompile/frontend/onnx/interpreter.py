@@ -98,7 +98,10 @@ class OnnxModule(nn.Module):
             raise UnreadableInputError(self._message(step, str(error)), error.name) from error
         except RefusalError as error:
             raise UnsupportedModelError(self._message(step, str(error))) from error
-        except (QCompileError, TorchDynamoException, ConstraintViolationError, GuardOnDataDependentSymNode):
+        except GuardOnDataDependentSymNode as error:
+            reason = "expected sizes that the inputs decide, got one that values decide, which the node must know while it is traced"
+            raise UnsupportedModelError(self._message(step, reason, "cut the model before what makes it")) from error
+        except (QCompileError, TorchDynamoException, ConstraintViolationError):
             raise
         # Torch's own complaint about operands: a model whose shapes or types do not go together, or a case torch does not have.
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AssertionError) as error:

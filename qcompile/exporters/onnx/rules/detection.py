@@ -39,3 +39,14 @@ def roi_align(e: Emitter, node: Call) -> Value:
 def nonzero(e: Emitter, node: Call) -> Value:
     """Places of what is not 0: [count, dimensions]."""
     return e.op("Transpose", e.op("NonZero", e.value(node.args[0])), perm=[1, 0])
+
+
+@rule("aten._unique2.default", "aten.unique_dim.default")
+def unique(e: Emitter, node: Call) -> tuple[Value, ...]:
+    """Distinct numbers, or parts of an axis, in order; which each one is, and how often."""
+    x = node.args[0]
+    axis = int(node.args[1]) if "dim" in str(node.target) else None
+    if axis is None and len(e.shape(x)) != 1:
+        raise e.refusal("expected numbers in one dimension")
+    values, _, inverse, counts = e.ops("Unique", e.value(x), count=4, axis=axis, sorted=1)
+    return values, inverse, counts
