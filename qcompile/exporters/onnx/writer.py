@@ -57,7 +57,7 @@ def _stored(value: ir.Value, data: BinaryIO, location: str) -> onnx.TensorProto:
     tensor = _loaded(value)
     if tensor.nbytes <= _SMALL:
         return ir.to_proto(tensor)
-    assert isinstance(tensor, ir.TensorBase)
+    assert isinstance(tensor, ir.LazyTensor)
     data.write(b"\0" * (-data.tell() % _ALIGNED))
     offset = data.tell()
     tensor.tofile(data)  # from where it lies: its bytes are no second copy
