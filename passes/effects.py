@@ -67,8 +67,8 @@ def divergence_per_token(got: Tensor, expected: Tensor, real: Tensor | None) -> 
         log_q, log_p = a.double().log_softmax(-1), b.double().log_softmax(-1)
         # What the distribution before excludes (-inf) contributes nothing: 0 · log 0 is 0.
         total += float(torch.where(log_p == -math.inf, 0.0, log_p.exp() * (log_p - log_q)).sum())
-    mean = max(0.0, total) / max(1, len(wanted))
-    return mean if math.isfinite(mean) else None
+    mean = total / max(1, len(wanted))
+    return max(0.0, mean) if math.isfinite(mean) else None
 
 
 def lost_numbers(got: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:

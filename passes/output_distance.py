@@ -10,8 +10,8 @@ from torch import Tensor
 
 from qcompile.passes.effects import divergence_per_token, noise
 
-_ROWS = 128
-"""Positions that are compared at a time."""
+_CHUNK_BYTES = 16 << 20
+"""Of the logits compared at a time: small enough for the allocator to reuse their memory."""
 _NEAR = 30.0
 """Difference of logits up to which exponentials are taken of it as it is."""
 
@@ -39,7 +39,8 @@ class TokenKl:
         """The mean over all batches."""
         total = 0.0
         for wanted, likely, batch in zip(self._wanted, self._likely, found, strict=True):
-            for rows in zip(*(part.split(_ROWS) for part in (wanted, likely, _rows(batch[0]))), strict=True):
+            size = max(1, _CHUNK_BYTES // (4 * wanted.shape[-1]))
+            for rows in zip(*(torch.split(part, size) for part in (wanted, likely, _rows(batch[0]))), strict=True):
                 total += _sum_of_kl(*rows)
         return total / sum(map(len, self._wanted))
 

@@ -130,7 +130,7 @@ def _with_altered(stages: list[Stage], compiled: Graph) -> list[Stage]:
     """
     final = stages[-1].graph
     pairs = [(name, constant, compiled.constants[name]) for name, constant in final.constants.items() if name in compiled.constants]
-    floats = [pair for pair in pairs if pair[1].format is None and pair[1].dtype.is_floating_point and pair[1] is not pair[2]]
+    floats = [pair for pair in pairs if pair[1].format is None and pair[1].dtype.is_floating_point]
     altered = [(name, constant) for name, constant, other in floats if _difference(constant, other) > _SAME]
     if 2 * len(altered) > len(floats):
         raise _another_model(f"{len(altered)} of {len(floats)} unquantized weights", altered[0][0])
@@ -139,18 +139,18 @@ def _with_altered(stages: list[Stage], compiled: Graph) -> list[Stage]:
         return stages
     last = next(stage for stage in reversed(stages) if stage.switches or stage is stages[0])
     program = last.graph.clone()
-    biases = {name: constant for name, constant in altered if name in program.constants}
-    for name in biases:
-        program.bind(name, compiled.constants[name])
-    nodes = {name: [node.name for node in program.fx.find_nodes(op="get_attr", target=name)] for name in biases}
-    switches = [
-        Switch("weights", ALTERED, layer_of(name), name, name, tuple((node, constant) for node in nodes[name]))
-        for name, constant in biases.items()
-    ]
+    switches = []
+    for name, constant in altered:
+        if name in program.constants:
+            program.bind(name, compiled.constants[name])
+            nodes = [node.name for node in program.fx.find_nodes(op="get_attr", target=name)]
+            switches.append(Switch("weights", ALTERED, layer_of(name), name, name, tuple((node, constant) for node in nodes)))
     return [*stages, Stage(ALTERED, program, is_exact=False, switches=tuple(switches))]
 
 
 def _difference(a: Constant, b: Constant) -> float:
+    if a.key == b.key:
+        return 0.0
     first, second = a.materialize().double(), b.materialize().double()
     return float((first - second).norm() / second.norm().clamp(min=1e-300))
 

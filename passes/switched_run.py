@@ -37,9 +37,9 @@ class Room:
 class SwitchedRun:
     """One graph, its inputs, and what each switch redirects.
 
-    Weights are dequantized once, as far as there is room. `keep` computes with one setting and keeps the values that are alive where a layer
-    begins; `run` starts from the kept setting that leaves least to do: what stands before the first switched quantizer is not computed
-    again.
+    Weights are dequantized once, as far as there is room. `keep` computes with one setting and keeps the values that are alive where a
+    layer begins; `run` starts from the kept setting that leaves least to do: what stands before the first switched quantizer is not
+    computed again.
     """
 
     def __init__(self, program: Graph, redirects: Sequence[Redirects], always: Redirects, inputs: Inputs, room: Room | None = None) -> None:

@@ -36,7 +36,7 @@ class Exactly:
 
 
 Without = Constant | str | Exactly
-"""What is read where a quantizer is off: a float constant, the value that it would round, or attention over keys and values as they come."""
+"""What is read where a quantizer is off: a float constant, the value that it would round, or attention over what was to be cached."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,9 +101,8 @@ def _activation_switch(node: fx.Node, step: str) -> Switch | None:
     value: Any = quantize.args[0]
     weights = [_weight_behind(used) for user in node.users for used in user.all_input_nodes if used is not node]
     read = next(filter(None, weights), "").removesuffix(".weight")
-    return Switch(
-        "activations", step, layer_of(read), quantize.name, f"input of {read}" if read else value.name, ((node.name, value.name),)
-    )
+    name = f"input of {read}" if read else value.name
+    return Switch("activations", step, layer_of(read), quantize.name, name, ((node.name, value.name),))
 
 
 def _weight_behind(node: fx.Node) -> str:
@@ -121,12 +120,11 @@ def cache_switches(before: Graph, after: Graph, step: str) -> list[Switch]:
     attends = [node for node in after.calls(*_ATTENDS) if node.name not in old]
     if len(gone) != len(attends):
         return []
-    return [
-        Switch(
-            "cache", step, layer, attend.name, f"keys and values of attention {layer}", ((_attended(attend), Exactly(before, node.name)),)
-        )
-        for layer, (node, attend) in enumerate(zip(gone, attends, strict=True))
-    ]
+    found = []
+    for layer, (node, attend) in enumerate(zip(gone, attends, strict=True)):
+        pairs = ((_attended(attend), Exactly(before, node.name)),)
+        found.append(Switch("cache", step, layer, attend.name, f"keys and values of attention {layer}", pairs))
+    return found
 
 
 def _attended(attend: fx.Node) -> str:
@@ -179,7 +177,7 @@ def _attention(program: Graph, named: dict[str, fx.Node], attend: fx.Node, witho
         return copied[used]
 
     scale, window, softcap, sinks = (option(node, place, name, default) for place, name, default in ATTEND_OPTIONS)
-    read = [here(part) for part in node.args[:3]]  # type: ignore[arg-type]
+    read = [here(part) for part in node.args[:3]]
     own = here(sinks) if isinstance(sinks, fx.Node) else None
     args = (*read, None, None, scale, True, window, softcap, own)
     return program.insert(attend, qcompile.attention.default, args, source=attend, value=node.meta["val"])

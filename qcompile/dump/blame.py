@@ -162,6 +162,7 @@ class Blame:
 
     def _sums(self) -> dict[str, object]:
         off, alone, share = (sum(values) for values in zip(*((cell.off, cell.alone, cell.share) for cell in self.cells), strict=True))
+        seen = f"{self.tokens} {'tokens' if self.unit == KL else 'samples'}"
         decibels = {"SQNR": f"{-10 * math.log10(self.total):.1f} dB"} if self.unit == NOISE and self.total > 0 else {}
         return {
             f"total ({self.unit})": self.total,
@@ -171,7 +172,7 @@ class Blame:
             "sum of alone": f"{alone:.4g} ({_percent(alone, self.total)})",
             "remainder": f"{self.remainder:.4g} ({_percent(self.remainder, self.total)})",
             "quantizers": f"{self.quantizers} in {len(self.cells)} groups",
-            "evaluations": f"{self.evaluations} of at most {self.budget}, on {self.tokens} {'tokens' if self.unit == KL else 'samples'} each",
+            "evaluations": f"{self.evaluations} of at most {self.budget}, on {seen} each",
         }
 
 
