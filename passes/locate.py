@@ -230,7 +230,7 @@ def _rounding(before: Graph, after: Graph, old: fx.Node, new: fx.Node, runner: E
     noise = float((got - expected).square().sum()) / (float(expected.square().sum()) or 1.0)
     states = tuple(Operand(name, "new" if name not in before.constants else "changed", name) for name in names[1])
     source = new.meta.get("source", "")
-    return Place(new.name, operator_name(new.target), source, found.index, found.expected, found.got, noise, states, (*names[0], *names[1]))
+    return Place(new.name, operator_name(new.target), source, found.index, found.expected, found.got, noise, states, names[1])
 
 
 def _keys_of(graph: Graph, names: tuple[str, ...]) -> list[str]:

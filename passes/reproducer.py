@@ -23,10 +23,10 @@ from qcompile.ir.lowered import Backend
 from qcompile.ir.memory import dtype_of
 from qcompile.ir.serialize import format_of, graph_to_json
 from qcompile.ir.tensor_file import DTYPES, write_constants
+from qcompile.kept import cache_directory
 from qcompile.passes.base import Pass, PassContext
 from qcompile.passes.calibration import Calibration
 from qcompile.passes.calibration_data import CalibrationData
-from qcompile.passes.work import cache_directory
 from qcompile.quant.scheme import dtype_name
 from qcompile.quant.scheme_json import scheme_from_json, scheme_to_json
 from qcompile.target import Target
@@ -74,7 +74,7 @@ class Reproducer:
 
 def reproducers_directory() -> Path:
     """`QCOMPILE_CACHE`/reproducers, by default under ~/.cache/qcompile."""
-    return cache_directory("reproducers")
+    return cache_directory() / "reproducers"
 
 
 def keep(directory: Path, graph: Graph, step: Pass, ctx: PassContext, tolerance: float, error: str) -> Path:

@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from qcompile.compiler import compile  # noqa: A004  the public verb, always written qcompile.compile
     from qcompile.ir.graph import Graph
     from qcompile.passes.base import Pass
+    from qcompile.planning.planner import plan
+    from qcompile.planning.result import CompilationPlan
     from qcompile.quant.scheme import QuantFormat, QuantScheme
     from qcompile.target import Target
 
 __all__ = [
+    "CompilationPlan",
     "CompiledModel",
     "Graph",
     "Pass",
@@ -35,6 +38,7 @@ __all__ = [
     "compile",
     "errors",
     "load",
+    "plan",
 ]
 
 
@@ -47,6 +51,10 @@ def _home(name: str) -> str | None:
             return "qcompile.compiler"
         case "CompiledModel" | "load":
             return "qcompile.compiled"
+        case "plan":
+            return "qcompile.planning.planner"
+        case "CompilationPlan":
+            return "qcompile.planning.result"
         case "Graph":
             return "qcompile.ir.graph"
         case "Pass":

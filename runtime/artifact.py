@@ -173,6 +173,23 @@ def _temporary_sibling(target: Path, purpose: str) -> Iterator[Path]:
 
 def _write(directory: Path, contents: ArtifactContents, onnx_model: Path | None) -> None:
     """All files, the manifest last: a directory without one is no artifact."""
+    files = artifact_files(contents)
+    write_constants(directory / WEIGHTS, contents.constants)
+    (directory / "kernels").mkdir()
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+    onnx = {} if onnx_model is None else {"onnx": put_onnx(onnx_model, directory)}
+    weights = directory / WEIGHTS
+    entry = weights_entry(weights.stat().st_size, chunk_hashes(weights))
+    (directory / MANIFEST).write_bytes(seal(manifest(contents, files, entry) | onnx))
+
+
+def artifact_files(contents: ArtifactContents) -> dict[str, bytes]:
+    """Every file but weights, ONNX and manifest, by name.
+
+    Raises:
+        ArtifactError: for a name that is no plain file name, or one that the artifact uses itself.
+    """
     files: dict[str, bytes] = {
         GRAPH: canonical(graph_to_json(contents.graph)),
         PLAN: canonical(plan_to_json(contents.plan)),
@@ -184,16 +201,16 @@ def _write(directory: Path, contents: ArtifactContents, onnx_model: Path | None)
         if require_name(name) in (MANIFEST, GRAPH, PLAN, WEIGHTS, "kernels", *ONNX_NAMES):
             raise ArtifactError(f"asset {name!r}: expected a name that the artifact does not use itself; rename it")
         files[name] = content
-    write_constants(directory / WEIGHTS, contents.constants)
-    (directory / "kernels").mkdir()
-    for name, content in files.items():
-        (directory / name).write_bytes(content)
-    onnx = {} if onnx_model is None else {"onnx": put_onnx(onnx_model, directory)}
-    (directory / MANIFEST).write_bytes(seal(_manifest(directory, contents, files) | onnx))
+    return files
 
 
-def _manifest(directory: Path, contents: ArtifactContents, files: Mapping[str, bytes]) -> dict[str, Any]:
-    weights = directory / WEIGHTS
+def weights_entry(size: int, hashes: Sequence[str]) -> dict[str, Any]:
+    """What the manifest says of the weights."""
+    return {"bytes": size, "chunk_bytes": CHUNK_BYTES, "sha256": list(hashes)}
+
+
+def manifest(contents: ArtifactContents, files: Mapping[str, bytes], weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of an artifact without an ONNX file, before it is sealed; `weights` is a `weights_entry`."""
     return {
         "qcompile": __version__,
         "torch": contents.torch_version,
@@ -204,7 +221,7 @@ def _manifest(directory: Path, contents: ArtifactContents, files: Mapping[str, b
         "passes": encode(contents.records),
         "coverage": encode(contents.coverage),
         "files": {name: file_entry(content) for name, content in sorted(files.items())},
-        "weights": {"bytes": weights.stat().st_size, "chunk_bytes": CHUNK_BYTES, "sha256": chunk_hashes(weights)},
+        "weights": dict(weights),
     }
 
 

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "version", "data", "progress"),
+    ("errors", "version", "data", "progress", "kept"),
     ("quant",),
     ("target",),
     ("ir",),
@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("frontend", "exporters", "dump"),
     ("compiled",),
     ("blaming", "compiler", "evaluation", "speed"),
-    ("torch_backend",),
+    ("planning", "torch_backend"),
     ("cli",),
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}

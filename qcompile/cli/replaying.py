@@ -11,8 +11,8 @@ from rich.console import RenderableType
 from qcompile.cli.importing import ImportOption, known_passes
 from qcompile.cli.output import JsonOption, emit
 from qcompile.dump.place_table import place_tables
+from qcompile.dump.rows import record_row
 from qcompile.dump.tables import pass_table, value_table
-from qcompile.dump.writer import record_row
 
 if TYPE_CHECKING:
     from qcompile.passes.replay import Replay

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from qcompile.errors import QCompileError, VerifyError
 from qcompile.ir import allowed as _allowed  # noqa: F401  registers every qcompile:: operator
 from qcompile.ir.constants import Constant, tensor_constant
+from qcompile.ir.data_sizes import with_known_sizes
 from qcompile.ir.provenance import Heirs, origins
 from qcompile.ir.structure import Template, flatten, unflatten
 
@@ -135,10 +136,11 @@ class Graph:
         return node
 
     def infer(self, node: fx.Node) -> Any:
-        """The fake value of a call node from the fake values of its arguments."""
+        """The fake value of a call node from the fake values of its arguments; a size that values decide keeps its symbol."""
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda item: item.meta["val"])
         with self.mode:
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            value = node.target(*args, **kwargs)  # type: ignore[operator]
+        return with_known_sizes(self.mode, value, node.meta.get("val"))
 
     def replace(self, node: fx.Node, replacement: fx.Node) -> None:
         """Let all users of `node` use `replacement`, which takes over its origins, and erase `node`."""

@@ -31,6 +31,28 @@ def write_constants(path: Path, constants: Mapping[str, Constant], metadata: Map
     Raises:
         ArtifactError: for a dtype that safetensors has no name for.
     """
+    header, text, size = constants_header(constants, metadata)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        start = file.tell()
+        file.truncate(start + size)
+        for name in _writing_order(constants):
+            file.seek(start + header[name]["data_offsets"][0])
+            file.write(_bytes(constants[name], name))
+
+
+def constants_bytes(constants: Mapping[str, Constant]) -> int:
+    """Bytes of the file that `write_constants` makes of these constants, none of which is read."""
+    _, text, size = constants_header(constants)
+    return 8 + len(text) + size
+
+
+def constants_header(constants: Mapping[str, Constant], metadata: Mapping[str, str] | None = None) -> tuple[dict[str, Any], bytes, int]:
+    """Name -> dtype, shape and place; the same as padded JSON; and the bytes of all tensors.
+
+    Raises:
+        ArtifactError: for a dtype that safetensors has no name for.
+    """
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     offset = 0
     for name in sorted(constants, key=lambda item: (-constants[item].dtype.itemsize, item)):
@@ -40,14 +62,7 @@ def write_constants(path: Path, constants: Mapping[str, Constant], metadata: Map
         header[name] = {"dtype": _NAMES[constant.dtype], "shape": list(constant.shape), "data_offsets": [offset, offset + constant.nbytes]}
         offset += constant.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % 64)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        start = file.tell()
-        file.truncate(start + offset)
-        for name in _writing_order(constants):
-            file.seek(start + header[name]["data_offsets"][0])
-            file.write(_bytes(constants[name], name))
+    return header, text + b" " * (-(len(text) + 8) % 64), offset
 
 
 def _writing_order(constants: Mapping[str, Constant]) -> list[str]:

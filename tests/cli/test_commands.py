@@ -99,6 +99,7 @@ def test_export_hands_every_option_on(model: FakeModel, invoke: Invoke, tmp_path
     result = invoke("export", "out", "-o", tmp_path / "m.onnx", *options)
     assert model.asked == {
         "arguments": (tmp_path / "m.onnx",), "profile": "ort", "opset": 23, "external_data": True, "accuracy_level": 4, "genai": True,
+        "compare": True,
         "overwrite": True,
     }  # fmt: skip
     printed = json.loads(result.stdout)
@@ -175,7 +176,8 @@ def test_inspect_shows_the_cache_of_every_layer(model: FakeModel, invoke: Invoke
 
 
 def test_inspect_dump(invoke: Invoke, tmp_path: Path) -> None:
-    writer.write_summary(tmp_path, "canonicalize,idle", RECORDS, {})
+    writer.write_heading(tmp_path, {"model": "m", "target": "cpu-int4", "pipeline": "canonicalize,idle"}, complete=False)
+    writer.write_records(tmp_path, RECORDS)
     printed = json.loads(invoke("inspect", tmp_path, "--json").stdout)
     assert printed["pipeline"] == "canonicalize,idle"
     assert [row["changed"] for row in printed["passes"]] == [True, False]
