@@ -13,6 +13,7 @@ from qcompile.ir.constants import Cast, Constant, TensorSource, uncast
 from qcompile.ir.graph import Graph, is_effect, operator_name, real_tensors
 from qcompile.passes.base import Pass, PassContext
 from qcompile.passes.canonicalize import one_linear
+from qcompile.passes.outline import unknown
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,14 @@ class FoldConstants(Pass):
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:
         """In order, so that a chain folds in one run."""
-        folded = [_fold(graph, node) for node in graph.nodes if self._foldable(graph, node) and ctx.spend()]
+        folded = [
+            _fold(graph, node) for node in graph.nodes if self._foldable(graph, node, valueless=ctx.outline is not None) and ctx.spend()
+        ]
         for user in dict.fromkeys(user for constant in folded for user in constant.users):
             one_linear(graph, user)  # its weight is a constant only now
         return bool(folded)
 
-    def _foldable(self, graph: Graph, node: fx.Node) -> bool:
+    def _foldable(self, graph: Graph, node: fx.Node, *, valueless: bool) -> bool:
         value = node.meta.get("val")
         if node.op != "call_function" or not isinstance(value, Tensor) or is_effect(node):
             return False
@@ -40,7 +43,8 @@ class FoldConstants(Pass):
             return False
         constants = [graph.constant(used) for used in _made_by(node).all_input_nodes]
         # Packed weights are constants with a format: folded, they would be floats again.
-        return all(item is not None and item.is_bound and item.format is None and item.nbytes <= self.limit for item in constants)
+        small = [item for item in constants if item is not None and item.format is None and item.nbytes <= self.limit]
+        return len(small) == len(constants) and (valueless or all(item.is_bound for item in small))
 
 
 def _made_by(node: fx.Node) -> fx.Node:
@@ -50,7 +54,17 @@ def _made_by(node: fx.Node) -> fx.Node:
 
 
 def _fold(graph: Graph, node: fx.Node) -> fx.Node:
-    """The constant in place of a call. Floats are computed in float64 and cast on reading: a graph moved to float64 loses nothing here."""
+    """The constant in place of a call."""
+    name = f"folded.{node.name}"
+    known = all(graph.constants[str(used.target)].is_bound for used in _made_by(node).all_input_nodes)
+    constant = _computed(graph, node) if known else unknown(name, node.meta["val"].shape, node.meta["val"].dtype)
+    folded = graph.add_constant(name, constant, source=node)
+    graph.replace(node, folded)
+    return folded
+
+
+def _computed(graph: Graph, node: fx.Node) -> Constant:
+    """Floats are computed in float64 and cast on reading, so that a graph moved to float64 loses nothing here."""
 
     def real(used: fx.Node) -> Any:
         tensor = uncast(graph.constants[str(used.target)]).materialize()
@@ -67,7 +81,4 @@ def _fold(graph: Graph, node: fx.Node) -> fx.Node:
     history = (f"{operator_name(made.target)} of {', '.join(str(used.target) for used in made.all_input_nodes) or 'numbers'}",)
     constant = Constant(TensorSource(value.contiguous()), history=history)
     wanted = node.meta["val"].dtype
-    kept = constant if value.dtype == wanted else constant.then(Cast(wanted))
-    folded = graph.add_constant(f"folded.{node.name}", kept, source=node)
-    graph.replace(node, folded)
-    return folded
+    return constant if value.dtype == wanted else constant.then(Cast(wanted))
