@@ -34,11 +34,13 @@ class NumericCheck:
         tolerance: for exact passes, of the largest output.
         reproducers: directory for a file that repeats what went wrong; None keeps none.
         limit: bytes of constants in memory, beside those of one operator (`qcompile.passes.example_run`).
+        locating: whether to look for the first value that is wrong, which runs both graphs once more.
     """
 
     tolerance: float = EXACT_TOLERANCE
     reproducers: Path | None = None
     limit: int = CONSTANT_BYTES
+    locating: bool = True
     _runner: ExampleRun = field(init=False, repr=False)
     _last: dict[tuple[str, bool], list[Tensor]] = field(default_factory=dict, init=False, repr=False)
     _first: list[Tensor] | None = field(default=None, init=False, repr=False)
@@ -62,7 +64,7 @@ class NumericCheck:
         error = relative_error(got, expected)
         if exact and not error <= self.tolerance:
             wanted = f"the same function within {self.tolerance:g} (float64, relative to the largest output)"
-            place = locate(before, after, self._runner, tolerance=self.tolerance, wide=True)
+            place = self._place(before, after, self.tolerance, wide=True)
             self._refuse(wanted, f"{error:.3g}", place, before, step, ctx)
         if not exact:
             self._require_numbers(got, expected, (before, after), step, ctx)
@@ -74,12 +76,15 @@ class NumericCheck:
         """What holds for lossy passes too."""
         before, after = graphs
         if lost_numbers(got, expected):
-            place = locate(before, after, self._runner, tolerance=sys.float_info.max, wide=False)
+            place = self._place(before, after, sys.float_info.max, wide=False)
             self._refuse("numbers where there were numbers", "NaN or infinity", place, before, step, ctx)
         worst = worst_rounding(before, after, self._runner)
         if worst is not None and worst.error > 1:
             found = f"an SQNR of {-10 * math.log10(worst.error):.1f} dB"
             self._refuse("weights nearer to what they were than zero is", found, worst, before, step, ctx)
+
+    def _place(self, before: Graph, after: Graph, tolerance: float, *, wide: bool) -> Place | None:
+        return locate(before, after, self._runner, tolerance=tolerance, wide=wide) if self.locating else None
 
     def _effect(self, error: float, got: list[Tensor], expected: list[Tensor], after: Graph, *, exact: bool) -> Effect:
         assert self._first is not None
@@ -113,12 +118,12 @@ class NumericCheck:
         raise NumericError(f"{message}{repeat}{remedy}", place, path)
 
     def _outputs(self, graph: Graph, *, wide: bool) -> list[Tensor]:
-        """What a pass leaves is what the next one starts from: the last two graphs' outputs are kept."""
+        """What a pass leaves is what the next one starts from: the outputs of the two graphs that were asked for last are kept."""
         key = (graph.fingerprint(), wide)
-        if key not in self._last:
-            while len(self._last) >= 2:
-                del self._last[next(iter(self._last))]
-            self._last[key] = self._runner.run(graph, wide=wide)
+        found = self._last.pop(key, None)
+        while len(self._last) >= 2:
+            del self._last[next(iter(self._last))]
+        self._last[key] = self._runner.run(graph, wide=wide) if found is None else found
         return self._last[key]
 
 

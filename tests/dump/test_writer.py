@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from qcompile.errors import SourceError
 from qcompile.ir.lowered import Kernel, KernelSpec
 from qcompile.ir.records import PassRecord
 
-CHANGED = PassRecord(0, "canonicalize", "canonicalize", True, 10, 8, 0.25, 4096, 1e-7)
+CHANGED = PassRecord(0, "canonicalize", "canonicalize", True, 10, 8, 0.25, 4096, 1e-7, exact=True, total_kl=0.5)
 IDLE = PassRecord(1, "fold-constants", "fold-constants{limit=2}", False, 8, 8, 0.125, 4096)
 SPEC = KernelSpec("linear", (("K", 64), ("N", 64)), ())
 
@@ -37,7 +38,8 @@ def test_summary_has_every_pass(tmp_path: Path) -> None:
     first, second = json.loads((tmp_path / "passes.json").read_text())
     assert first == {
         "index": 0, "name": "canonicalize", "spec": "canonicalize", "changed": True, "nodes_before": 10, "nodes_after": 8, "seconds": 0.25,
-        "max_error": 1e-7, "bytes": 4096, "listing": "001_canonicalize.txt",
+        "exact": True, "checked": True, "max_error": 1e-7, "sqnr_db": None, "kl": None, "total_sqnr_db": None, "total_kl": 0.5,
+        "bytes": 4096, "listing": "001_canonicalize.txt",
     }  # fmt: skip
     assert second["max_error"] is None
     assert second["listing"] is None
@@ -46,6 +48,10 @@ def test_summary_has_every_pass(tmp_path: Path) -> None:
 def test_summary_reads_back(tmp_path: Path) -> None:
     _write(tmp_path)
     assert writer.read_summary(tmp_path) == ("canonicalize,fold-constants{limit=2}", [CHANGED, IDLE])
+    rows = json.loads((tmp_path / "passes.json").read_text())
+    older = [{key: value for key, value in row.items() if key not in ("exact", "checked", "total_kl")} for row in rows]
+    (tmp_path / "passes.json").write_text(json.dumps(older))
+    assert writer.read_summary(tmp_path)[1] == [replace(CHANGED, exact=None, total_kl=None), IDLE]
 
 
 def test_wider_columns_are_no_change(tmp_path: Path) -> None:
