@@ -103,19 +103,17 @@ class NumericCheck:
         )
 
     def keep(self, before: Graph, step: Pass, ctx: PassContext, error: str) -> str:
-        """Write a reproducer if there is a directory for one, and say in a message what it is; "" else."""
-        path = self._written(before, step, ctx, error)
-        return f"; repeat it with `qcompile replay {path}`" if path else ""
+        """Write a reproducer if there is a directory for one, and say in a message how to use it; "" else."""
+        return _repeat(self._written(before, step, ctx, error))
 
-    def _written(self, before: Graph, step: Pass, ctx: PassContext, error: str) -> str:
-        return "" if self.reproducers is None else str(keep(self.reproducers, before, step, ctx, self.tolerance, error))
+    def _written(self, before: Graph, step: Pass, ctx: PassContext, error: str) -> Path | None:
+        return None if self.reproducers is None else keep(self.reproducers, before, step, ctx, self.tolerance, error)
 
     def _refuse(self, wanted: str, found: str, place: Place | None, before: Graph, step: Pass, ctx: PassContext) -> NoReturn:
         message = f"{step.name}: expected {wanted}, got {found}{'' if place is None else f'; {place}'}"
         path = self._written(before, step, ctx, message)
-        repeat = f"; repeat it with `qcompile replay {path}`" if path else ""
         remedy = f"; the pass is wrong on this graph, disable it with --disable-pass {step.name}"
-        raise NumericError(f"{message}{repeat}{remedy}", place, path)
+        raise NumericError(f"{message}{_repeat(path)}{remedy}", place, "" if path is None else str(path))
 
     def _outputs(self, graph: Graph, *, wide: bool) -> list[Tensor]:
         """What a pass leaves is what the next one starts from: the outputs of the two graphs that were asked for last are kept."""
@@ -130,3 +128,7 @@ class NumericCheck:
 def outputs(graph: Graph, *, wide: bool) -> list[Tensor]:
     """The outputs on the example inputs, computed in float64 if `wide`; logits of padding tokens are zero."""
     return ExampleRun().run(graph, wide=wide)
+
+
+def _repeat(path: Path | None) -> str:
+    return "" if path is None else f"; repeat it with `qcompile replay {path}` ({path.stat().st_size / 1e6:.3g} MB)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qcompile.errors import BrokenPassError, NumericError, PipelineError, SourceError
+from qcompile.frontend import load
 from qcompile.ir.constants import Cast, Constant
 from qcompile.ir.graph import Graph
-from qcompile.passes.base import Pass, PassContext
+from qcompile.passes.base import Pass, PassContext, parse_pipeline
 from qcompile.passes.bisect import ErrorAbove, first_failing_pass, first_failing_rewrite
 from qcompile.passes.calibration import Calibration
 from qcompile.passes.calibration_data import CalibrationData
@@ -26,10 +27,12 @@ from qcompile.passes.convert_dtype import ConvertDtype
 from qcompile.passes.effects import divergence_per_token, sqnr
 from qcompile.passes.example_run import ExampleRun
 from qcompile.passes.instruments import NumericCheck, outputs
-from qcompile.passes.manager import run_pipeline
+from qcompile.passes.manager import run_pass, run_pipeline
+from qcompile.passes.pipelines import default_pipeline, insert, registry
 from qcompile.passes.quantize_weights import QuantizeWeights
 from qcompile.passes.reproducer import load_reproducer, write_reproducer
 from qcompile.target import parse_target
+from tests.models import tiny
 from tests.passes.helpers import Gated, capture, context
 
 
@@ -117,6 +120,24 @@ def test_bisection_wants_a_predicate_that_holds_at_first_and_finds_nothing_where
     assert (
         first_failing_rewrite(gated, ConvertDtype(to="bf16"), context(), lambda graph: graph.fingerprint() == gated.fingerprint()) is None
     )
+
+
+def test_without_fuel_no_pass_rewrites_but_those_that_do_one_thing() -> None:
+    target = parse_target("cpu-w8a8")
+    graph, ctx = load(tiny("llama")).graph, PassContext(target)
+    steps = default_pipeline(target)
+    for extra in parse_pipeline("fold-norms,rotate-hadamard{online=linears+keys}", registry()):
+        steps = insert(steps, extra, before="rewrite-kv-cache")
+    changed = {}
+    for step in steps[: [step.name for step in steps].index("lower-to-kernels")]:
+        still = graph.clone()
+        run_pass(still, step, replace(ctx, fuel=0))
+        graph.remove_dead()
+        still.remove_dead()  # what an earlier pass left without users may go
+        changed[step.name] = graph.fingerprint() != still.fingerprint()
+        run_pass(graph, step, ctx)
+    assert {name for name, has in changed.items() if has} == {"rewrite-kv-cache"}
+    assert len(changed) > 10
 
 
 @dataclass
