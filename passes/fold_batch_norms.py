@@ -92,7 +92,7 @@ def _folded_bias(graph: Graph, node: fx.Node, name: str, dtype: torch.dtype) -> 
     weight = str(producer.args[1].target)
     graph.bind(weight, _scaled(graph.constants[weight], Scaled(0, tensor_constant(factor))))
     total = shifted if offset is None else shifted + offset
-    return Constant(TensorSource(total), (Cast(dtype),))
+    return Constant(TensorSource(total), (Cast(dtype),), history=(f"bias and mean of {node.name}",))
 
 
 def _scaled(constant: Constant, scale: Scaled) -> Constant:

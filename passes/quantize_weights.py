@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 
 from qcompile.errors import PipelineError
-from qcompile.ir.constants import Cast
+from qcompile.ir.constants import Cast, Constant, RoundedSource
 from qcompile.ir.graph import Graph, fake_value
 from qcompile.passes.base import Pass, PassContext
 from qcompile.passes.round_filters import bias_name
@@ -35,15 +35,18 @@ class QuantizeWeights(Pass):
         sites = find_sites(graph, ctx, self.name)
         parts = parts_of(graph, sites, ctx, self.rounding) if sites else {}
         for site in sites:
-            _read_packed(graph, site, parts[site.weight])
+            _read_packed(graph, site, parts[site.weight], self.rounding)
         graph.remove_dead()
         return bool(sites)
 
 
-def _read_packed(graph: Graph, site: Site, constants: Parts) -> None:
+def _read_packed(graph: Graph, site: Site, constants: Parts, rounding: str) -> None:
     """Let the site's readers read a dequantize of the packed parts, and a convolution its filters unfolded again."""
     operand = weight_operand(site.readers[0])
-    parts = {part: graph.add_constant(f"{site.weight}.{part}", constants[part], source=operand) for part in site.form.parts}
+    parts = {
+        part: graph.add_constant(f"{site.weight}.{part}", _told(constants[part], site, rounding, part), source=operand)
+        for part in site.form.parts
+    }
     if BIAS in constants:
         name = bias_name(site.readers[0])
         graph.bind(name, constants[BIAS].then(Cast(graph.constants[name].dtype)))
@@ -58,3 +61,10 @@ def _read_packed(graph: Graph, site: Site, constants: Parts) -> None:
         node = graph.insert(site.readers[0], aten.reshape.default, (node, list(site.shape)), source=operand, value=value)
     for reader in site.readers:
         reader.replace_input_with(operand, node)
+
+
+def _told(constant: Constant, site: Site, rounding: str, part: str) -> Constant:
+    """A part that was made before now, with what was done to its weight; one that is still to be rounded tells it by itself."""
+    if isinstance(constant.source, RoundedSource):
+        return constant
+    return replace(constant, history=(*site.constant.log, f"quantize({site.form}, {rounding}).{part}"))

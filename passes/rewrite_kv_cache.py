@@ -313,7 +313,7 @@ def _replace_positions(graph: Graph, positions: fx.Node) -> None:
     others = [user for user in old.users if user.target is not qcompile.rotary_table.default]
     if others:
         last = graph.placeholders[-1]
-        real = graph.insert(last.next, torch.ops.aten.clamp_min.default, (positions, 0), source=old)
+        real = graph.insert(last.next, torch.ops.aten.clamp_min.default, (positions, 0), source=others[0])
         for user in others:
             user.replace_input_with(old, real)
     old.replace_all_uses_with(positions)

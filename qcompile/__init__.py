@@ -14,6 +14,7 @@ from qcompile.errors import QCompileError
 from qcompile.version import __version__
 
 if TYPE_CHECKING:
+    from qcompile.blaming import blame
     from qcompile.compiled import CompiledModel, load
     from qcompile.compiler import compile  # noqa: A004  the public verb, always written qcompile.compile
     from qcompile.ir.graph import Graph
@@ -33,6 +34,7 @@ __all__ = [
     "QuantScheme",
     "Target",
     "__version__",
+    "blame",
     "compile",
     "errors",
     "load",
@@ -43,6 +45,8 @@ __all__ = [
 def _home(name: str) -> str | None:
     """The module that holds the public name, or None."""
     match name:
+        case "blame":
+            return "qcompile.blaming"
         case "compile":
             return "qcompile.compiler"
         case "CompiledModel" | "load":

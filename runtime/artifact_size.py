@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from qcompile.ir.tensor_file import constants_bytes
 from qcompile.runtime.artifact import ArtifactContents, artifact_files, manifest, weights_entry
 from qcompile.runtime.manifest import KERNELS, seal
-from qcompile.runtime.weights import CHUNK_BYTES, weights_bytes
+from qcompile.runtime.weights import CHUNK_BYTES
 
 _HASH = "0" * 64
 """A SHA-256 in hex digits: all are alike long."""
@@ -48,7 +49,7 @@ def artifact_size(contents: ArtifactContents) -> ArtifactSize:
     Raises:
         ArtifactError: for what could not be saved.
     """
-    weights = weights_bytes(contents.constants)
+    weights = constants_bytes(contents.constants)
     files = artifact_files(contents)
     entry = weights_entry(weights, [_HASH] * -(-weights // CHUNK_BYTES))
     sealed = len(seal(manifest(contents, files, entry)))

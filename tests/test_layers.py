@@ -11,14 +11,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "version", "data", "progress"),
+    ("errors", "version", "data", "progress", "kept"),
     ("quant",),
     ("target",),
     ("ir",),
     ("passes", "codegen", "runtime"),
     ("frontend", "exporters", "dump"),
     ("compiled",),
-    ("compiler", "evaluation", "speed"),
+    ("blaming", "compiler", "evaluation", "speed"),
     ("planning", "torch_backend"),
     ("cli",),
 )

@@ -144,6 +144,7 @@ class Converter:
 
     def _place(self, node: fx.Node, origin: fx.Node) -> fx.Node:
         node.meta.update({"val": pytree.tree_map(self._value, origin.meta.get("val")), "source": _source(origin), "passes": ()})
+        node.meta["origins"] = _origin(origin)
         return node
 
     def _value(self, value: Any) -> Any:
@@ -205,6 +206,16 @@ def _source(node: fx.Node) -> str:
     if told:
         return str(told)
     return user_frame((file, int(line)) for file, line in _FRAME.findall(node.meta.get("stack_trace") or ""))
+
+
+def _origin(node: fx.Node) -> tuple[str, ...]:
+    """The traced operator itself, with the module that called it: `model.layers.0.mlp: aten.mul.Tensor mul_19`."""
+    if node.op != "call_function":
+        return ()
+    modules = [str(path) for path, *_ in (node.meta.get("nn_module_stack") or {}).values()]
+    call = f"{operator_name(node.target)} {node.name}"
+    named = modules and modules[-1] and not modules[-1].startswith("_")  # the tracer's own have an underscore
+    return (f"{modules[-1]}: {call}" if named else call,)
 
 
 def _mode(program: ExportedProgram) -> FakeTensorMode:

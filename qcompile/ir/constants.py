@@ -6,6 +6,7 @@ So a model of any size is traced, transformed and written without ever standing 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -163,8 +164,13 @@ class RoundedSource:
     @property
     def key(self) -> str:
         """The weight's own key and what was done to it."""
+        return f"{self.rounding.weight.key}|{self.text}"
+
+    @property
+    def text(self) -> str:
+        """What was done to the weight: `quantize(int4 g64 sym fp16).codes`."""
         method = "" if self.rounding.method == "nearest" else f", {self.rounding.method}"
-        return f"{self.rounding.weight.key}|quantize({self.rounding.form}{method}).{self.part}"
+        return f"quantize({self.rounding.form}{method}).{self.part}"
 
     def load(self) -> Tensor:
         """Round the weight, or take the part from the rounding its siblings caused."""
@@ -254,12 +260,14 @@ class Reshape:
 class Constant:
     """A source and the log of what happens to its tensor between there and the graph.
 
-    `format` is what the printer shows for a quantized part, None for a plain tensor.
+    `format` is what the printer shows for a quantized part, None for a plain tensor. `history` tells what was done to the tensor before it
+    became this source, such as before it was stored; unlike the transforms it is for readers only.
     """
 
     source: Source
     transforms: tuple[Transform, ...] = ()
     format: QuantFormat | None = None
+    history: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -291,6 +299,13 @@ class Constant:
         return "|".join((self.source.key, *map(str, self.transforms)))
 
     @property
+    def log(self) -> tuple[str, ...]:
+        """Everything that was done to the tensor, in order, a line each: multiplied, permuted, rotated, rounded."""
+        source = self.source
+        rounded = (*source.rounding.weight.log, source.text) if isinstance(source, RoundedSource) else ()
+        return (*self.history, *rounded, *map(log_text, self.transforms))
+
+    @property
     def is_bound(self) -> bool:
         """Whether there are bytes behind it."""
         source = self.source
@@ -306,6 +321,14 @@ class Constant:
         for transform in self.transforms:
             tensor = transform.apply(tensor)
         return tensor
+
+
+def log_text(transform: Transform) -> str:
+    """The entry as people read it: without the addresses by which keys tell tensors apart, so equal in another process."""
+    return _ADDRESS.sub(r"\1", str(transform))
+
+
+_ADDRESS = re.compile(r"(memory:\w+\[[\d, ]*\]):[0-9a-f]+:\([\d, ]*\)")
 
 
 def tensor_constant(tensor: Tensor) -> Constant:

@@ -17,6 +17,7 @@ from qcompile.errors import ArtifactError, FormatError
 from qcompile.ir.allowed import ALLOWED, name_of
 from qcompile.ir.constants import Constant
 from qcompile.ir.graph import Graph, Interface, operator_name
+from qcompile.ir.provenance import origins
 from qcompile.ir.size import Size
 from qcompile.ir.symbols import size_expression
 from qcompile.quant.format import QuantFormat, parse_format
@@ -52,9 +53,10 @@ def graph_to_json(graph: Graph) -> dict[str, Any]:
 
 
 def constant_to_json(constant: Constant) -> dict[str, Any]:
-    """Dtype, shape, and the format of a quantized part."""
+    """Dtype, shape, the format of a quantized part, and what was done to it."""
     form = str(constant.format) if constant.format is not None else None
-    return {"dtype": dtype_name(constant.dtype), "shape": list(constant.shape), "format": form}
+    result: dict[str, Any] = {"dtype": dtype_name(constant.dtype), "shape": list(constant.shape), "format": form}
+    return result | ({"log": list(constant.log)} if constant.log else {})
 
 
 def _interface_to_json(interface: Interface) -> dict[str, Any]:
@@ -95,6 +97,8 @@ def _node_to_json(node: fx.Node, names: dict[str, str]) -> dict[str, Any]:
     result["type"] = _type_to_json(node.meta.get("val"), names)
     result["source"] = node.meta.get("source", "")
     result["passes"] = list(node.meta.get("passes", ()))
+    if origins(node):
+        result["origins"] = list(origins(node))
     return result
 
 

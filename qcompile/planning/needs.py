@@ -5,10 +5,9 @@ Copies of a weight or a moment in flight were measured: peak resident memory ove
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import pairwise
 from typing import Any
 
 from qcompile.ir.constants import Cast, Constant
@@ -27,8 +26,6 @@ _BASIS_COPIES = 6
 """The same of one that a change of basis comes before: two of them in float64."""
 _GPTQ_COPIES, _MOMENT_COPIES = 8, 6
 """The same of a weight while its columns are rounded one after the other, and of the second moment of its inputs."""
-_CAST_COPIES = 2
-"""The same of a float weight that is written in another dtype."""
 _MICRO_BATCH = 1024
 """Tokens that run through the graph at once."""
 _IN_FLIGHT = 6
@@ -87,20 +84,7 @@ def predict_needs(outlined: Outlined, tokens: int) -> Needs:
         phases["learning roundings"] = model.learning(tokens)
     if outlined.size.onnx:
         disk["ONNX file before it is copied (temporary)"] = outlined.size.onnx
-    return Needs(resident_bytes(), phases, {name: size for name, size in disk.items() if size})
-
-
-def resident_bytes() -> int:
-    """What this process holds now; the most it ever held where the system does not say."""
-    try:
-        import resource
-
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-        return pages * resource.getpagesize()
-    except OSError:
-        return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
-    except ImportError:  # a system without either
-        return 0
+    return Needs(outlined.resident, phases, {name: size for name, size in disk.items() if size})
 
 
 class _Model:
@@ -124,7 +108,7 @@ class _Model:
         factor = _BASIS_COPIES if self._changes_bases else _ROUND_COPIES
         done = self.rounding in ("gptq", "learned")
         coded = max((4 * count * (1 if done else factor) for count in self._elements.values()), default=0)
-        plain = (4 * self._count(name) * _copies(item) for name, item in self._constants.items() if item.format is None)
+        plain = (_in_flight(item) for item in self._constants.values() if item.format is None)
         return max(coded, max(plain, default=0))
 
     def values(self, tokens: int) -> int:
@@ -167,9 +151,13 @@ class _Model:
         return item.nbytes // item.dtype.itemsize
 
 
-def _copies(constant: Constant) -> int:
-    """Of a float weight, by what its log does to it."""
-    return _CAST_COPIES if all(isinstance(step, Cast) for step in constant.transforms) else _BASIS_COPIES
+def _in_flight(constant: Constant) -> int:
+    """Of a float weight as it is made: what a cast reads beside what it makes; a change of basis works in float64."""
+    count = constant.nbytes // constant.dtype.itemsize
+    if not all(isinstance(step, Cast) for step in constant.transforms):
+        return 4 * count * _BASIS_COPIES
+    widths = [constant.source.dtype.itemsize, *(step.to.itemsize for step in constant.transforms if isinstance(step, Cast))]
+    return count * max((before + after for before, after in pairwise(widths)), default=widths[0])
 
 
 def _stacked(plan: Plan, elements: dict[str, int]) -> Iterator[tuple[int, int]]:

@@ -15,7 +15,7 @@ import qcompile
 from qcompile.errors import OptionError, PipelineError, SourceError, TargetError, UnsupportedModelError
 from qcompile.passes.pipelines import default_pipeline, placed_passes
 from qcompile.planning.hardware import DEVICES, device_for
-from qcompile.planning.needs import resident_bytes
+from qcompile.planning.outlining import resident_bytes
 from qcompile.target import parse_target
 from tests.models import tiny
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import qcompile
 from qcompile.compiled import CompiledModel
 from qcompile.errors import ArtifactError
+from qcompile.ir.provenance import origins
 from qcompile.runtime.artifact import ArtifactContents, load_artifact, save_artifact
 from tests.listings import without_logs
 from tests.models import OTHER_FAMILIES, example_inputs, tiny
@@ -45,6 +46,15 @@ def test_kernels_and_native_code_come_back(sm90: tuple[CompiledModel, Path]) -> 
         assert (path / "kernels" / f"{name}.py").read_text() == kernel.source
 
 
+def test_every_kernel_knows_the_traced_operators_it_serves(sm90: tuple[CompiledModel, Path]) -> None:
+    contents = load_artifact(sm90[1])
+    served = [(name, step.node) for entry in contents.plan.entries.values() for step in entry.steps for name in step.kernels.values()]
+    assert {name for name, _ in served} == set(contents.kernels)
+    nodes = {node.name: node for node in contents.graph.nodes}
+    assert not [node for _, node in served if node in nodes and not origins(nodes[node])]
+    assert {node for _, node in served if node not in nodes} <= {"gather_last"}  # made while planning
+
+
 def test_weights_are_plain_safetensors(compiled: CompiledModel, saved: Path) -> None:
     tensors = load_file(saved / "weights.safetensors")
     assert set(tensors) == set(compiled.contents.constants)
@@ -66,7 +76,9 @@ def test_families_give_the_same_outputs_after_loading(family: str, tmp_path: Pat
     options = {"example_inputs": inputs} if family in OTHER_FAMILIES else {}
     model = qcompile.compile(tiny(family), "cpu-int8", **options)  # type: ignore[arg-type]
     model.save(tmp_path / "out")
-    expected, got = model(**inputs), qcompile.load(tmp_path / "out")(**inputs)
+    loaded = qcompile.load(tmp_path / "out")
+    assert not [node.name for node in loaded.graph.nodes if node.op == "call_function" and not origins(node)]
+    expected, got = model(**inputs), loaded(**inputs)
     assert list(got) == list(expected)
     assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
 
