@@ -12,10 +12,10 @@ from typing import Any
 
 from qcompile.ir.constants import Cast, Constant
 from qcompile.ir.lowered import Plan
+from qcompile.kept import LIMIT_BYTES
 from qcompile.passes.execution import Limits
 from qcompile.passes.learn_rotation import MOMENT_BYTES
 from qcompile.passes.learn_rounding import LEARNING_BYTES, Learning
-from qcompile.passes.work import DEFAULT_BYTES
 from qcompile.planning.outlining import Outlined
 from qcompile.runtime.accounting import elements_of_codes
 from qcompile.runtime.engines.packed import PACKED_LINEARS, packed_weight
@@ -75,7 +75,7 @@ def predict_needs(outlined: Outlined, tokens: int) -> Needs:
         phases["running the model on calibration data"] = model.running(tokens)
         spilled = max(0, model.values(tokens) - Limits().values)
         disk["values beyond the limit in memory (temporary)"] = spilled
-        disk["work cache"] = min(DEFAULT_BYTES, model.kept())
+        disk["work cache"] = min(LIMIT_BYTES, model.kept())
     if model.turns_stream:
         phases["second moments for a rotation"] = model.moments()
     if model.rounding in ("gptq", "learned"):
