@@ -30,8 +30,7 @@ _MICRO_BATCH = 1024
 """Tokens that run through the graph at once."""
 _IN_FLIGHT = 6
 """Values as wide as the widest that a layer has at once."""
-_BASE_CHANGES = ("fold-norms", "learn-rotation", "smooth-activations", "rotate-hadamard", "scale-keys", "scale-salient-weights")
-_OUT_OF_DATA = ("learn-rotation", "smooth-activations", "quantize-weights", "quantize-activations", "rewrite-kv-cache", "split-outliers")
+_BASIS_CHANGES = ("fold-norms", "learn-rotation", "smooth-activations", "rotate-hadamard", "scale-keys", "scale-salient-weights")
 
 
 @dataclass
@@ -96,10 +95,10 @@ class _Model:
         self._elements = elements_of_codes(contents.plan)
         self._groups = list(_stacked(contents.plan, self._elements))
         names = [record.name for record in contents.records]
-        self._changes_bases = any(name in _BASE_CHANGES for name in names)
+        self._changes_bases = any(name in _BASIS_CHANGES for name in names)
         specs = [record.spec for record in contents.records if record.name == "quantize-weights"]
         self.rounding = next((spec.partition("rounding=")[2].rstrip("}").split(",")[0] for spec in specs if "rounding=" in spec), "nearest")
-        self.reads_data = any(name in _OUT_OF_DATA for name in outlined.outline.valueless)
+        self.reads_data = bool(outlined.outline.valueless)
         self.turns_stream = any(choice.step == "learn-rotation" for choice in outlined.outline.choices)
         self.learns = self.rounding == "learned" and 0 < sum(self._elements.values()) <= Learning().most_elements
 
