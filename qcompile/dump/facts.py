@@ -26,16 +26,43 @@ SPEED_FILE, ACCURACY_FILE = "bench.json", "eval.json"
 class Compiled(Protocol):
     """The part of a compiled model that is told about."""
 
-    assets: Assets
-    records: list[PassRecord]
-    coverage: list[CoverageRow]
-    cache_layers: list[CacheLayer]
-    weight_bytes: int
-    bits_per_weight: float | None
-    kv_bytes_per_token: int
-    kv_bytes_per_sequence: int
     contents: ArtifactContents
-    target: Any
+
+    @property
+    def target(self) -> object:
+        """What it was compiled for."""
+
+    @property
+    def assets(self) -> Assets:
+        """What the model carries beside its weights."""
+
+    @property
+    def records(self) -> list[PassRecord]:
+        """What each pass did."""
+
+    @property
+    def coverage(self) -> list[CoverageRow]:
+        """Format and kernel of each operator."""
+
+    @property
+    def cache_layers(self) -> list[CacheLayer]:
+        """The cache of each attention."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all constants."""
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Bits stored for an element of the quantized matrices."""
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of cache of a token."""
+
+    @property
+    def kv_bytes_per_sequence(self) -> int:
+        """Bytes of cache of a sequence beside its tokens."""
 
 
 @dataclass(frozen=True)
