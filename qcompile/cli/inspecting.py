@@ -12,6 +12,7 @@ import qcompile
 from qcompile.cli.output import JsonOption, emit
 from qcompile.dump.cache_table import cache_tables
 from qcompile.dump.facts import Facts, distribution_rows, facts_of_dump, facts_of_model
+from qcompile.dump.html.page import write_report
 from qcompile.dump.provenance import provenance, provenance_tables
 from qcompile.dump.reader import is_dump
 from qcompile.dump.tables import coverage_table, distribution_table, kernel_table, note_table, pass_rows_table, readable, value_table
@@ -20,11 +21,15 @@ from qcompile.dump.tables import coverage_table, distribution_table, kernel_tabl
 def inspect(
     path: Annotated[Path, typer.Argument(help="An artifact, or a directory written by --dump.")],
     node: Annotated[str | None, typer.Option(help="A node or constant as the listing names it: where it comes from.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a report to this file, to open in a browser.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """What was done to a model: passes, sizes, the format and kernel of every operator, or why it was left alone, and its cache."""
     facts = read_facts(path)
-    if node is not None:
+    if html is not None:
+        written = {"report": str(html), "report_bytes": write_report(facts, html)}
+        emit(written, [value_table(readable(written))], as_json=as_json)
+    elif node is not None:
         found = provenance(facts, node)
         emit(found, provenance_tables(found), as_json=as_json)
     else:

@@ -85,6 +85,7 @@ class Facts:
         notes: what passes left alone; None in an artifact, whose coverage says it.
         distributions: of weights and activations; None in an artifact.
         figures: what was measured of the result: KL, perplexity, tokens per second.
+        blame: what `qcompile blame` left in a dump; None where it was not asked.
         listings: makes the graphs that are known, the last of them the final one.
     """
 
@@ -104,6 +105,7 @@ class Facts:
     distributions: Mapping[str, Any] | None = None
     figures: Mapping[str, float] = field(default_factory=dict)
     listings: Callable[[], Sequence[Listing]] = field(default=list, repr=False)
+    blame: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, without sources of kernels; of distributions only what tables show."""
@@ -141,7 +143,7 @@ def facts_of_dump(path: Path) -> Facts:
         path, "dump", heading.model, heading.target, heading.pipeline, "", dump.passes,
         rows_as(dump, "coverage.json", dump.coverage, CoverageRow), rows_as(dump, "cache.json", dump.cache, _cache_layer), dump.sizes,
         dump.kernels, {row["name"]: dump.kernel_source(row) for row in dump.kernels if row["file"] is not None}, dump.notes,
-        dump.distributions, read_figures(path), lambda: dump.listings,
+        dump.distributions, read_figures(path), lambda: dump.listings, dump.blame,
     )  # fmt: skip
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from qcompile.dump import products, writer
 from qcompile.dump.distributions import DistributionRecorder
+from qcompile.dump.facts import facts_of_dump
 from qcompile.dump.graph_log import GraphLog
+from qcompile.dump.html.page import write_report
 from qcompile.dump.rows import listing_name
 from qcompile.dump.tables import coverage_rows
 from qcompile.ir.graph import Graph
@@ -78,3 +80,4 @@ class DumpInstrument:
         writer.write_json(directory / "distributions.json", self._distributions.values())
         writer.write_records(directory, self._records)
         writer.write_heading(directory, self._heading, complete=True)
+        write_report(facts_of_dump(directory), directory / writer.REPORT_FILE)

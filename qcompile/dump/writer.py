@@ -24,6 +24,7 @@ from qcompile.version import __version__
 FORMAT = 1
 """Of a dump's files; raised whenever an older reader would misunderstand them."""
 HEADING_FILE, RECORDS_FILE, GRAPHS_FILE, KERNELS_FILE = "dump.json", "passes.json", "graphs.jsonl", "kernels.json"
+REPORT_FILE = "report.html"
 INPUT_LISTING = "000_input"
 """The graph as traced, before the first pass."""
 

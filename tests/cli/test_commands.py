@@ -15,6 +15,7 @@ import pytest
 
 import qcompile
 from qcompile.dump import writer
+from qcompile.dump.blame import KL, Blame, Cell, Step
 from qcompile.quant.scheme_options import SchemeOptions
 from tests.cli.fakes import CACHE, RECORDS, FakeModel
 
@@ -98,6 +99,7 @@ def test_export_hands_every_option_on(model: FakeModel, invoke: Invoke, tmp_path
     result = invoke("export", "out", "-o", tmp_path / "m.onnx", *options)
     assert model.asked == {
         "arguments": (tmp_path / "m.onnx",), "profile": "ort", "opset": 23, "external_data": True, "accuracy_level": 4, "genai": True,
+        "compare": True,
         "overwrite": True,
     }  # fmt: skip
     printed = json.loads(result.stdout)
@@ -226,3 +228,40 @@ def test_a_warning_is_one_line_on_standard_error(model: FakeModel, invoke: Invok
     result = invoke("run", "out", "--prompt", "x")
     assert result.stderr == "warning: served by reference\n"
     assert result.stdout == "Paris\n"
+
+
+def test_blame_hands_its_options_on_and_writes_into_a_dump(monkeypatch: pytest.MonkeyPatch, invoke: Invoke, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {}
+    cells = tuple(Cell(layer, "weights", "quantize-weights", f"layers.{layer}.w", "w", 0.3, 0.1, (layer,)) for layer in (1, 0))
+    made = Blame("m", "cpu-int4", KL, 0.5, cells, (Step("fold-norms", 0.1, True, "linear_3", "first at linear_3"),), 0.1, 2, 9, 12, 256)
+    monkeypatch.setitem(vars(qcompile), "blame", lambda *arguments, **options: asked.update({"arguments": arguments, **options}) or made)
+    np.savez(tmp_path / "inputs.npz", x=np.ones((2, 3), dtype=np.float32))
+    (tmp_path / "passes.json").write_text("[]")
+    result = invoke(
+        "blame", "out", "--reference", "m.gguf", "--tokens", "t.npy", "--inputs", tmp_path / "inputs.npz", "--windows", "3", "--budget",
+        "40", "--calibration", "c.npy", "--dump", tmp_path, "--top", "1",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    (inputs,) = asked.pop("inputs")
+    assert inputs["x"].shape == (2, 3)
+    assert asked == {
+        "arguments": (Path("out"), "m.gguf"), "tokens": Path("t.npy"), "windows": 3, "budget": 40, "calibration": Path("c.npy"),
+    }  # fmt: skip
+    assert json.loads((tmp_path / "blame.json").read_text()) == made.to_dict()
+    for shown in ("layers.1.w", "and 1 more", "40.0 %", "first at linear_3", "9 of at most 12"):
+        assert shown in result.stdout
+    printed = json.loads(invoke("blame", "out", "--reference", "m", "--json").stdout)
+    assert (printed["total_kl"], printed["passes"][0]["node"], printed["cells"][1]["layer"]) == (0.5, "linear_3", 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--dump", "nowhere"), "nowhere: expected a dump, got a directory without passes.json"),
+        (("--inputs", "no.npz"), "saved by numpy.savez"),
+    ],
+)
+def test_blame_refuses_what_is_no_dump_and_no_input(options: tuple[str, ...], message: str, invoke: Invoke) -> None:
+    result = invoke("blame", "out", "--reference", "m", *options)
+    assert result.exit_code == 2
+    assert message in result.stderr

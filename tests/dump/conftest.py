@@ -1,4 +1,4 @@
-"""One dump for the tests that only read it."""
+"""Dumps for the tests that only read them."""
 
 from __future__ import annotations
 
@@ -34,3 +34,13 @@ def dumped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipeline = insert(pipeline, RotateHadamard(), before="rewrite-kv-cache")
     qcompile.compile(outlier_llama(), TARGET, passes=pipeline, dump=path, max_context=8, group_size=16)
     return path
+
+
+@pytest.fixture(scope="session")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dump of a tiny llama, checked while it was compiled, and the folder `artifact` beside it."""
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("report")
+    compiled = qcompile.compile(tiny("llama"), "cpu-int4", recipe="nearest", max_context=32, check=True, dump=root / "dump")
+    compiled.save(root / "artifact")
+    return root / "dump"

@@ -15,7 +15,9 @@ from qcompile.ir.lowered import Entry, Kernel, KernelSpec, Plan, Step
 from qcompile.ir.records import PassRecord
 from qcompile.version import __version__
 
-CHANGED = PassRecord(0, "canonicalize", "canonicalize", True, 10, 8, 0.25, 4096, 1e-7)
+CHANGED = PassRecord(
+    0, "canonicalize", "canonicalize", True, 10, 8, 0.25, 4096, 1e-7, exact=True, total_sqnr_db=140.0, total_kl=1e-9,
+)  # fmt: skip
 IDLE = PassRecord(1, "fold-constants", "fold-constants{limit=2}", False, 8, 8, 0.125, 4096)
 SPEC = KernelSpec("linear", (("K", 64), ("N", 64)), ())
 
@@ -54,7 +56,8 @@ def test_summary_has_every_pass(tmp_path: Path) -> None:
     first, second = json.loads((tmp_path / "passes.json").read_text())
     assert first == {
         "index": 0, "name": "canonicalize", "spec": "canonicalize", "changed": True, "nodes_before": 10, "nodes_after": 8, "seconds": 0.25,
-        "max_error": 1e-7, "bytes": 4096, "listing": "001_canonicalize.txt",
+        "exact": True, "checked": True, "max_error": 1e-7, "sqnr_db": None, "kl": None, "total_sqnr_db": 140.0, "total_kl": 1e-9,
+        "bytes": 4096, "listing": "001_canonicalize.txt",
     }  # fmt: skip
     assert second["max_error"] is None
     assert second["listing"] is None
