@@ -143,7 +143,7 @@ def facts_of_dump(path: Path) -> Facts:
         path, "dump", heading.model, heading.target, heading.pipeline, "", dump.passes,
         rows_as(dump, "coverage.json", dump.coverage, CoverageRow), rows_as(dump, "cache.json", dump.cache, _cache_layer), dump.sizes,
         dump.kernels, {row["name"]: dump.kernel_source(row) for row in dump.kernels if row["file"] is not None}, dump.notes,
-        dump.distributions, read_figures(path), lambda: dump.listings, dump.blame,
+        dump.distributions, measured(path, dump.passes), lambda: dump.listings, dump.blame,
     )  # fmt: skip
 
 
@@ -180,13 +180,19 @@ def facts_of_model(model: Compiled, path: Path) -> Facts:
     return Facts(
         path, "artifact", model.assets.name or model.assets.model_type, str(model.target), contents.pipeline, "",
         [record_row(record) for record in model.records], model.coverage, model.cache_layers, sizes,
-        kernel_rows(contents.plan, contents.kernels), sources, figures=read_figures(path), listings=lambda: [_final(contents)],
+        kernel_rows(contents.plan, contents.kernels), sources, figures=measured(path, [record_row(record) for record in model.records]), listings=lambda: [_final(contents)],
     )  # fmt: skip
 
 
 def _final(contents: ArtifactContents) -> Listing:
     graph = contents.graph
     return Listing("final", None, tuple(node_records(graph, lines(graph))))
+
+
+def measured(path: Path, passes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What is known of the result: `checked_kl` on the examples, where every pass was checked, and what `read_figures` finds."""
+    totals = [row["total_kl"] for row in passes if row.get("total_kl") is not None]
+    return {**({"checked_kl": float(totals[-1])} if totals else {}), **read_figures(path)}
 
 
 def read_figures(path: Path) -> dict[str, float]:
