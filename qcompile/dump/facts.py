@@ -177,10 +177,11 @@ def facts_of_model(model: Compiled, path: Path) -> Facts:
         "binary_bytes": sum(map(len, contents.binaries.values())),
     }
     sources = {name: kernel.source for name, kernel in contents.kernels.items() if kernel.source}
+    rows = [record_row(record) for record in model.records]
     return Facts(
-        path, "artifact", model.assets.name or model.assets.model_type, str(model.target), contents.pipeline, "",
-        [record_row(record) for record in model.records], model.coverage, model.cache_layers, sizes,
-        kernel_rows(contents.plan, contents.kernels), sources, figures=measured(path, [record_row(record) for record in model.records]), listings=lambda: [_final(contents)],
+        path, "artifact", model.assets.name or model.assets.model_type, str(model.target), contents.pipeline, "", rows, model.coverage,
+        model.cache_layers, sizes, kernel_rows(contents.plan, contents.kernels), sources, figures=measured(path, rows),
+        listings=lambda: [_final(contents)],
     )  # fmt: skip
 
 
