@@ -84,10 +84,10 @@ def effect(record: Mapping[str, Any]) -> str:
     parts = [text.format(value) for text, value in measures.items() if value is not None]
     error = record.get("max_error")
     if record.get("exact"):
-        return "exact, not checked" if error is None else f"exact to {error:.1g}" if error else "exact, bit for bit"
+        return "" if error is None else f"exact to {error:.1g}" if error else "exact, bit for bit"
     if not parts and error is not None:
         parts = [f"max error {error:.2g}"]
-    return ", ".join(parts) or ("loses precision, not measured" if record.get("exact") is False else "")
+    return ", ".join(parts) or ("not measured" if record.get("exact") is False else "")
 
 
 def time_axis(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
