@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import resource
 import sys
@@ -33,19 +34,19 @@ def main() -> None:
     config = transformers.LlamaConfig(**SHAPE, architectures=["LlamaForCausalLM"])
     with tempfile.TemporaryDirectory() as directory:
         config.save_pretrained(directory)
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         plan = qcompile.plan(Path(directory) / "config.json", chosen.target, recipe=chosen.recipe, max_context=8192)
-        seconds = time.perf_counter() - started
+        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
     # Linux counts in KiB, macOS in bytes.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(plan.report())
-    print(f"planned in {seconds:.1f} s, peak {peak / 1e9:.2f} GB")
+    print(f"planned in {seconds:.1f} s ({cpu_seconds:.1f} s of one core), peak {peak / 1e9:.2f} GB")
     if chosen.out is not None:
         written = {name: value for name, value in plan.to_dict().items() if name not in ("coverage", "cache", "model")}
         measured = {
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "command": " ".join(sys.argv), "machine": platform.machine(),
-            "seconds": round(seconds, 1), "peak_memory_bytes": peak, "shape": SHAPE, "recipe": chosen.recipe,
-            "left_alone": len(plan.left_alone), "operators": len(plan.coverage),
+            "seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1), "load": os.getloadavg(), "peak_memory_bytes": peak,
+            "shape": SHAPE, "recipe": chosen.recipe, "left_alone": len(plan.left_alone), "operators": len(plan.coverage),
         }  # fmt: skip
         chosen.out.write_text(json.dumps(measured | {"plan": written}, indent=1) + "\n", encoding="utf-8")
 

@@ -5,18 +5,17 @@ Copies of a weight or a moment in flight were measured: peak resident memory ove
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import pairwise
 from typing import Any
 
 from qcompile.ir.constants import Cast, Constant
 from qcompile.ir.lowered import Plan
+from qcompile.kept import LIMIT_BYTES
 from qcompile.passes.execution import Limits
 from qcompile.passes.learn_rotation import MOMENT_BYTES
 from qcompile.passes.learn_rounding import LEARNING_BYTES, Learning
-from qcompile.passes.work import DEFAULT_BYTES
 from qcompile.planning.outlining import Outlined
 from qcompile.runtime.accounting import elements_of_codes
 from qcompile.runtime.engines.packed import PACKED_LINEARS, packed_weight
@@ -27,14 +26,11 @@ _BASIS_COPIES = 6
 """The same of one that a change of basis comes before: two of them in float64."""
 _GPTQ_COPIES, _MOMENT_COPIES = 8, 6
 """The same of a weight while its columns are rounded one after the other, and of the second moment of its inputs."""
-_CAST_COPIES = 2
-"""The same of a float weight that is written in another dtype."""
 _MICRO_BATCH = 1024
 """Tokens that run through the graph at once."""
 _IN_FLIGHT = 6
 """Values as wide as the widest that a layer has at once."""
-_BASE_CHANGES = ("fold-norms", "learn-rotation", "smooth-activations", "rotate-hadamard", "scale-keys", "scale-salient-weights")
-_OUT_OF_DATA = ("learn-rotation", "smooth-activations", "quantize-weights", "quantize-activations", "rewrite-kv-cache", "split-outliers")
+_BASIS_CHANGES = ("fold-norms", "learn-rotation", "smooth-activations", "rotate-hadamard", "scale-keys", "scale-salient-weights")
 
 
 @dataclass
@@ -78,7 +74,7 @@ def predict_needs(outlined: Outlined, tokens: int) -> Needs:
         phases["running the model on calibration data"] = model.running(tokens)
         spilled = max(0, model.values(tokens) - Limits().values)
         disk["values beyond the limit in memory (temporary)"] = spilled
-        disk["work cache"] = min(DEFAULT_BYTES, model.kept())
+        disk["work cache"] = min(LIMIT_BYTES, model.kept())
     if model.turns_stream:
         phases["second moments for a rotation"] = model.moments()
     if model.rounding in ("gptq", "learned"):
@@ -87,20 +83,7 @@ def predict_needs(outlined: Outlined, tokens: int) -> Needs:
         phases["learning roundings"] = model.learning(tokens)
     if outlined.size.onnx:
         disk["ONNX file before it is copied (temporary)"] = outlined.size.onnx
-    return Needs(resident_bytes(), phases, {name: size for name, size in disk.items() if size})
-
-
-def resident_bytes() -> int:
-    """What this process holds now; the most it ever held where the system does not say."""
-    try:
-        import resource
-
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-        return pages * resource.getpagesize()
-    except OSError:
-        return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
-    except ImportError:  # a system without either
-        return 0
+    return Needs(outlined.resident, phases, {name: size for name, size in disk.items() if size})
 
 
 class _Model:
@@ -112,10 +95,10 @@ class _Model:
         self._elements = elements_of_codes(contents.plan)
         self._groups = list(_stacked(contents.plan, self._elements))
         names = [record.name for record in contents.records]
-        self._changes_bases = any(name in _BASE_CHANGES for name in names)
+        self._changes_bases = any(name in _BASIS_CHANGES for name in names)
         specs = [record.spec for record in contents.records if record.name == "quantize-weights"]
         self.rounding = next((spec.partition("rounding=")[2].rstrip("}").split(",")[0] for spec in specs if "rounding=" in spec), "nearest")
-        self.reads_data = any(name in _OUT_OF_DATA for name in outlined.outline.valueless)
+        self.reads_data = bool(outlined.outline.valueless)
         self.turns_stream = any(choice.step == "learn-rotation" for choice in outlined.outline.choices)
         self.learns = self.rounding == "learned" and 0 < sum(self._elements.values()) <= Learning().most_elements
 
@@ -124,7 +107,7 @@ class _Model:
         factor = _BASIS_COPIES if self._changes_bases else _ROUND_COPIES
         done = self.rounding in ("gptq", "learned")
         coded = max((4 * count * (1 if done else factor) for count in self._elements.values()), default=0)
-        plain = (4 * self._count(name) * _copies(item) for name, item in self._constants.items() if item.format is None)
+        plain = (_in_flight(item) for item in self._constants.values() if item.format is None)
         return max(coded, max(plain, default=0))
 
     def values(self, tokens: int) -> int:
@@ -167,9 +150,13 @@ class _Model:
         return item.nbytes // item.dtype.itemsize
 
 
-def _copies(constant: Constant) -> int:
-    """Of a float weight, by what its log does to it."""
-    return _CAST_COPIES if all(isinstance(step, Cast) for step in constant.transforms) else _BASIS_COPIES
+def _in_flight(constant: Constant) -> int:
+    """Of a float weight as it is made: what a cast reads beside what it makes; a change of basis works in float64."""
+    count = constant.nbytes // constant.dtype.itemsize
+    if not all(isinstance(step, Cast) for step in constant.transforms):
+        return 4 * count * _BASIS_COPIES
+    widths = [constant.source.dtype.itemsize, *(step.to.itemsize for step in constant.transforms if isinstance(step, Cast))]
+    return count * max((before + after for before, after in pairwise(widths)), default=widths[0])
 
 
 def _stacked(plan: Plan, elements: dict[str, int]) -> Iterator[tuple[int, int]]:

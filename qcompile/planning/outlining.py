@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from qcompile.codegen.select import backend_for
 from qcompile.errors import PipelineError
@@ -36,12 +38,14 @@ class Outlined:
         contents: as a compilation's, with constants that may be unbound.
         outline: what it had to go without, and what it left open.
         size: of the artifact.
+        resident: bytes that the process held when the passes had run.
         alternatives: its sizes where open choices are made the other way; all but the weights are taken to stay the same.
     """
 
     contents: ArtifactContents
     outline: Outline
     size: ArtifactSize
+    resident: int
     alternatives: tuple[ArtifactSize, ...] = ()
 
 
@@ -75,7 +79,21 @@ def _outlined(graph: Graph, assets: Assets, pipeline: Sequence[Pass], ctx: PassC
         pipeline=pipeline_text(pipeline), records=records, coverage=ctx.coverage,
     )  # fmt: skip
     assert ctx.outline is not None
+    resident = resident_bytes()  # now: sizing and measuring take memory that a compilation does not
     size = artifact_size(contents)
     launches = sum(len(kernel.launches) for kernel in kernels.values())
     onnx = contents.weight_bytes + _ONNX_NODE_BYTES * len(graph.fx.nodes) if ctx.target.is_onnx else 0
-    return Outlined(contents, ctx.outline, replace(size, binaries=launches * _BINARY_BYTES, onnx=onnx))
+    return Outlined(contents, ctx.outline, replace(size, binaries=launches * _BINARY_BYTES, onnx=onnx), resident)
+
+
+def resident_bytes() -> int:
+    """What this process holds now; the most it ever held where the system does not say, 0 where it says neither."""
+    try:
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * resource.getpagesize()
+    except OSError:
+        return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
+    except ImportError:
+        return 0

@@ -95,12 +95,11 @@ def test_run_chat_wraps_the_prompt(model: FakeModel, invoke: Invoke) -> None:
 
 
 def test_export_hands_every_option_on(model: FakeModel, invoke: Invoke, tmp_path: Path) -> None:
-    options = ("--profile", "ort", "--opset", "23", "--external-data", "--accuracy-level", "4", "--genai", "--overwrite", "--json")
-    result = invoke("export", "out", "-o", tmp_path / "m.onnx", *options)
+    options = ("--profile", "ort", "--opset", "23", "--external-data", "--accuracy-level", "4", "--genai", "--overwrite")
+    result = invoke("export", "out", "-o", tmp_path / "m.onnx", *options, "--no-compare", "--json")
     assert model.asked == {
         "arguments": (tmp_path / "m.onnx",), "profile": "ort", "opset": 23, "external_data": True, "accuracy_level": 4, "genai": True,
-        "compare": True,
-        "overwrite": True,
+        "overwrite": True, "compare": False,
     }  # fmt: skip
     printed = json.loads(result.stdout)
     assert (printed["bytes"], printed["error"], printed["opset"]) == (1_002_000, 4e-6, 23)
@@ -228,6 +227,46 @@ def test_a_warning_is_one_line_on_standard_error(model: FakeModel, invoke: Invok
     result = invoke("run", "out", "--prompt", "x")
     assert result.stderr == "warning: served by reference\n"
     assert result.stdout == "Paris\n"
+
+
+def test_plan_hands_every_option_on(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    class Planned:
+        def to_dict(self) -> dict[str, Any]:
+            return {"size": {"total": 7}}
+
+        def tables(self) -> list[str]:
+            return ["total 7"]
+
+    def planned(*arguments: Any, **options: Any) -> Planned:
+        seen.update(options, arguments=arguments)
+        return Planned()
+
+    monkeypatch.setitem(vars(qcompile), "plan", planned)
+    options = (
+        "--target", "sm90-int4", "--recipe", "nearest", "--asymmetric", "--quantize-head", "--ignore", "a", "--ignore", "b",
+        "--disable-pass", "fold-norms", "--calibration", "t.npy", "--max-batch", "4", "--max-context", "99", "--kv-bytes", "4096",
+        "--device", "H200", "--device-bandwidth", "1e12", "--device-compute", "2e14", "--cache-bits", "3.5", "--json",
+    )  # fmt: skip
+    printed = json.loads(invoke("plan", "config.json", *options).stdout)
+    assert printed == {"size": {"total": 7}}
+    assert [type(item).__name__ for item in seen.pop("instruments")] == ["StatusInstrument"]
+    assert seen == {
+        "arguments": ("config.json", "sm90-int4"), "recipe": "nearest", "symmetric": False, "quantize_head": True,
+        "quantize_embedding": None, "ignore": ["a", "b"], "disable": ["fold-norms"], "calibration": Path("t.npy"), "max_batch": 4,
+        "max_context": 99, "prefill_chunk": 512, "kv_bytes": 4096, "page_tokens": None, "device": "H200", "device_bandwidth": 1e12,
+        "device_compute": 2e14, "cache_bits": 3.5, "trust_remote_code": False,
+    }  # fmt: skip
+    assert invoke("plan", "config.json", "-t", "cpu-int4").stdout == "total 7\n"
+
+
+def test_plan_of_what_cannot_be_read_is_named(invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    refused = invoke("plan", tmp_path / "config.json", "-t", "cpu-int4")
+    assert refused.exit_code == 2
+    assert "config.json: expected JSON, got" in refused.stderr
+    assert "scheme 'int5' is not served on cpu" in invoke("plan", tmp_path, "-t", "cpu-int5").stderr
 
 
 def test_blame_hands_its_options_on_and_writes_into_a_dump(monkeypatch: pytest.MonkeyPatch, invoke: Invoke, tmp_path: Path) -> None:
