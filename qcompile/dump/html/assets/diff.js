@@ -123,7 +123,8 @@ class DiffView {
   }
 
   row(row) {
-    const [left, right] = row.a && row.b && row.kind !== "same" ? wordSpans(sideText(row.a), sideText(row.b)) : [row.a && [sideText(row.a)], row.b && [sideText(row.b)]];
+    const [before, after] = [row.a && shownText(row.a, row.b), row.b && shownText(row.b, row.a)];
+    const [left, right] = row.a && row.b ? wordSpans(before, after) : [before, after];
     const [minus, plus] = GLYPHS[row.kind];
     return h("div", { class: `pair ${row.kind}${row.moved ? " moved" : ""}` }, this.side(row.a, left, minus, this.before), this.side(row.b, right, plus, this.after));
   }
@@ -150,10 +151,21 @@ class DiffView {
   }
 }
 
-/** A node as a diff shows it: the call, the type, the format, and what was done to a constant. */
+/** Everything about a node that makes a difference here: the call, the type, the format, and what was done to a constant. */
 function sideText(node) {
-  const log = node.log?.length ? `  [${node.log.join(" | ")}]` : "";
-  return `${constantName(node) ?? node.call}  ${[node.type, node.format].filter(Boolean).join(" ")}${log}`.trimEnd();
+  return `${headText(node)}  [${node.log.join(" | ")}]`;
+}
+
+function headText(node) {
+  return `${constantName(node) ?? node.call}  ${[node.type, node.format].filter(Boolean).join(" ")}`.trimEnd();
+}
+
+/** A node as one side shows it; of what was done to a constant only what was not done to `other`. */
+function shownText(node, other) {
+  let common = 0;
+  while (common < node.log.length && node.log[common] === other?.log[common]) common += 1;
+  const more = other ? node.log.slice(common) : [];
+  return more.length ? `${headText(node)}  [${common ? "… | " : ""}${more.join(" | ")}]` : headText(node);
 }
 
 /** Draws lines a page at a time: what `makers` make is appended to `body`, and a button for what is left. */
