@@ -12,8 +12,8 @@ from torch import Tensor, fx
 from qcompile.ir.graph import Graph, fake_value
 from qcompile.passes.collectors import channels_last
 from qcompile.passes.distributions import Distribution, Moments, MomentSums, distribution
+from qcompile.passes.example_run import real_tokens
 from qcompile.passes.execution import Execution, Inputs
-from qcompile.passes.instruments import real_tokens
 from qcompile.passes.space_channels import space_name
 from qcompile.passes.spaces import Kind, find_spaces
 from qcompile.passes.statistics import feature_axis

@@ -212,7 +212,7 @@ class CompiledModel:
 
     def export_onnx(
         self, path: str | os.PathLike[str], *, profile: str = "portable", opset: int | None = None, external_data: bool | None = None,
-        accuracy_level: int = 0, genai: bool = False, overwrite: bool = False,
+        accuracy_level: int = 0, genai: bool = False, overwrite: bool = False, compare: bool = True,
     ) -> OnnxFile:  # fmt: skip
         """Write an ONNX file and compare what onnxruntime makes of it with the graph; see `docs/onnx.md`.
 
@@ -224,6 +224,7 @@ class CompiledModel:
             accuracy_level: of products with packed weights in profile `ort`: 0 multiplies floats, 4 rounds activations to 8 bits.
             genai: also write what onnxruntime-genai needs to load the directory.
             overwrite: replace files that are there.
+            compare: run the file beside the graph; without, no more than a constant stands in memory, and nothing vouches for its numbers.
 
         Raises:
             ExportError: for a node that ONNX does not express, a file that does not compute what the graph does, or a path that is taken.
@@ -231,7 +232,7 @@ class CompiledModel:
         """
         file: OnnxFile = onnx_exporter("export_onnx").export(
             self.graph, path, self.assets, profile=profile, opset=opset, external_data=external_data, accuracy_level=accuracy_level,
-            genai=genai, max_context=self.max_context, overwrite=overwrite,
+            genai=genai, max_context=self.max_context, overwrite=overwrite, compare=compare,
         )  # fmt: skip
         return file
 

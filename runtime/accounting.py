@@ -39,17 +39,6 @@ def cache_bytes_per_sequence(plan: Plan) -> int:
     return 0 if entry is None else bytes_of(state_buffers(entry), {"pages": 0, "page_tokens": 0, "sequences": 1})
 
 
-def bits_per_weight(constants: Mapping[str, Constant], plan: Plan) -> float | None:
-    """Everything stored for the quantized matrices over their elements; None if nothing is quantized."""
-    known = elements_of_codes(plan)
-    stored = elements = 0
-    for name, constant in constants.items():
-        if constant.format is not None or is_branch(name):
-            stored += constant.nbytes * 8
-            elements += known[name] if name.endswith(".codes") else 0
-    return stored / elements if elements else None
-
-
 def _static(size: Size) -> int:
     assert isinstance(size, int)  # plan-memory makes only pages, batch and sequence symbolic
     return size
@@ -65,6 +54,19 @@ def elements_of_codes(plan: Plan) -> dict[str, int]:
         name = step.args[_CODES_ARGUMENT[step.operator]]["buffer"]
         found[name] = _static(entry.buffers[name].shape[0]) * _columns(step, entry)
     return found
+
+
+def bits_per_weight(constants: Mapping[str, Constant], plan: Plan) -> float | None:
+    """Everything stored for the quantized matrices over their elements; None if nothing is quantized."""
+    elements_of = elements_of_codes(plan)
+    stored = elements = 0
+    for name, constant in constants.items():
+        if constant.format is None and not is_branch(name):
+            continue
+        stored += constant.nbytes * 8
+        if name.endswith(".codes"):
+            elements += elements_of[name]
+    return stored / elements if elements else None
 
 
 def _columns(step: Step, entry: Entry) -> int:

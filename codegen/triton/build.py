@@ -19,6 +19,7 @@ from qcompile.codegen.triton.gates import Usage, check_classes, inspect_binary, 
 from qcompile.codegen.triton.tiles import Architecture, architecture
 from qcompile.errors import KernelBuildError
 from qcompile.ir.lowered import Kernel, Launch
+from qcompile.kept import cache_directory
 
 WORKER = Path(__file__).with_name("worker.py")
 KEY_VERSION = 2
@@ -42,8 +43,7 @@ class Binary:
 
 def kernel_cache() -> Path:
     """Where built kernels are kept between runs: `QCOMPILE_CACHE`/kernels, by default under ~/.cache/qcompile."""
-    root = os.environ.get("QCOMPILE_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "qcompile") / "kernels"
+    return cache_directory() / "kernels"
 
 
 def build_kernels(

@@ -17,31 +17,44 @@ from qcompile.ir.records import CoverageRow, PassRecord
 
 
 def pass_table(records: Sequence[PassRecord], title: str = "passes") -> Table:
-    """One line per pass: changed, time, nodes after (and difference), bytes of constants, error where it was checked."""
+    """One line per pass: changed, time, nodes after (and difference), bytes of constants, and what it cost where it was checked.
+
+    That is the largest error, and of lossy passes the signal-to-noise ratio and the divergence per token; the last two columns are what has
+    come together since the input.
+    """
     return pass_rows_table([record_row(record) for record in records], title)
 
 
 def pass_rows_table(rows: Sequence[Mapping[str, Any]], title: str = "passes") -> Table:
-    """The same of rows that were written; columns of errors that no pass has are left out."""
-    errors = {"max error": ("max_error", ".1e"), "SQNR": ("sqnr_db", ".1f"), "KL": ("kl", ".2e")}
-    shown = {name: how for name, how in errors.items() if name == "max error" or any(row.get(how[0]) is not None for row in rows)}
+    """The same of rows that were written."""
     table = Table(title=title, title_justify="left")
     table.add_column("pass")
     table.add_column("changed")
-    for header in ("time", "nodes", "weights", *shown):
+    columns = [column for column in _EFFECTS if any(row.get(column) is not None for row in rows)]
+    for header in ("time", "nodes", "weights", *(_EFFECTS[column][0] for column in columns)):
         table.add_column(header, justify="right")
     for row in rows:
-        values = [(row.get(key), form) for key, form in shown.values()]
         table.add_row(
             str(row["name"]),
             "yes" if row["changed"] else "no",
             f"{row['seconds']:.2f} s",
             _nodes(row["nodes_before"], row["nodes_after"]),
             format_bytes(row["bytes"]),
-            *("" if value is None else f"{value:{form}}" for value, form in values),
+            *(_number(row.get(column), _EFFECTS[column][1]) for column in columns),
             style="" if row["changed"] else "dim",
         )
     return table
+
+
+_EFFECTS = {
+    "max_error": ("max error", ".1e"), "sqnr_db": ("SQNR", ".1f"), "kl": ("KL", ".2e"),
+    "total_sqnr_db": ("SQNR to input", ".1f"), "total_kl": ("KL to input", ".2e"),
+}  # fmt: skip
+"""Field of a record -> header and format; a column that no record fills is not shown."""
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
 
 
 def _nodes(before: int, after: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from qcompile.ir.lowered import Entry, Kernel, KernelSpec, Plan, Step
 from qcompile.ir.records import PassRecord
 from qcompile.version import __version__
 
-CHANGED = PassRecord(0, "canonicalize", "canonicalize", True, 10, 8, 0.25, 4096, 1e-7)
+CHANGED = PassRecord(
+    0, "canonicalize", "canonicalize", True, 10, 8, 0.25, 4096, 1e-7, exact=True, total_sqnr_db=140.0, total_kl=1e-9,
+)  # fmt: skip
 IDLE = PassRecord(1, "fold-constants", "fold-constants{limit=2}", False, 8, 8, 0.125, 4096)
 SPEC = KernelSpec("linear", (("K", 64), ("N", 64)), ())
 
@@ -54,14 +57,18 @@ def test_summary_has_every_pass(tmp_path: Path) -> None:
     first, second = json.loads((tmp_path / "passes.json").read_text())
     assert first == {
         "index": 0, "name": "canonicalize", "spec": "canonicalize", "changed": True, "nodes_before": 10, "nodes_after": 8, "seconds": 0.25,
-        "max_error": 1e-7, "bytes": 4096, "listing": "001_canonicalize.txt",
+        "exact": True, "checked": True, "max_error": 1e-7, "sqnr_db": None, "kl": None, "total_sqnr_db": 140.0, "total_kl": 1e-9,
+        "bytes": 4096, "listing": "001_canonicalize.txt",
     }  # fmt: skip
     assert second["max_error"] is None
     assert second["listing"] is None
 
 
 def test_a_row_reads_back() -> None:
-    assert [record_of(record_row(record)) for record in (CHANGED, IDLE)] == [CHANGED, IDLE]
+    rows = [record_row(record) for record in (CHANGED, IDLE)]
+    assert [record_of(row) for row in rows] == [CHANGED, IDLE]
+    older = [{key: value for key, value in row.items() if key not in ("exact", "checked", "total_sqnr_db", "total_kl")} for row in rows]
+    assert [record_of(row) for row in older] == [replace(CHANGED, exact=None, total_sqnr_db=None, total_kl=None), IDLE]
 
 
 def test_wider_columns_are_no_change(tmp_path: Path) -> None:
