@@ -26,7 +26,7 @@ class Judge(Protocol):
     """A predicate that also wants to know what a graph was made from."""
 
     error: str
-    """What it has to say about the last graph that was not good."""
+    """What it has to say about the first graph that was not good."""
 
     def after(self, before: Graph, graph: Graph, step: Pass, ctx: PassContext) -> bool:
         """Whether what the pass made of `before` is good."""
@@ -257,6 +257,7 @@ class FailsCheck:
         try:
             self._check.measure(before, graph, step, ctx)
         except NumericError as error:
-            self.error = str(error)
+            self.error = self.error or str(error)
+            self._check.locating = False  # the place in the whole pass is known, and fewer rewrites are told by the rewrite
             return False
         return True

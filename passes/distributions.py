@@ -92,4 +92,4 @@ def _channel_max(rows: Tensor) -> tuple[float, ...]:
         return ()
     largest = rows.abs().amax(0)
     run = -(-len(largest) // CHANNELS)
-    return tuple(float(part.max()) for part in largest.split(run))
+    return tuple(float(part.max()) for part in torch.split(largest, run))

@@ -63,7 +63,7 @@ def divergence_per_token(got: Tensor, expected: Tensor, real: Tensor | None) -> 
     rows = torch.ones(expected.shape[:-1], dtype=torch.bool) if real is None else real
     found, wanted = got[rows], expected[rows]
     total = 0.0
-    for a, b in zip(found.split(_ROWS), wanted.split(_ROWS), strict=True):
+    for a, b in zip(torch.split(found, _ROWS), torch.split(wanted, _ROWS), strict=True):
         log_q, log_p = a.double().log_softmax(-1), b.double().log_softmax(-1)
         # What the distribution before excludes (-inf) contributes nothing: 0 · log 0 is 0.
         total += float(torch.where(log_p == -math.inf, 0.0, log_p.exp() * (log_p - log_q)).sum())

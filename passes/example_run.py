@@ -108,7 +108,7 @@ class _Values:
                     left[used] -= 1
                     if not left[used]:
                         self._values.pop(used, None)
-        return [self.of(node) for node in self._program.output.args[0]]  # type: ignore[union-attr]
+        return [self.of(node) for node in self._program.output.args[0]]  # type: ignore[union-attr, arg-type]
 
     def of(self, node: fx.Node) -> Any:
         """The value of a node that has been computed, or depends on constants alone."""

@@ -34,11 +34,13 @@ class NumericCheck:
         tolerance: for exact passes, of the largest output.
         reproducers: directory for a file that repeats what went wrong; None keeps none.
         limit: bytes of constants in memory, beside those of one operator (`qcompile.passes.example_run`).
+        locating: whether to look for the first value that is wrong, which runs both graphs once more.
     """
 
     tolerance: float = EXACT_TOLERANCE
     reproducers: Path | None = None
     limit: int = CONSTANT_BYTES
+    locating: bool = True
     _runner: ExampleRun = field(init=False, repr=False)
     _last: dict[tuple[str, bool], list[Tensor]] = field(default_factory=dict, init=False, repr=False)
     _first: list[Tensor] | None = field(default=None, init=False, repr=False)
@@ -62,7 +64,7 @@ class NumericCheck:
         error = relative_error(got, expected)
         if exact and not error <= self.tolerance:
             wanted = f"the same function within {self.tolerance:g} (float64, relative to the largest output)"
-            place = locate(before, after, self._runner, tolerance=self.tolerance, wide=True)
+            place = self._place(before, after, self.tolerance, wide=True)
             self._refuse(wanted, f"{error:.3g}", place, before, step, ctx)
         if not exact:
             self._require_numbers(got, expected, (before, after), step, ctx)
@@ -74,12 +76,15 @@ class NumericCheck:
         """What holds for lossy passes too."""
         before, after = graphs
         if lost_numbers(got, expected):
-            place = locate(before, after, self._runner, tolerance=sys.float_info.max, wide=False)
+            place = self._place(before, after, sys.float_info.max, wide=False)
             self._refuse("numbers where there were numbers", "NaN or infinity", place, before, step, ctx)
         worst = worst_rounding(before, after, self._runner)
         if worst is not None and worst.error > 1:
             found = f"an SQNR of {-10 * math.log10(worst.error):.1f} dB"
             self._refuse("weights nearer to what they were than zero is", found, worst, before, step, ctx)
+
+    def _place(self, before: Graph, after: Graph, tolerance: float, *, wide: bool) -> Place | None:
+        return locate(before, after, self._runner, tolerance=tolerance, wide=wide) if self.locating else None
 
     def _effect(self, error: float, got: list[Tensor], expected: list[Tensor], after: Graph, *, exact: bool) -> Effect:
         assert self._first is not None
@@ -98,30 +103,32 @@ class NumericCheck:
         )
 
     def keep(self, before: Graph, step: Pass, ctx: PassContext, error: str) -> str:
-        """Write a reproducer if there is a directory for one, and say in a message what it is; "" else."""
-        path = self._written(before, step, ctx, error)
-        return f"; repeat it with `qcompile replay {path}`" if path else ""
+        """Write a reproducer if there is a directory for one, and say in a message how to use it; "" else."""
+        return _repeat(self._written(before, step, ctx, error))
 
-    def _written(self, before: Graph, step: Pass, ctx: PassContext, error: str) -> str:
-        return "" if self.reproducers is None else str(keep(self.reproducers, before, step, ctx, self.tolerance, error))
+    def _written(self, before: Graph, step: Pass, ctx: PassContext, error: str) -> Path | None:
+        return None if self.reproducers is None else keep(self.reproducers, before, step, ctx, self.tolerance, error)
 
     def _refuse(self, wanted: str, found: str, place: Place | None, before: Graph, step: Pass, ctx: PassContext) -> NoReturn:
         message = f"{step.name}: expected {wanted}, got {found}{'' if place is None else f'; {place}'}"
         path = self._written(before, step, ctx, message)
-        repeat = f"; repeat it with `qcompile replay {path}`" if path else ""
         remedy = f"; the pass is wrong on this graph, disable it with --disable-pass {step.name}"
-        raise NumericError(f"{message}{repeat}{remedy}", place, path)
+        raise NumericError(f"{message}{_repeat(path)}{remedy}", place, "" if path is None else str(path))
 
     def _outputs(self, graph: Graph, *, wide: bool) -> list[Tensor]:
-        """What a pass leaves is what the next one starts from: the last two graphs' outputs are kept."""
+        """What a pass leaves is what the next one starts from: the outputs of the two graphs that were asked for last are kept."""
         key = (graph.fingerprint(), wide)
-        if key not in self._last:
-            while len(self._last) >= 2:
-                del self._last[next(iter(self._last))]
-            self._last[key] = self._runner.run(graph, wide=wide)
+        found = self._last.pop(key, None)
+        while len(self._last) >= 2:
+            del self._last[next(iter(self._last))]
+        self._last[key] = self._runner.run(graph, wide=wide) if found is None else found
         return self._last[key]
 
 
 def outputs(graph: Graph, *, wide: bool) -> list[Tensor]:
     """The outputs on the example inputs, computed in float64 if `wide`; logits of padding tokens are zero."""
     return ExampleRun().run(graph, wide=wide)
+
+
+def _repeat(path: Path | None) -> str:
+    return "" if path is None else f"; repeat it with `qcompile replay {path}` ({path.stat().st_size / 1e6:.3g} MB)"

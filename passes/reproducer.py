@@ -135,7 +135,7 @@ def _calibration_tensors(ctx: PassContext) -> dict[str, Constant]:
         return {}
     if data.tokens is not None:
         return {_TOKENS: tensor_constant(data.tokens)}
-    found = {}
+    found: dict[str, Constant] = {}
     for index, sample in enumerate(data.samples):
         named = sample if isinstance(sample, Mapping) else dict(enumerate(sample)) if isinstance(sample, tuple | list) else {"": sample}
         found |= {f"{_SAMPLE}{index}/{name}": tensor_constant(leaf) for name, leaf in named.items() if isinstance(leaf, Tensor)}

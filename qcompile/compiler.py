@@ -187,9 +187,9 @@ def _progress(instruments: Sequence[Instrument]) -> AbstractContextManager[Repor
     return nullcontext(listening[0]) if listening else terminal_progress()
 
 
-def _dump_instruments(directory: str | os.PathLike[str] | None, **heading: str) -> list[Any]:
+def _dump_instruments(directory: str | os.PathLike[str] | None, *, model: str, target: str, pipeline: str) -> list[Any]:
     if not directory:
         return []
     from qcompile.dump.instrument import DumpInstrument
 
-    return [DumpInstrument(Path(directory), **heading)]
+    return [DumpInstrument(Path(directory), model=model, target=target, pipeline=pipeline)]

@@ -225,7 +225,7 @@ def _growth(before: Mapping[str, Any], after: Mapping[str, Any], limit: float) -
     for key in before:
         old, new = before[key], after.get(key)
         if isinstance(old, int | float) and isinstance(new, int | float) and exceeds(old, new, limit):
-            shown = [format_bytes(value) if "bytes" in key else f"{value:.4g}" for value in (old, new)]
+            shown = [format_bytes(int(value)) if "bytes" in key else f"{value:.4g}" for value in (old, new)]
             yield f"{key.replace('_', ' ')}: {shown[0]} -> {shown[1]} ({_percent(old, new)}), allowed {100 * limit:+.3g} %"
 
 
@@ -235,9 +235,9 @@ def _errors(before: Facts, after: Facts, limit: float) -> Iterable[str]:
         for key, measure in _MEASURES.items():
             was, now = (None if row is None else row.get(key) for row in (old, new))
             if new is not None and was is not None and now is not None:
-                errors = [max(measure(value), EXACT_TOLERANCE) for value in (was, now)]
-                if exceeds(*errors, limit):
-                    yield f"{new['name']}: {key} {was:.4g} -> {now:.4g} (error {_percent(*errors)}), allowed {100 * limit:+.3g} %"
+                first, last = (max(measure(value), EXACT_TOLERANCE) for value in (was, now))
+                if exceeds(first, last, limit):
+                    yield f"{new['name']}: {key} {was:.4g} -> {now:.4g} (error {_percent(first, last)}), allowed {100 * limit:+.3g} %"
 
 
 _MEASURES: dict[str, Callable[[float], float]] = {"max_error": float, "kl": float, "sqnr_db": lambda decibel: 10 ** (-decibel / 20)}
@@ -245,15 +245,18 @@ _MEASURES: dict[str, Callable[[float], float]] = {"max_error": float, "kl": floa
 
 
 def _accuracy(before: Facts, after: Facts, limits: Limits) -> Iterable[str]:
-    old, new = before.figures.get("kl"), after.figures.get("kl")
+    new = after.figures.get("kl", after.figures.get("checked_kl"))
     if new is None and math.isfinite(limits.kl):
         raise SourceError(
-            f"{after.path}: --max-kl: expected the KL of the result, got none; write what `qcompile eval --json` prints to eval.json in it"
+            f"{after.path}: --max-kl: expected the KL of the result, got none; compile with --check, or write what "
+            "`qcompile eval --json` prints to eval.json in it"
         )
     if new is not None and new > limits.kl:
         yield f"kl: {new:.4g}, allowed {limits.kl:.4g}"
-    if new is not None and old is not None and exceeds(old, new, limits.error):
-        yield f"kl: {old:.4g} -> {new:.4g} ({_percent(old, new)}), allowed {100 * limits.error:+.3g} %"
+    for key in ("kl", "checked_kl"):
+        was, now = before.figures.get(key), after.figures.get(key)
+        if was is not None and now is not None and exceeds(max(was, EXACT_TOLERANCE), max(now, EXACT_TOLERANCE), limits.error):
+            yield f"{key.replace('_', ' ')}: {was:.4g} -> {now:.4g} ({_percent(was, now)}), allowed {100 * limits.error:+.3g} %"
 
 
 def _slower(before: Mapping[str, float], after: Mapping[str, float], limit: float) -> Iterable[str]:

@@ -165,7 +165,7 @@ def _key(graph: Graph, value: Any) -> str:
         return uncast(graph.constants[str(value.target)]).key
     if value.target is aten.to.dtype:
         return _key(graph, value.args[0])
-    return f"{value.target}({', '.join(_key(graph, argument) for argument in value.args)})"
+    return f"{value.target}({', '.join(_key(graph, argument) for argument in (*value.args, *value.kwargs.values()))})"
 
 
 def _weight(graph: Graph, site: Site) -> Tensor:

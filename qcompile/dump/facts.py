@@ -26,16 +26,43 @@ SPEED_FILE, ACCURACY_FILE = "bench.json", "eval.json"
 class Compiled(Protocol):
     """The part of a compiled model that is told about."""
 
-    assets: Assets
-    records: list[PassRecord]
-    coverage: list[CoverageRow]
-    cache_layers: list[CacheLayer]
-    weight_bytes: int
-    bits_per_weight: float | None
-    kv_bytes_per_token: int
-    kv_bytes_per_sequence: int
     contents: ArtifactContents
-    target: Any
+
+    @property
+    def target(self) -> object:
+        """What it was compiled for."""
+
+    @property
+    def assets(self) -> Assets:
+        """What the model carries beside its weights."""
+
+    @property
+    def records(self) -> list[PassRecord]:
+        """What each pass did."""
+
+    @property
+    def coverage(self) -> list[CoverageRow]:
+        """Format and kernel of each operator."""
+
+    @property
+    def cache_layers(self) -> list[CacheLayer]:
+        """The cache of each attention."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all constants."""
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Bits stored for an element of the quantized matrices."""
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of cache of a token."""
+
+    @property
+    def kv_bytes_per_sequence(self) -> int:
+        """Bytes of cache of a sequence beside its tokens."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +143,7 @@ def facts_of_dump(path: Path) -> Facts:
         path, "dump", heading.model, heading.target, heading.pipeline, "", dump.passes,
         rows_as(dump, "coverage.json", dump.coverage, CoverageRow), rows_as(dump, "cache.json", dump.cache, _cache_layer), dump.sizes,
         dump.kernels, {row["name"]: dump.kernel_source(row) for row in dump.kernels if row["file"] is not None}, dump.notes,
-        dump.distributions, read_figures(path), lambda: dump.listings, dump.blame,
+        dump.distributions, measured(path, dump.passes), lambda: dump.listings, dump.blame,
     )  # fmt: skip
 
 
@@ -150,16 +177,23 @@ def facts_of_model(model: Compiled, path: Path) -> Facts:
         "binary_bytes": sum(map(len, contents.binaries.values())),
     }
     sources = {name: kernel.source for name, kernel in contents.kernels.items() if kernel.source}
+    rows = [record_row(record) for record in model.records]
     return Facts(
-        path, "artifact", model.assets.name or model.assets.model_type, str(model.target), contents.pipeline, "",
-        [record_row(record) for record in model.records], model.coverage, model.cache_layers, sizes,
-        kernel_rows(contents.plan, contents.kernels), sources, figures=read_figures(path), listings=lambda: [_final(contents)],
+        path, "artifact", model.assets.name or model.assets.model_type, str(model.target), contents.pipeline, "", rows, model.coverage,
+        model.cache_layers, sizes, kernel_rows(contents.plan, contents.kernels), sources, figures=measured(path, rows),
+        listings=lambda: [_final(contents)],
     )  # fmt: skip
 
 
 def _final(contents: ArtifactContents) -> Listing:
     graph = contents.graph
     return Listing("final", None, tuple(node_records(graph, lines(graph))))
+
+
+def measured(path: Path, passes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What is known of the result: `checked_kl` on the examples, where every pass was checked, and what `read_figures` finds."""
+    totals = [row["total_kl"] for row in passes if row.get("total_kl") is not None]
+    return {**({"checked_kl": float(totals[-1])} if totals else {}), **read_figures(path)}
 
 
 def read_figures(path: Path) -> dict[str, float]:

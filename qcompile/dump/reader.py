@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qcompile.dump.rows import record_of
 from qcompile.dump.writer import FORMAT, GRAPHS_FILE, HEADING_FILE, KERNELS_FILE, RECORDS_FILE
 from qcompile.errors import SourceError
 from qcompile.ir.records import PassRecord
 
+T = TypeVar("T")
 Node = dict[str, Any]
 """A node record, as `docs/dumps.md` describes it."""
 
@@ -129,7 +130,7 @@ class Dump:
         if rest and self.complete:
             raise SourceError(f"{file}: expected whole lines, got one that breaks off after {len(whole)}; write the dump anew")
         for number, line in enumerate(whole, start=1):
-            yield _checked(file, lambda text=line: _listing(json.loads(text), known), f" line {number}")
+            yield _checked(file, partial(_listing, line, known), f" line {number}")
 
     def text(self, listing: str) -> str:
         """The listing called `listing` as people read it."""
@@ -215,7 +216,8 @@ def _heading(values: dict[str, Any]) -> Heading:
     return Heading(str(values["qcompile"]), bool(values["complete"]), str(values["model"]), str(values["target"]), str(values["pipeline"]))
 
 
-def _listing(values: dict[str, Any], known: dict[int, Node]) -> Listing:
+def _listing(line: str, known: dict[int, Node]) -> Listing:
+    values = json.loads(line)
     for node in values["new"]:
         if not isinstance(node["name"], str):
             raise TypeError(f"node {node['id']} has no name")
@@ -250,7 +252,7 @@ def _parsed(file: Path) -> Any:
     return _checked(file, lambda: json.loads(_read(file)))
 
 
-def _checked(file: Path, read: Callable[[], Any], where: str = "") -> Any:
+def _checked(file: Path, read: Callable[[], T], where: str = "") -> T:
     """What `read` makes of a file.
 
     Raises:

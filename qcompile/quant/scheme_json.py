@@ -58,10 +58,10 @@ def scheme_from_json(data: Any) -> QuantScheme:
 
 
 def _cache(data: Mapping[str, Any]) -> CacheFormat:
-    forms = {name: None if data[name] is None else vector_format(data[name]) for name in ("keys", "values")}
-    layers = tuple((str(keys), str(values)) for keys, values in data["layers"])
+    keys, values = (None if data[name] is None else vector_format(data[name]) for name in ("keys", "values"))
+    layers = tuple((str(first), str(second)) for first, second in data["layers"])
     plain = {name: data[name] for name in ("sinks", "window", "before_positions", "rematerialized", "bits")}
-    return CacheFormat(str(data["name"]), _dtype(data["dtype"]), **forms, layers=layers, **plain)
+    return CacheFormat(str(data["name"]), _dtype(data["dtype"]), keys, values, layers=layers, **plain)
 
 
 def _activation(data: Mapping[str, Any]) -> ActivationFormat:

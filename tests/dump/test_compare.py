@@ -12,7 +12,7 @@ import pytest
 
 from qcompile.dump.compare import Limits, compare, source_diff
 from qcompile.dump.compare_tables import comparison_tables
-from qcompile.dump.facts import Facts, read_figures
+from qcompile.dump.facts import Facts, measured, read_figures
 from qcompile.dump.tables import written
 from qcompile.errors import SourceError
 from qcompile.ir.records import CoverageRow
@@ -108,8 +108,17 @@ def test_what_is_within_limits_is_shown_and_no_regression(alike: Callable[[Facts
 def test_an_absolute_limit_of_the_kl() -> None:
     assert list(compare(FACTS, FACTS, Limits(kl=0.015)).regressions) == ["kl: 0.02, allowed 0.015"]
     assert not compare(FACTS, FACTS, Limits(kl=0.02)).regressions
-    with pytest.raises(SourceError, match=r"b: --max-kl: expected the KL of the result, got none; write what `qcompile eval --json` .*"):
+    with pytest.raises(SourceError, match=r"b: --max-kl: expected the KL of the result, got none; compile with --check, or .*"):
         compare(FACTS, replace(FACTS, path=Path("b"), figures={}), Limits(kl=0.015))
+
+
+def test_the_kl_of_a_check_counts_where_nothing_better_was_measured(tmp_path: Path) -> None:
+    rows = [_pass(0, "a", total_kl=0.03), _pass(1, "b", total_kl=0.04), _pass(2, "c", total_kl=None)]
+    assert measured(tmp_path, rows) == {"checked_kl": 0.04}
+    checked = replace(FACTS, figures={"checked_kl": 0.04})
+    assert list(compare(FACTS, checked, Limits(kl=0.03)).regressions) == ["kl: 0.04, allowed 0.03"]
+    worse = replace(checked, figures={"checked_kl": 0.05})
+    assert list(compare(checked, worse).regressions) == ["checked kl: 0.04 -> 0.05 (+25.0 %), allowed +10 %"]
 
 
 def test_passes_are_paired_by_name_and_counts_are_told_once() -> None:

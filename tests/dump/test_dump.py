@@ -20,8 +20,9 @@ from tests.dump.conftest import TARGET
 
 
 def _contents(directory: Path) -> dict[str, Any]:
-    """Every file by name, without the seconds of the passes."""
+    """Every file by name, without the seconds of the passes; the report is made of the others."""
     files: dict[str, Any] = {str(path.relative_to(directory)): path.read_text() for path in directory.rglob("*") if path.is_file()}
+    assert files.pop("report.html").startswith("<!doctype html>")
     files["passes.json"] = [row | {"seconds": 0} for row in json.loads(files["passes.json"])]
     return files
 

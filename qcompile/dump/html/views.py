@@ -84,10 +84,10 @@ def effect(record: Mapping[str, Any]) -> str:
     parts = [text.format(value) for text, value in measures.items() if value is not None]
     error = record.get("max_error")
     if record.get("exact"):
-        return "exact, not checked" if error is None else f"exact to {error:.1g}" if error else "exact, bit for bit"
+        return "" if error is None else f"exact to {error:.1g}" if error else "exact, bit for bit"
     if not parts and error is not None:
         parts = [f"max error {error:.2g}"]
-    return ", ".join(parts) or ("loses precision, not measured" if record.get("exact") is False else "")
+    return ", ".join(parts) or ("not measured" if record.get("exact") is False else "")
 
 
 def time_axis(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -104,7 +104,7 @@ def seconds(value: float) -> str:
 
 @dataclass(frozen=True)
 class Member:
-    """A node in a list of nodes, and where the report shows it; "" for what is no node, such as a space."""
+    """A node or kernel in a list, and where the report shows it; "" for what has no place there, such as a space."""
 
     title: str
     href: str
@@ -112,15 +112,14 @@ class Member:
 
 @dataclass(frozen=True)
 class CoverageGroup:
-    """Operators that were treated alike; `link` is the kernel's name where the report has its source."""
+    """Operators that were treated alike, by one kernel for each number of rows."""
 
     operator: str
     format: str
-    kernel: str
+    kernels: list[Member]
     reason: str
     chosen: bool
     members: list[Member]
-    link: str = ""
 
 
 def coverage_groups(rows: Sequence[CoverageRow], number: str = "", kernels: Iterable[str] = ()) -> list[CoverageGroup]:
@@ -129,7 +128,8 @@ def coverage_groups(rows: Sequence[CoverageRow], number: str = "", kernels: Iter
     groups = []
     for (operator, form, kernel, reason), alike in group_coverage(rows).items():
         members = [Member(row.weight or row.node, node_link(row.node, number)) for row in alike]
-        groups.append(CoverageGroup(operator, form, kernel, reason, alike[0].chosen, members, kernel if kernel in known else ""))
+        served = [Member(name, f"#kernel/{quote(name, safe='')}" if name in known else "") for name in kernel.split(", ")]
+        groups.append(CoverageGroup(operator, form, served, reason, alike[0].chosen, members))
     return groups
 
 

@@ -215,7 +215,7 @@ def test_no_more_than_a_constant_stands_in_memory(int4: CompiledModel, tmp_path:
         most = max(most, sum(item() is not None for item in alive))
         return made
 
-    monkeypatch.setattr(check, "session", lambda *_: pytest.fail("nobody asked for a comparison"))
+    monkeypatch.setattr(check, "compare", lambda *_: pytest.fail("nobody asked for a comparison"))
     monkeypatch.setattr(Constant, "materialize", counted)
     written = int4.export_onnx(tmp_path / "m", external_data=True, compare=False)
     assert (written.error, written.not_run) == (None, "not asked for")

@@ -74,9 +74,10 @@ function roving(container, selector) {
   });
 }
 
-/** Scroll to an element that is out of sight, and to the middle of it. */
+/** Scroll to an element that is out of sight, to the middle; the focus goes there too, unless it is anywhere else. */
 function bringIntoView(element) {
   if (!element) return;
+  if (document.activeElement === document.body && element.matches("a")) element.focus({ preventScroll: true });
   const box = element.getBoundingClientRect(), room = byId("main").getBoundingClientRect();
   if (box.top < room.top + 56 || box.bottom > room.bottom) element.scrollIntoView({ block: "center" });
 }

@@ -57,7 +57,8 @@ class Page {
   }
 
   key(event) {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    // On some keyboards brackets are typed with AltGr, which browsers report as Ctrl and Alt.
+    if ((event.ctrlKey || event.metaKey || event.altKey) && !event.getModifierState("AltGraph")) return;
     if (event.key === "Escape") return this.escape();
     if (event.target.matches("input[type=text], select, textarea")) return;
     const action = this.actions()[event.key];
@@ -152,7 +153,7 @@ function drawFormats(model, root) {
   const constants = new Map((model.last?.nodes ?? []).filter((node) => node.op === "constant").map((node) => [constantName(node), node]));
   const sizes = new Map();
   for (const node of constants.values()) {
-    const form = node.format ?? node.type.split("[")[0];
+    const form = node.format || node.type.split("[")[0];
     sizes.set(form, (sizes.get(form) ?? 0) + (node.bytes ?? 0));
   }
   const total = [...sizes.values()].reduce((a, b) => a + b, 0);
@@ -194,6 +195,8 @@ async function start() {
   setTheme(THEMES.includes(storedTheme()) ? storedTheme() : "auto");
   byId("theme").addEventListener("click", nextTheme);
   byId("help").addEventListener("click", () => byId("keys").showModal());
+  // Before the data is there: without a script all tables are shown.
+  for (const name of VIEWS) byId(`view-${name}`).hidden = name !== "pipeline";
   page = new Page(new Model(await unpack(byId("data").textContent)));
   page.route();
   document.documentElement.dataset.ready = "true";

@@ -16,11 +16,17 @@ class Search {
     for (const listing of this.model.listings) for (const node of listing.nodes) nodes.set(node.name, { node, listing });
     this.all = [
       ...this.model.passes.map((record) => entry("pass", record.name, record.spec, passHref(passNumber(record)), passNumber(record))),
-      ...this.model.kernels.map((kernel) => entry("kernel", kernel.name, kernel.spec, kernelHref(kernel.name), "")),
-      ...[...nodes.values()].map(({ node, listing }) => entry(node.op === "constant" ? "constant" : node.op === "input" ? "input" : "node", constantName(node) ?? node.name,
-        [node.name, node.op === "call" ? node.operator : "", node.type, node.format ?? "", node.source].join(" "), nodeHref(node.name, listing.number), listing === this.model.last ? "" : `until ${listing.number}`)),
+      ...this.model.kernels.map((kernel) => entry("kernel", kernel.name, kernel.spec, kernelHref(kernel.name), kernel.spec)),
+      ...[...nodes.values()].map(({ node, listing }) => this.nodeEntry(node, listing)),
     ];
     return this.all;
+  }
+
+  nodeEntry(node, listing) {
+    const kind = node.op === "call" ? "node" : node.op, form = node.format || node.type;
+    const gone = listing === this.model.last ? "" : `until ${listing.number}`;
+    const detail = [node.name, node.operator, node.type, node.format ?? "", node.source].join(" ");
+    return entry(kind, constantName(node) ?? node.name, detail, nodeHref(node.name, listing.number), gone || (node.operator === node.name ? form : node.operator || form), Boolean(gone));
   }
 
   look() {
@@ -36,14 +42,14 @@ class Search {
       if (!wanted.every((word) => item.text.includes(word))) continue;
       const title = item.title.toLowerCase();
       const score = title === wanted[0] ? 0 : title.startsWith(wanted[0]) ? 1 : wanted.every((word) => title.includes(word)) ? 2 : 3;
-      scored.push([score + (item.note.startsWith("until") ? 0.5 : 0), item]);
+      scored.push([score + (item.gone ? 0.5 : 0), item]);
     }
     return scored.sort((a, b) => a[0] - b[0] || a[1].title.length - b[1].title.length || (a[1].title < b[1].title ? -1 : 1)).map(([, item]) => item);
   }
 
   draw(asked) {
     this.list.replaceChildren(...this.found.map((item, index) => h("li", { role: "option", id: `result-${index}`, onmousedown: (event) => { event.preventDefault(); this.open(index); } },
-      h("span", { class: "kind" }, item.kind), h("span", { class: "title" }, item.title), h("span", { class: "note" }, item.note || item.detail))),
+      h("span", { class: "kind" }, item.kind), h("span", { class: "title" }, item.title), h("span", { class: "note" }, item.note))),
       ...(asked && !this.found.length ? [h("li", { class: "none" }, "Nothing is called that.")] : []));
     this.list.hidden = !asked;
     this.input.setAttribute("aria-expanded", String(asked));
@@ -88,6 +94,6 @@ class Search {
   }
 }
 
-function entry(kind, title, detail, href, note) {
-  return { kind, title, detail, href, note, text: `${title} ${detail} ${kind}`.toLowerCase() };
+function entry(kind, title, detail, href, note, gone = false) {
+  return { kind, title, href, note, gone, text: `${title} ${detail} ${kind}`.toLowerCase() };
 }
