@@ -112,8 +112,13 @@ class _Model:
 
     def values(self, tokens: int) -> int:
         """Of the values that wait for all batches: the stream, and the widest that a linear reads, in float32."""
+        return 4 * tokens * (max((columns for _, columns in self._groups), default=0) + self._stream)
+
+    @property
+    def _stream(self) -> int:
+        """Width of what most linears read."""
         widths = [columns for _, columns in self._groups]
-        return 4 * tokens * (max(widths, default=0) + max(set(widths), key=widths.count, default=0))
+        return max(set(widths), key=widths.count, default=0)
 
     def running(self, tokens: int) -> int:
         """Values up to their limit, constants up to theirs and one more, and a micro-batch in flight."""
@@ -125,7 +130,7 @@ class _Model:
 
     def moments(self) -> int:
         """Of the values that a stream's readers see, as many as are looked at, and as much again of their weights."""
-        width = max((columns for _, columns in self._groups), default=0)
+        width = self._stream
         return min(MOMENT_BYTES, 8 * width**2 * len(self._groups)) + 4 * _MOMENT_COPIES * width**2
 
     def rounding_sequentially(self, tokens: int) -> int:
