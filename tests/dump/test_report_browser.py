@@ -316,29 +316,57 @@ def test_dark_and_light(browser: Browser) -> None:
     assert (browser.find("#theme").text, ground()) == ("auto", light)
 
 
-def test_three_thousand_nodes_are_compared_quickly(browser: Browser, tmp_path: Path) -> None:
-    """Every node of a graph without layers is renamed: the worst that a diff can meet."""
-    kept = {"op": "call", "constant": None, "type": "fp32[8]", "format": "", "source": "m.py:1", "origins": [], "passes": [], "log": []}
-    kept |= {"inputs": [], "bytes": None, "layer": None, "folded": ""}
+Line = dict[str, Any]
+NODE = {
+    "op": "call", "constant": None, "type": "fp32[8]", "format": "", "source": "m.py:1", "origins": [], "passes": [], "log": [],
+    "inputs": [], "bytes": None, "layer": None, "folded": "",
+}  # fmt: skip
 
-    def line(listing: str, index: int | None, first: int, call: str) -> dict[str, Any]:
-        numbered = [(first + number, f"{call}_{number}") for number in range(3000)]
-        calls = [
-            {"id": number, "name": name, "operator": f"aten.{call}", "call": f"%{name} = aten.{call}(%x)"} for number, name in numbered
-        ]
-        return {"listing": listing, "pass": index, "new": [node | kept for node in calls], "order": [number for number, _ in numbered]}
 
-    heading = {"format": 1, "qcompile": "0", "complete": False, "model": "wide", "target": "cpu-int4", "pipeline": "canonicalize"}
+def _calls(operator: str, first: int, count: int) -> list[Line]:
+    numbered = [(first + number, f"{operator}_{number}") for number in range(count)]
+    calls = [
+        {"id": number, "name": name, "operator": f"aten.{operator}", "call": f"%{name} = aten.{operator}(%x)"} for number, name in numbered
+    ]
+    return [NODE | call for call in calls]
+
+
+def _written(directory: Path, *graphs: list[Line]) -> Path:
+    """A dump of these graphs: the input, and what `canonicalize` made of it."""
+    heading = {"format": 1, "qcompile": "0", "complete": False, "model": "made up", "target": "cpu-int4", "pipeline": "canonicalize"}
     record = {
         "index": 0, "name": "canonicalize", "spec": "canonicalize", "changed": True, "nodes_before": 3000, "nodes_after": 3000,
         "seconds": 1.0, "max_error": None, "bytes": 0, "listing": "001_canonicalize.txt",
     }  # fmt: skip
-    lines = [line("000_input", None, 0, "relu"), line("001_canonicalize", 0, 3000, "gelu")]
-    (tmp_path / "dump.json").write_text(json.dumps(heading))
-    (tmp_path / "passes.json").write_text(json.dumps([record]))
-    (tmp_path / "graphs.jsonl").write_text("".join(json.dumps(item) + "\n" for item in lines))
-    write_report(facts_of_dump(tmp_path), tmp_path / "report.html")
-    wide = Browser(browser.chromium, tmp_path)
+    listings = zip((("000_input", None), ("001_canonicalize", 0)), graphs, strict=False)
+    lines = [{"listing": name, "pass": index, "new": nodes, "order": [node["id"] for node in nodes]} for (name, index), nodes in listings]
+    (directory / "dump.json").write_text(json.dumps(heading))
+    (directory / "passes.json").write_text(json.dumps([record]))
+    (directory / "graphs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_report(facts_of_dump(directory), directory / "report.html")
+    return directory
+
+
+def test_what_is_not_the_same_in_alike_layers_is_marked(browser: Browser, tmp_path: Path) -> None:
+    constants = [
+        NODE
+        | {"id": layer, "name": f"w_{layer}", "op": "constant", "constant": f"layers.{layer}.w", "call": "", "layer": layer, "log": [log]}
+        for layer, log in enumerate(("hadamard", "hadamard", "signs"))
+    ]
+    made = Browser(browser.chromium, _written(tmp_path, constants))
+    made.open("#graph")
+    assert made.find("#view-graph details.folded summary").text.split("\n") == [
+        "layers 0\N{EN DASH}2",
+        "3 alike",
+        "1 node each",
+        "1 node not the same in all",
+    ]
+    assert made.find("#view-graph a.node .differs").get_attribute("title") == "log: hadamard in 0\N{EN DASH}1; signs in 2"
+
+
+def test_three_thousand_nodes_are_compared_quickly(browser: Browser, tmp_path: Path) -> None:
+    """Every node of a graph without layers is renamed: the worst that a diff can meet."""
+    wide = Browser(browser.chromium, _written(tmp_path, _calls("relu", 0, 3000), _calls("gelu", 3000, 3000)))
     wide.open()
     draw = "const begun = performance.now(); location.hash = '#diff/000..001'; dispatchEvent(new Event('hashchange')); "
     took = wide.run(draw + "document.body.offsetHeight; return performance.now() - begun")

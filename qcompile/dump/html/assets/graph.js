@@ -36,7 +36,7 @@ class GraphView {
     return h("div", { class: "tools" },
       choice("after", options, listing.number, (number) => go(`#graph/${number}`)),
       layers > 1 && toggle("fold alike layers", this.folded, redraw),
-      h("span", { class: "sum" }, `${listing.nodes.length.toLocaleString("en")} nodes${layers ? `, ${layers} layers` : ""}`),
+      h("span", { class: "sum" }, `${nodesText(listing.nodes.length)}${layers ? `, ${layers} layers` : ""}`),
     );
   }
 
@@ -58,8 +58,8 @@ class GraphView {
     return h("summary", { tabindex: "-1" },
       h("b", {}, group.title),
       count > 1 && h("span", { class: "times" }, `${count} alike`),
-      h("span", { class: "sum" }, `${section.nodes.length} nodes${bytes ? `, ${bytesText(bytes)}` : ""}${count > 1 ? " each" : ""}`),
-      differing > 0 && h("span", { class: "differs" }, `${differing} differ in format or log`),
+      h("span", { class: "sum" }, `${nodesText(section.nodes.length)}${bytes ? `, ${bytesText(bytes)}` : ""}${count > 1 ? " each" : ""}`),
+      differing > 0 && h("span", { class: "differs" }, `${nodesText(differing)} not the same in all`),
     );
   }
 
@@ -123,6 +123,8 @@ class GraphView {
     bringIntoView(row);
   }
 }
+
+const nodesText = (count) => `${count.toLocaleString("en")} node${count === 1 ? "" : "s"}`;
 
 /** Left folds the section of the focused line, right unfolds it. */
 function foldByKey(event) {

@@ -14,7 +14,7 @@ class SensitivityView {
   show() {
     const blame = this.model.blame;
     if (!blame) {
-      return this.root.replaceChildren(empty("Nobody has asked yet where the error comes from. This attributes it to layers, kinds and passes, and adds it to the dump; `qcompile inspect DIR --html FILE` then shows it here.", "qcompile blame OUT --reference MODEL --dump DIR"));
+      return this.root.replaceChildren(empty("Nobody has asked yet where the error comes from. This attributes it to layers, kinds and passes, and adds it to the dump and to this page.", "qcompile blame OUT --reference MODEL --dump DIR"));
     }
     const cells = this.cells(blame), most = Math.max(...cells.map((cell) => cell.value), 0);
     const said = h("p", { class: "caption", role: "status" }, "Choose a cell to see what it is made of.");
