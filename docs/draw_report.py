@@ -27,7 +27,7 @@ const rows = [...document.querySelectorAll('#view-pipeline tr.changed')];
 const names = rows.map((row) => [row.dataset.number, row.querySelector('.name').textContent.trim()]);
 const at = (name) => names.findIndex((pair) => pair[1] === name);
 const number = (index) => names[Math.max(index, 0)][0];
-return {rotate: number(at('rotate-hadamard')), quantize: number(at('fuse-dequantize')), before: number(at('rewrite-kv-cache'))};
+return {rotate: number(at('rotate-hadamard')), quantize: number(at('quantize-weights')), before: number(at('rewrite-kv-cache'))};
 """
 
 

@@ -11,13 +11,14 @@ import torch
 from qcompile.errors import SourceError
 from qcompile.ir.constants import Constant
 from qcompile.ir.graph import Graph
+from qcompile.ir.layers import layer_of
 from qcompile.ir.serialize import graph_to_json
 from qcompile.passes.base import Pass, PassContext
 from qcompile.passes.lower_to_kernels import LowerToKernels
 from qcompile.passes.manager import run_pipeline
 from qcompile.passes.plan_memory import PlanMemory
 from qcompile.passes.quantize_weights import QuantizeWeights
-from qcompile.passes.switches import Switch, biases_beside, cache_switches, layer_of, new_switches
+from qcompile.passes.switches import Switch, biases_beside, cache_switches, new_switches
 from qcompile.quant.reference import Quantized, restore
 
 qcompile = torch.ops.qcompile

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from torch import fx
 from qcompile.errors import PassError
 from qcompile.ir.constants import Constant, uncast
 from qcompile.ir.graph import Graph
+from qcompile.ir.layers import layer_of
 from qcompile.passes.activation_pairs import arguments, producer
 from qcompile.passes.cache_tables import ATTEND_OPTIONS, option
 from qcompile.passes.patches import CONVOLUTIONS
@@ -58,12 +58,6 @@ class Switch:
     node: str
     name: str
     pairs: tuple[tuple[str, Without], ...]
-
-
-def layer_of(name: str) -> int | None:
-    """The first number that is a part of a dotted name: 3 of `model.layers.3.mlp.up_proj.weight`; None where there is none."""
-    found = re.search(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", name)
-    return int(found[0]) if found else None
 
 
 def new_switches(before: Graph, after: Graph, step: str) -> list[Switch]:

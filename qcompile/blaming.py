@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -44,6 +45,8 @@ DEFAULT_LENGTH = 256
 """Tokens of a window of the packaged text."""
 MOST_EVALUATIONS = 256
 """Unless a budget says otherwise: minutes for a model of 135 million parameters."""
+NOT_A_NUMBER = 1e6
+"""What outputs count that are NaN or infinite: more than any number, so that who makes them is found like anybody else."""
 _NOTICEABLE = 0.01
 """Share of the whole that passes without quantizers may add before each is measured."""
 _LEAST = 1e-6
@@ -236,7 +239,8 @@ class _Measurement:
         self._evaluations += 1
         if self._progress is not None:
             self._progress(min(self._evaluations, self._expected), self._expected)
-        return self._distance(outputs)
+        found = self._distance(outputs)
+        return found if math.isfinite(found) else NOT_A_NUMBER
 
     def _cell(self, group: Blamed) -> Cell:
         chosen = [self._switches[place] for place in group.members]

@@ -16,6 +16,7 @@ import qcompile
 from qcompile import frontend
 from qcompile.compiled import CompiledModel
 from qcompile.dump.blame import Blame, heat
+from qcompile.dump.reader import Dump
 from qcompile.errors import ArtifactError, SourceError
 from qcompile.evaluation import evaluate, logits_of
 from qcompile.frontend.loaded import Loaded
@@ -152,6 +153,17 @@ def test_a_scale_that_was_altered_in_the_artifact_is_named(llama: nn.Module) -> 
     assert (worst.layer, worst.kind, worst.step, worst.node) == (0, "weights", "quantize-weights", name)
 
 
+def test_what_makes_nan_is_named(llama: nn.Module) -> None:
+    model, name = compiled(llama, "cpu-int4"), "model.layers.1.self_attn.o_proj.weight"
+    scale = model.graph.constants[f"{name}.scale"]
+    broken = scale.materialize().index_fill(0, torch.tensor(3), torch.nan)
+    model.graph.bind(f"{name}.scale", replace(tensor_constant(broken), format=scale.format))
+    found = qcompile.blame(model, llama, tokens=TOKENS)
+    assert found.cells[0].node == name
+    assert found.cells[0].off > 0.99 * found.total
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
 def test_a_float_weight_that_was_altered_is_named(llama: nn.Module) -> None:
     model, name = compiled(llama, "cpu-int4"), "model.layers.1.post_attention_layernorm.weight"
     model.graph.bind(name, tensor_constant(model.graph.constants[name].materialize() * torch.linspace(-1, 3, 32)))
@@ -252,11 +264,14 @@ def test_a_module_is_judged_by_noise_over_signal() -> None:
     assert float((got - wanted).square().sum() / wanted.square().sum()) < 10 * found.total
 
 
-def test_what_is_written_is_what_a_report_reads(int4_blame: Blame, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"expected a dump, got a directory without passes.json; compile with --dump"):
+def test_what_is_written_is_what_a_report_reads(int4_blame: Blame, llama: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="expected a dump"):
         int4_blame.write(tmp_path)
-    (tmp_path / "passes.json").write_text("[]")
-    written = json.loads(int4_blame.write(tmp_path).read_text())
+    compiled(llama, "cpu-int4", dump=tmp_path / "dump")
+    unaware = (tmp_path / "dump" / "report.html").read_text()
+    written = json.loads(int4_blame.write(tmp_path / "dump").read_text())
+    assert Dump.open(tmp_path / "dump").blame == written
+    assert (tmp_path / "dump" / "report.html").read_text() != unaware
     assert written["total_kl"] == int4_blame.total
     assert written["evaluations"] == int4_blame.evaluations
     assert set(written["cells"][0]) >= {"layer", "kind", "pass", "node", "off", "alone"}

@@ -13,7 +13,11 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from qcompile.dump.facts import facts_of_dump
+from qcompile.dump.html.page import write_report
+from qcompile.dump.reader import Dump
 from qcompile.dump.tables import value_table, written
+from qcompile.dump.writer import REPORT_FILE
 from qcompile.errors import SourceError
 
 FILE = "blame.json"
@@ -137,17 +141,19 @@ class Blame:
         }  # fmt: skip
 
     def write(self, directory: Path) -> Path:
-        """Put `blame.json` into a dump's directory; returns its path.
+        """Put `blame.json` into a dump, and the figures into its report if it has one; returns the path of the former.
 
         Raises:
             SourceError: if there is no dump, or it cannot be written.
         """
         require_dump(directory)
-        path = directory / FILE
+        path, report = directory / FILE, directory / REPORT_FILE
         try:
             path.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         except OSError as error:
             raise SourceError(f"{path}: expected a file that can be written, got {error.strerror}; choose another directory") from None
+        if report.is_file():
+            write_report(facts_of_dump(directory), report)
         return path
 
     def tables(self, most: int = 10) -> list[RenderableType]:
@@ -180,10 +186,9 @@ def require_dump(directory: Path) -> None:
     """Refuse a directory that is no dump.
 
     Raises:
-        SourceError: saying how to make one.
+        SourceError: saying what it is instead.
     """
-    if not (directory / "passes.json").is_file():
-        raise SourceError(f"{directory}: expected a dump, got a directory without passes.json; compile with --dump {directory} first")
+    Dump.open(directory)
 
 
 def share_table(blame: Blame, most: int = 10) -> Table:

@@ -10,10 +10,11 @@ import torch
 from rich.table import Table
 from torch import Tensor, fx
 
-from qcompile.dump.graph_log import base_name, layer_of
+from qcompile.dump.graph_log import base_name
 from qcompile.dump.moments import MomentsRecorder
 from qcompile.ir.constants import uncast
 from qcompile.ir.graph import Graph
+from qcompile.ir.layers import layer_of
 from qcompile.passes.distributions import Distribution, weight_distribution
 from qcompile.passes.execution import Inputs, call
 

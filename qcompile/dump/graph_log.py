@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ from typing import Any
 from torch import fx
 
 from qcompile.ir.graph import Graph, operator_name
+from qcompile.ir.layers import fold, layer_of
 from qcompile.ir.provenance import origins
 from qcompile.ir.text import Line
 
-_LAYER = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
 _KINDS = {"placeholder": "input", "get_attr": "constant", "call_function": "call", "output": "output"}
 
 
@@ -99,14 +98,3 @@ def _is_constant(node: fx.Node) -> bool:
         return True
     used = node.all_input_nodes if node.op == "call_function" else []
     return bool(used) and all(value.op == "get_attr" for value in used)
-
-
-def layer_of(name: str) -> int | None:
-    """The first number in a dotted name: 3 of `model.layers.3.mlp.up_proj.weight`; None where there is none."""
-    found = _LAYER.search(name)
-    return int(found[0]) if found else None
-
-
-def fold(name: str) -> str:
-    """The name with its first number replaced, equal for all repetitions of a layer: `model.layers.*.mlp.up_proj.weight`."""
-    return _LAYER.sub("*", name, count=1)

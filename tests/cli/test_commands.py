@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import qcompile
+from qcompile.dump import blame as blame_room
 from qcompile.dump import writer
 from qcompile.dump.blame import KL, Blame, Cell, Step
 from qcompile.quant.scheme_options import SchemeOptions
@@ -274,8 +275,8 @@ def test_blame_hands_its_options_on_and_writes_into_a_dump(monkeypatch: pytest.M
     cells = tuple(Cell(layer, "weights", "quantize-weights", f"layers.{layer}.w", "w", 0.3, 0.1, (layer,)) for layer in (1, 0))
     made = Blame("m", "cpu-int4", KL, 0.5, cells, (Step("fold-norms", 0.1, True, "linear_3", "first at linear_3"),), 0.1, 2, 9, 12, 256)
     monkeypatch.setitem(vars(qcompile), "blame", lambda *arguments, **options: asked.update({"arguments": arguments, **options}) or made)
+    monkeypatch.setattr(blame_room, "require_dump", lambda directory: asked.update(dump=directory))
     np.savez(tmp_path / "inputs.npz", x=np.ones((2, 3), dtype=np.float32))
-    (tmp_path / "passes.json").write_text("[]")
     result = invoke(
         "blame", "out", "--reference", "m.gguf", "--tokens", "t.npy", "--inputs", tmp_path / "inputs.npz", "--windows", "3", "--budget",
         "40", "--calibration", "c.npy", "--dump", tmp_path, "--top", "1",
@@ -285,6 +286,7 @@ def test_blame_hands_its_options_on_and_writes_into_a_dump(monkeypatch: pytest.M
     assert inputs["x"].shape == (2, 3)
     assert asked == {
         "arguments": (Path("out"), "m.gguf"), "tokens": Path("t.npy"), "windows": 3, "budget": 40, "calibration": Path("c.npy"),
+        "dump": tmp_path,
     }  # fmt: skip
     assert json.loads((tmp_path / "blame.json").read_text()) == made.to_dict()
     for shown in ("layers.1.w", "and 1 more", "40.0 %", "first at linear_3", "9 of at most 12"):
@@ -296,7 +298,7 @@ def test_blame_hands_its_options_on_and_writes_into_a_dump(monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--dump", "nowhere"), "nowhere: expected a dump, got a directory without passes.json"),
+        (("--dump", "nowhere"), "nowhere: expected the directory of a dump, got nothing"),
         (("--inputs", "no.npz"), "saved by numpy.savez"),
     ],
 )

@@ -1,5 +1,7 @@
 // Two node lists side by side: nodes of one name face each other, and those that descend from the same operators do.
 
+const NEARBY = 64; // candidates that are looked at for a partner: what took a node's place stands near it
+
 /** Rows {kind, a, b}: same, changed, moved, replaced, removed, added. */
 function align(before, after) {
   const place = new Map(after.map((node, index) => [node.name, index]));
@@ -38,7 +40,8 @@ function gap(gone, come) {
   let next = 0;
   for (const node of gone) {
     let partner = -1;
-    for (let at = next; at < come.length && partner < 0; at += 1) if (related(node, come[at])) partner = at;
+    const end = Math.min(come.length, next + NEARBY);
+    for (let at = next; at < end && partner < 0; at += 1) if (related(node, come[at])) partner = at;
     if (partner < 0) {
       rows.push({ kind: "removed", a: node });
       continue;

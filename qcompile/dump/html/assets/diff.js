@@ -1,6 +1,7 @@
 // Two listings side by side: only what changed and a little around it, layers in which the same happened as one.
 
 const CONTEXT_ROWS = 2;
+const PAGE_ROWS = 400; // drawn at once; the rest waits behind a button
 const GLYPHS = { same: ["", ""], changed: ["~", "~"], replaced: ["~", "~"], removed: ["−", ""], added: ["", "+"] };
 
 class DiffView {
@@ -33,7 +34,7 @@ class DiffView {
     const changed = sections.filter((section) => section.rows.some((row) => row.kind !== "same"));
     const groups = this.folded ? foldAlike(changed, (section) => alikeRows(section.rows)) : changed.map((section) => ({ sections: [section], title: section.key }));
     const total = groups.reduce((sum, group) => sum + group.sections[0].rows.filter((row) => row.kind !== "same").length, 0);
-    this.blocks = groups.map((group) => this.block(group, total < 1500));
+    this.blocks = groups.map((group) => this.block(group, total < 1500 || groups.length === 1));
     const unchanged = sections.length - changed.length;
     this.root.replaceChildren(
       this.tools(countKinds(sections)),
@@ -86,13 +87,14 @@ class DiffView {
           counts.added > 0 && h("span", { class: "added" }, `+${counts.added}`), counts.removed > 0 && h("span", { class: "removed" }, `−${counts.removed}`),
           counts.changed + counts.replaced > 0 && h("span", { class: "changed" }, `~${counts.changed + counts.replaced}`), several && h("span", {}, "each"))),
       body);
-    const block = { group, element, fill: once(() => body.append(...this.hunks(rows))) };
+    const pager = new Pager(body, this.hunks(rows));
+    const block = { group, element, pager, fill: once(() => pager.next()) };
     element.addEventListener("toggle", () => element.open && block.fill());
     if (open) block.fill();
     return block;
   }
 
-  /** Rows with long stretches of the same behind a button. */
+  /** Functions that make the lines, long stretches of the same behind a button. */
   hunks(rows) {
     const near = rows.map(() => false);
     rows.forEach((row, index) => {
@@ -104,8 +106,8 @@ class DiffView {
       let end = start + 1;
       while (end < rows.length && near[end] === near[start]) end += 1;
       const run = rows.slice(start, end);
-      if (near[start] || run.length < 3) made.push(...run.map((row) => this.row(row)));
-      else made.push(this.more(run));
+      if (near[start] || run.length < 3) made.push(...run.map((row) => () => this.row(row)));
+      else made.push(() => this.more(run));
       start = end;
     }
     return made;
@@ -121,7 +123,8 @@ class DiffView {
   }
 
   row(row) {
-    const [left, right] = row.a && row.b && row.kind !== "same" ? wordSpans(sideText(row.a), sideText(row.b)) : [row.a && [sideText(row.a)], row.b && [sideText(row.b)]];
+    const [before, after] = [row.a && shownText(row.a, row.b), row.b && shownText(row.b, row.a)];
+    const [left, right] = row.a && row.b ? wordSpans(before, after) : [before, after];
     const [minus, plus] = GLYPHS[row.kind];
     return h("div", { class: `pair ${row.kind}${row.moved ? " moved" : ""}` }, this.side(row.a, left, minus, this.before), this.side(row.b, right, plus, this.after));
   }
@@ -140,16 +143,49 @@ class DiffView {
     if (!block) return;
     block.fill();
     block.element.open = true;
-    const found = [...block.element.querySelectorAll(`[data-name="${CSS.escape(name)}"]`)];
+    const sides = () => [...block.element.querySelectorAll(`[data-name="${CSS.escape(name)}"]`)];
+    while (!sides().length && block.pager.next());
+    const found = sides();
     found.forEach((side) => side.setAttribute("aria-current", "true"));
     bringIntoView(found[0]);
   }
 }
 
-/** A node as a diff shows it: the call, the type, the format, and what was done to a constant. */
+/** Everything about a node that makes a difference here: the call, the type, the format, and what was done to a constant. */
 function sideText(node) {
-  const log = node.log?.length ? `  [${node.log.join(" | ")}]` : "";
-  return `${constantName(node) ?? node.call}  ${[node.type, node.format].filter(Boolean).join(" ")}${log}`.trimEnd();
+  return `${headText(node)}  [${node.log.join(" | ")}]`;
+}
+
+function headText(node) {
+  return `${constantName(node) ?? node.call}  ${[node.type, node.format].filter(Boolean).join(" ")}`.trimEnd();
+}
+
+/** A node as one side shows it; of what was done to a constant only what was not done to `other`. */
+function shownText(node, other) {
+  let common = 0;
+  while (common < node.log.length && node.log[common] === other?.log[common]) common += 1;
+  const more = other ? node.log.slice(common) : [];
+  return more.length ? `${headText(node)}  [${common ? "… | " : ""}${more.join(" | ")}]` : headText(node);
+}
+
+/** Draws lines a page at a time: what `makers` make is appended to `body`, and a button for what is left. */
+class Pager {
+  constructor(body, makers) {
+    Object.assign(this, { body, makers, drawn: 0 });
+    this.button = h("button", { class: "more", type: "button", tabindex: "-1", onclick: () => this.next() });
+  }
+
+  /** Draw the next page; false if there is none. */
+  next() {
+    if (this.drawn >= this.makers.length) return false;
+    this.button.remove();
+    const page = this.makers.slice(this.drawn, this.drawn + PAGE_ROWS);
+    this.drawn += page.length;
+    this.body.append(...page.map((make) => make()));
+    this.button.textContent = `${this.makers.length - this.drawn} more lines`;
+    if (this.drawn < this.makers.length) this.body.append(this.button);
+    return true;
+  }
 }
 
 function once(action) {

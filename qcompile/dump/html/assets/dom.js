@@ -24,9 +24,9 @@ function s(tag, attributes, ...children) {
 
 const byId = (id) => document.getElementById(id);
 
-/** A dotted name that may be broken behind its dots. */
+/** A dotted name, or options, that may be broken behind a dot, a comma, a brace. */
 function breakable(name) {
-  return name.split(/(?<=\.)/).flatMap((piece, index) => (index ? [h("wbr"), piece] : [piece]));
+  return name.split(/(?<=[.,{])/).flatMap((piece, index) => (index ? [h("wbr"), piece] : [piece]));
 }
 
 /** A table of rows of cells; `numbers` are the columns aligned right. */

@@ -107,7 +107,7 @@ function passDetails(model, number) {
   return [
     heading(`pass ${passNumber(record)}`, record.name),
     facts([
-      ["as written", h("code", { class: "wrap" }, record.spec)], ["claims", record.exact === undefined ? undefined : record.exact ? "the same function" : "to lose precision"],
+      ["as written", h("code", { class: "wrap" }, breakable(record.spec))], ["claims", record.exact === undefined ? undefined : record.exact ? "the same function" : "to lose precision"],
       ["time", `${record.seconds.toFixed(2)} s`], ["nodes", `${record.nodes_before.toLocaleString("en")} → ${record.nodes_after.toLocaleString("en")}`], ["constants", bytesText(record.bytes)],
       ["max error", record.max_error !== null && record.max_error !== undefined ? numberText(record.max_error) : undefined],
       ["SQNR", record.sqnr_db !== null && record.sqnr_db !== undefined ? `${record.sqnr_db.toFixed(1)} dB` : undefined], ["KL", record.kl !== null && record.kl !== undefined ? numberText(record.kl) : undefined],
