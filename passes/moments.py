@@ -53,10 +53,14 @@ def measure_moments(graph: Graph, inputs: Inputs | None = None) -> dict[str, Mom
 
 
 def measure_readers(
-    graph: Graph, inputs: Inputs | None = None, watched: Collection[str] = ()
+    graph: Graph, inputs: Inputs | None = None, watched: Collection[str] = (), *, others: bool = True
 ) -> tuple[dict[str, Moments], dict[str, Distribution]]:
-    """As `measure_moments`, and in the same run the distribution of what the `watched` readers read, by their names."""
+    """As `measure_moments`, and in the same run the distribution of what the `watched` readers read, by their names.
+
+    Without `others` only these are looked at, and the model runs no further than the last of them.
+    """
     read = {node.name: value for node in graph.calls(*_READERS, attention) if isinstance(value := _measured_argument(node), fx.Node)}
+    read = read if others else {reader: value for reader, value in read.items() if reader in watched}
     kept = {value.name for reader, value in read.items() if reader in watched}
     observers = {value.name: _Observer(feature_axis(value), keep=value.name in kept) for value in read.values()}
     with Execution(graph, inputs or ExampleInputs(graph.interface.examples), [], observers=observers) as execution:

@@ -27,7 +27,8 @@ class MomentsRecorder:
         """Measure on what `inputs` makes of a graph, such as calibration batches; by default on the graph's examples."""
         self._inputs = inputs
         self._before: Graph | None = None
-        self._known: tuple[str, Measured] = ("", ({}, {}))
+        self._known: Measured = ({}, {})
+        self._seen: tuple[str, frozenset[str], bool] = ("", frozenset(), False)
         self.watched: frozenset[str] = frozenset()
 
     @property
@@ -46,15 +47,18 @@ class MomentsRecorder:
             return None
         return moments_table(reader_groups(before), self.measure(before)[0], self.measure(graph)[0], title)
 
-    def measure(self, graph: Graph) -> Measured:
-        """The moments of what each reader reads, and distributions for the `watched` ones.
+    def measure(self, graph: Graph, only: frozenset[str] | None = None) -> Measured:
+        """The moments of what each reader reads, and distributions for the `watched` ones; of nothing but `only` where that is given.
 
         What one pass leaves is what the next one starts from: it is not measured twice.
         """
-        key = f"{graph.fingerprint()} {sorted(self.watched)}"
-        if key != self._known[0]:
-            self._known = key, measure_readers(graph, None if self._inputs is None else self._inputs(graph), self.watched)
-        return self._known[1]
+        key, watched = graph.fingerprint(), self.watched if only is None else only
+        known, seen, all_seen = self._seen
+        if key != known or not watched <= seen or (only is None and not all_seen):
+            inputs = None if self._inputs is None else self._inputs(graph)
+            self._known = measure_readers(graph, inputs, watched, others=only is None)
+            self._seen = key, watched, only is None
+        return self._known
 
 
 def basis_changes(graph: Graph) -> list[str]:

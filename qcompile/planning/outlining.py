@@ -39,7 +39,7 @@ class Outlined:
         outline: what it had to go without, and what it left open.
         size: of the artifact.
         resident: bytes that the process held when the passes had run.
-        alternatives: its sizes where open choices are made the other way; all but the weights are taken to stay the same.
+        alternatives: its sizes where open choices are made the other way; the program is taken to grow with its nodes.
     """
 
     contents: ArtifactContents
@@ -65,7 +65,8 @@ def outline_model(
     run_pipeline(graph, steps, replace(ctx, outline=found.outline.bolder(), notes=[], coverage=[], products={}), instruments)
     weights = constants_bytes(graph.constants)
     onnx = found.size.onnx + weights - found.size.weights if ctx.target.is_onnx else 0
-    return replace(found, alternatives=(replace(found.size, weights=weights, onnx=onnx),))
+    program = found.size.program * len(graph.fx.nodes) // max(1, len(found.contents.graph.fx.nodes))
+    return replace(found, alternatives=(replace(found.size, weights=weights, program=program, onnx=onnx),))
 
 
 def _outlined(graph: Graph, assets: Assets, pipeline: Sequence[Pass], ctx: PassContext, instruments: Sequence[Instrument]) -> Outlined:
