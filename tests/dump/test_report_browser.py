@@ -28,6 +28,7 @@ FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--window-size=1280,800",
 )  # fmt: skip
+DOWN = "model.layers.0.mlp.down_proj.weight"
 LAYER = "layers 0\N{EN DASH}1"
 
 
@@ -36,11 +37,11 @@ def dump(reported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dump with an attribution as `qcompile blame` writes it, and the report of both."""
     directory = shutil.copytree(reported, tmp_path_factory.mktemp("browser") / "dump")
     shares: list[tuple[int | None, str, str, float]]
-    shares = [(0, "weights", "down_proj", 0.25), (1, "weights", "down_proj", 0.05), (0, "weights", "up_proj", 0.01)]
+    shares = [(0, "weights", DOWN, 0.25), (1, "weights", "down_proj", 0.05), (0, "weights", "up_proj", 0.01)]
     shares.append((None, "cache", "keys", 0.002))
     cells = [
-        {"layer": layer, "kind": kind, "pass": "quantize-weights", "group": group, "off": share, "alone": share, "share": share}
-        for layer, kind, group, share in shares
+        {"layer": layer, "kind": kind, "pass": "quantize-weights", "node": node, "off": share, "alone": share, "share": share}
+        for layer, kind, node, share in shares
     ]
     steps = [{"pass": "convert-dtype", "added": 0.0001, "exact": False, "node": "", "place": ""}]
     values = {"unit": "KL in nats per token", "total_kl": 0.3, "cells": cells, "passes": steps, "evaluations": 12, "quantizers": 4}
@@ -289,7 +290,9 @@ def test_a_cell_of_the_heat_map_is_explained(browser: Browser) -> None:
     assert [cell.get_attribute("aria-label") for cell in cells][:2] == ["weights, layer 0: 0.26", "weights, layer 1: 0.05"]
     assert cells[0].get_attribute("fill") != cells[1].get_attribute("fill")
     cells[0].click()
-    assert browser.find("#view-sensitivity [role=status]").text == "weights, layer 0: 0.26 — down_proj 0.25; up_proj 0.01"
+    assert browser.find("#view-sensitivity [role=status]").text == f"weights, layer 0: 0.26 — {DOWN} 0.25; up_proj 0.01"
+    browser.find("#view-sensitivity [role=status] a").click()
+    assert browser.find("#inspector h2").text == DOWN
 
 
 def test_dark_and_light(browser: Browser) -> None:

@@ -165,8 +165,8 @@ function stagesOf(model, listing) {
 
 /** A name as a link to where it was last seen; as text if it is no node's. */
 function nodeLink(model, name) {
-  const listing = model.listingWith(name, model.last?.number ?? "000"), text = h("code", {}, name);
-  return listing ? h("a", { href: nodeHref(name, listing.number) }, text) : text;
+  const known = model.nodeNamed(name), listing = model.listingWith(known, model.last?.number ?? "000"), text = h("code", {}, name);
+  return listing ? h("a", { href: nodeHref(known, listing.number) }, text) : text;
 }
 
 function noteList(model, notes) {

@@ -118,16 +118,10 @@ function nodeAddress(text) {
   return at < 0 ? { name: text, number: "" } : { name: text.slice(0, at), number: text.slice(at + 1).split("_")[0] };
 }
 
-/** The address with a listing in which the node is. */
+/** The address with a listing in which the node is; constants may be asked for by what the checkpoint calls them. */
 function resolved(address, model) {
-  const name = model.listings.some((listing) => listing.byName.has(address.name)) ? address.name : constantNode(address.name, model);
+  const name = model.nodeNamed(address.name);
   return { name, number: model.listingWith(name, address.number)?.number ?? address.number };
-}
-
-/** Constants may be asked for by what the checkpoint calls them. */
-function constantNode(name, model) {
-  for (const listing of [...model.listings].reverse()) for (const node of listing.nodes) if (constantName(node) === name) return node.name;
-  return name;
 }
 
 function markPass(number) {

@@ -74,6 +74,13 @@ class Model {
     return wanted.byName.has(name) ? wanted : this.listings.findLast((listing) => listing.byName.has(name));
   }
 
+  /** The node that is meant by `name`: its own name, or what a constant is called in the checkpoint. */
+  nodeNamed(name) {
+    if (this.listings.some((listing) => listing.byName.has(name))) return name;
+    this.constants ??= new Map(this.nodes.filter((node) => node.constant).map((node) => [node.constant, node.name]));
+    return this.constants.get(name) ?? name;
+  }
+
   /** Through all listings: where a name appears, changes and goes, as [{listing, node, event}]. */
   history(name) {
     const events = [];

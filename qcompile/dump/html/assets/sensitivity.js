@@ -1,6 +1,6 @@
 // Where the divergence from the model comes from: layers by kinds of quantizers and the passes that put them there.
 
-const MEASURES = [["share", "mean of both: these add up"], ["off", "lost when only this is exact"], ["alone", "there when only this is quantized"]];
+const MEASURES = [["share", "mean of both: these add up"], ["off", "vanishes when only this is exact"], ["alone", "there when only this is quantized"]];
 
 class SensitivityView {
   constructor(model, root) {
@@ -25,7 +25,7 @@ class SensitivityView {
       h("div", { class: "scroll" }, heatMap(unique(cells, "row"), columnsOf(cells), cells, (cell) => said.replaceChildren(...this.explain(cell)))),
       said,
       h("h2", {}, "The largest"),
-      table(["", "layer", "kind", "pass", "what", ...this.measures.map(([measure]) => ({ share: "share", off: "lost when exact", alone: "alone" })[measure])], this.ranked(blame.cells), [0, 1, 5, 6, 7], "ranked"),
+      table(["", "layer", "kind", "pass", "what", ...this.measures.map(([measure]) => ({ share: "share", off: "vanishes when exact", alone: "alone" })[measure])], this.ranked(blame.cells), [0, 1, 5, 6, 7], "ranked"),
       ...this.steps(blame.passes ?? []),
     );
     this.root.querySelector("[data-cell]")?.setAttribute("tabindex", "0");
