@@ -14,7 +14,7 @@ ROWS ?= build/cache.jsonl
 TEST_ENV := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint demo bench accuracy caches clean
+.PHONY: help venv browser test lint demo bench accuracy caches clean
 
 help: ## print this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +25,16 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 venv: $(INSTALLED) ## create .venv with the package (editable) and everything development needs
+
+browser: ## install Chromium and its driver, which tests of the report drive (Debian, as root; elsewhere they are skipped)
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then \
+		echo "chromium and chromedriver are here"; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver; } \
+			|| echo "chromium could not be installed: tests of the report in a browser will be skipped"; \
+	else \
+		echo "no chromium or chromedriver: tests of the report in a browser will be skipped; on Debian: apt-get install chromium chromium-driver"; \
+	fi
 
 test: $(INSTALLED) ## everything CI needs: lint and all tests
 	$(MAKE) lint

@@ -20,7 +20,7 @@ from qcompile.passes.manager import run_pipeline
 from qcompile.passes.pipelines import default_pipeline
 from qcompile.target import parse_target
 
-_SHAPE = {
+SHAPE = {
     "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
     "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
 }  # fmt: skip
@@ -28,7 +28,7 @@ _SHAPE = {
 
 def main() -> None:
     """Print one line."""
-    config = transformers.LlamaConfig(**_SHAPE, architectures=["LlamaForCausalLM"])
+    config = transformers.LlamaConfig(**SHAPE, architectures=["LlamaForCausalLM"])
     with tempfile.TemporaryDirectory() as directory:
         config.save_pretrained(directory)
         started = time.perf_counter()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
+
+from qcompile.kept import cache_directory
 
 
 def kernel_cache() -> Path:
     """`QCOMPILE_CACHE`/kernels, by default under ~/.cache/qcompile."""
-    root = os.environ.get("QCOMPILE_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "qcompile") / "kernels"
+    return cache_directory() / "kernels"
 
 
 def write_atomically(path: Path, content: bytes) -> None:

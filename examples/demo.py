@@ -20,8 +20,8 @@ from rich.table import Table
 
 import qcompile
 from qcompile.compiled import CompiledModel
+from qcompile.dump.reader import Dump
 from qcompile.dump.tables import format_bytes
-from qcompile.dump.writer import read_summary
 from qcompile.errors import QCompileError
 from qcompile.frontend.pinned import smollm2_path
 from qcompile.runtime.cache_layers import bits_per_number
@@ -90,7 +90,7 @@ def _table(dump: Path, target: str, results: list[tuple[str, str]], seconds: flo
     table = Table(title=f"SmolLM2-135M-Instruct, {target}, {threads}, {seconds:.0f} s", title_justify="left")
     for header in ("pass", "changed", "time", "nodes", "error"):
         table.add_column(header, justify="left" if header in ("pass", "changed") else "right")
-    for record in read_summary(dump)[1]:
+    for record in Dump.open(dump).records:
         error = "" if record.max_error is None else f"{record.max_error:.1e}"
         table.add_row(record.name, "yes" if record.changed else "no", f"{record.seconds:.2f} s", str(record.nodes_after), error)
     table.add_section()

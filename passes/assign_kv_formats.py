@@ -40,12 +40,24 @@ class AssignKvFormats(Pass):
             return False
         if self.tokens < 2:
             raise PipelineError(f"pass {self.name}: expected tokens of at least 2, got {self.tokens}")
-        calibration = ctx.require_calibration(self.name)
-        measured = losses(graph, layers, MIXED_FORMS, cache, calibration, self.tokens)
+        if ctx.outlines(self.name):
+            measured = _assumed_losses(ctx, layers)
+        else:
+            measured = losses(graph, layers, MIXED_FORMS, cache, ctx.require_calibration(self.name), self.tokens)
         chosen = cheapest(measured, [_bytes(node) for node in layers], cache.bits, sum(map(_numbers, layers)))
         for node, pair in zip(layers, chosen, strict=True):
             node.update_kwarg("cache", _BETWEEN.join(MIXED_FORMS[pair]))
         return True
+
+
+def _assumed_losses(ctx: PassContext, layers: Sequence[fx.Node]) -> Tensor:
+    """For a plan, float64 [layers, pairs]: four times less for each bit, and earlier layers a little more, so that one choice is best."""
+    assert ctx.outline is not None
+    what = "which forms the keys and values of each layer get within cache_bits"
+    ctx.outline.assume(AssignKvFormats.name, what, "the first layers get the finer ones")
+    bits = 8 * torch.tensor([_bytes(node) for node in layers], dtype=torch.float64)
+    numbers = torch.tensor([_numbers(node) for node in layers], dtype=torch.float64).unsqueeze(1)
+    return 4.0 ** -(bits / numbers) * (1 + torch.arange(len(layers), 0, -1, dtype=torch.float64).unsqueeze(1) / len(layers))
 
 
 def assigned_forms(attention: fx.Node) -> Pair | None:

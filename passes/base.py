@@ -18,6 +18,7 @@ from qcompile.target import Target
 
 if TYPE_CHECKING:  # these run graphs, which takes passes
     from qcompile.passes.calibration import Calibration
+    from qcompile.passes.outline import Outline
     from qcompile.passes.statistics import Measured, Request, Statistics
     from qcompile.passes.stream import Visit
     from qcompile.passes.work import WorkStore
@@ -41,6 +42,7 @@ class PassContext:
         work: where finished results are kept so that interrupted work continues; None keeps them in memory only.
         measured: the statistics taken so far.
         report: called with (what is being done, done, total) during long work.
+        outline: what a compilation without weights and data is planned with; None compiles.
     """
 
     target: Target
@@ -56,6 +58,13 @@ class PassContext:
     work: WorkStore | None = None
     measured: Statistics | None = None
     report: Callable[[str, int, int], None] | None = None
+    outline: Outline | None = None
+
+    def outlines(self, step: str) -> bool:
+        """Whether the pass called `step` is to go without the weights and data that it would read; the outline notes that it asked."""
+        if self.outline is not None and step not in self.outline.valueless:
+            self.outline.valueless.append(step)
+        return self.outline is not None
 
     def statistics(self, graph: Graph, requests: Iterable[Request], *, tokens: int | None = None) -> Measured:
         """Statistics of values of `graph` over the calibration data; what is known already is not measured again.

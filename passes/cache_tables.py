@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, fx
 
 from qcompile.ir.graph import Graph, fake_value
 from qcompile.passes.base import PassContext
+from qcompile.passes.outline import unknown
 from qcompile.passes.statistics import Request
 from qcompile.quant.vector_format import vector_format
 
@@ -27,6 +29,7 @@ _VIEWS = (
 )
 ATTEND_OPTIONS = ((5, "scale", 1.0), (7, "window", 0), (8, "softcap", 0.0), (9, "sinks", None))
 """What attention over a cache takes over from attention without one: place, name, default."""
+_NOISE_ROWS = 1024
 _UNUSUAL = 8.0
 """Tokens of so many times the median norm are attention sinks, which caches of few bits keep as they came: tables ignore them."""
 
@@ -62,6 +65,8 @@ def make_tables(graph: Graph, pairs: Sequence[CachedPair], ctx: PassContext) -> 
     wanted = [pair for pair in pairs if any(vector_format(form).tables for form in pair.forms)]
     if not wanted:
         return [([], []) for _ in pairs]
+    if ctx.outlines("rewrite-kv-cache"):
+        return [_outlined_tables(graph, index, pair) for index, pair in enumerate(pairs)]
     flat = {part: _flat(graph, pair.attention, part) for pair in wanted for part in (pair.keys, pair.values, pair.queries)}
     requests = {part: Request(node.name, "sample", _ROWS) for part, node in flat.items()}
     for pair in wanted:
@@ -69,6 +74,25 @@ def make_tables(graph: Graph, pairs: Sequence[CachedPair], ctx: PassContext) -> 
     measured = ctx.statistics(graph, list(requests.values()))
     made = {pair: _tables(graph, index, pair, requests, measured) for index, pair in enumerate(pairs) if pair in wanted}
     return [made.get(pair, ([], [])) for pair in pairs]
+
+
+def _outlined_tables(graph: Graph, index: int, pair: CachedPair) -> tuple[list[fx.Node], list[fx.Node]]:
+    """As `_tables`, without values."""
+    found: list[list[fx.Node]] = []
+    for name, part, form in zip(("keys", "values"), (pair.keys, pair.values), pair.forms, strict=True):
+        shape = fake_value(part).shape
+        labels = {f"cache.{index}.{name}.{label}": made for label, made in _table_forms(form, int(shape[1]), int(shape[3])).items()}
+        found.append([graph.add_constant(label, unknown(label, *made), source=pair.attention) for label, made in labels.items()])
+    return found[0], found[1]
+
+
+@functools.cache
+def _table_forms(form: str, heads: int, size: int) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of each table of a form, from a calibration on noise."""
+    kind = vector_format(form)
+    noise = torch.randn(_NOISE_ROWS, heads, size, generator=torch.Generator().manual_seed(0))
+    tables = kind.calibrate(noise, torch.ones(heads, size)) if kind.tables else ()
+    return {label: (table.shape, table.dtype) for label, table in zip(kind.tables, tables, strict=True)}
 
 
 def _flat(graph: Graph, before: fx.Node, part: fx.Node) -> fx.Node:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qcompile.errors import QCompileError, SourceError
 from qcompile.ir.graph import CACHE_STATES, Graph
-from qcompile.ir.records import Assets
+from qcompile.ir.records import Assets, Calibrated
 from qcompile.ir.structure import flatten
 from qcompile.passes.calibration_data import Asked, CalibrationData, read_data
 
@@ -38,9 +38,23 @@ class Calibration:
         return self._data
 
     @property
+    def known(self) -> CalibrationData | None:
+        """The data if it has been read, else None."""
+        return self._data
+
+    @property
     def key(self) -> str:
         """What tells this data from other: a hash of its content."""
         return self.data.key
+
+    @property
+    def record(self) -> Calibrated | None:
+        """What was read, in short; None where nothing was."""
+        data = self.known
+        if data is None:
+            return None
+        windows, length = (len(data.samples), 0) if data.tokens is None else data.tokens.shape
+        return Calibrated(data.name, data.key, windows, length)
 
     def first(self, tokens: int) -> Calibration:
         """The windows that hold the first `tokens` tokens, at least one; inputs of a plain module are all kept."""

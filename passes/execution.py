@@ -98,7 +98,7 @@ class Execution:
         self._store = ValueStore(self._limits.values, self._limits.directory)
         self._shared: dict[str, Tensor] = {}
         self._replaced: dict[str, Tensor | Constant] = {}
-        self._static = _static_nodes(self._program)
+        self._static = static_nodes(self._program)
         self._computed: set[fx.Node] = set()
         needed = self._behind([*self._observers, *(node for stop in self._stops for node in stop)])
         self._uses = Counter(used for node in needed for used in node.all_input_nodes if self._is_stored(used))
@@ -268,7 +268,7 @@ def _is_weight(node: fx.Node) -> bool:
     return all(user.target is torch.ops.aten.linear.default and user.args[1] is node and user.args[0] is not node for user in node.users)
 
 
-def _static_nodes(graph: Graph) -> set[fx.Node]:
+def static_nodes(graph: Graph) -> set[fx.Node]:
     """Constants, and calls that depend on nothing else."""
     static: set[fx.Node] = set()
     for node in graph.nodes:

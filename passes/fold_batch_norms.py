@@ -12,6 +12,7 @@ from qcompile.ir.constants import Cast, Constant, TensorSource, tensor_constant,
 from qcompile.ir.folds import Scaled
 from qcompile.ir.graph import Graph, operator_name
 from qcompile.passes.base import Pass, PassContext
+from qcompile.passes.outline import unknown
 
 aten = torch.ops.aten
 PRODUCERS = (aten.conv1d.default, aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default, aten.linear.default)
@@ -27,7 +28,7 @@ class FoldBatchNorms(Pass):
         """Every batch norm that alone reads a convolution or linear with weights of its own."""
         changed = False
         for node in graph.calls(aten.batch_norm.default):
-            reason = _obstacle(graph, node)
+            reason = _obstacle(graph, node, valueless=ctx.outline is not None)
             if reason is not None:
                 ctx.note(self.name, node.name, reason)
             elif ctx.spend():
@@ -37,7 +38,7 @@ class FoldBatchNorms(Pass):
         return changed
 
 
-def _obstacle(graph: Graph, node: fx.Node) -> str | None:
+def _obstacle(graph: Graph, node: fx.Node, *, valueless: bool) -> str | None:
     """Why this batch norm stays, or None."""
     producer: Any = node.args[0]
     if producer.target not in PRODUCERS:
@@ -48,7 +49,7 @@ def _obstacle(graph: Graph, node: fx.Node) -> str | None:
         return "it normalises by the batch it sees (training mode)"
     for place, item in (("weight", producer.args[1]), ("bias", _argument(producer, 2)), *zip(_PARTS, node.args[1:5], strict=True)):
         constant = graph.constant(item)
-        if item is not None and (constant is None or not constant.is_bound):
+        if item is not None and (constant is None or not (valueless or constant.is_bound)):
             return f"its {place} is {'not a constant' if constant is None else 'a constant without a value'}"
     if len(producer.args[1].users) != 1:
         return f"the weight {producer.args[1].target} is read by others too"
@@ -64,6 +65,22 @@ def _argument(node: fx.Node, place: int) -> Any:
 
 def _fold(graph: Graph, node: fx.Node) -> None:
     producer: Any = node.args[0]
+    weight = producer.args[1]
+    name = str(weight.target)
+    bias_name, dtype = name.removesuffix(".weight") + ".folded_bias", graph.constants[name].dtype
+    new_bias = graph.add_constant(bias_name, _folded_bias(graph, node, bias_name, dtype), source=node)
+    producer.args = (*producer.args[:2], new_bias, *producer.args[3:])
+    producer.kwargs = {key: value for key, value in producer.kwargs.items() if key != "bias"}
+    producer.meta["passes"] = tuple(dict.fromkeys((*producer.meta["passes"], *node.meta["passes"], graph.current_pass)))
+    graph.replace(node, producer)
+
+
+def _folded_bias(graph: Graph, node: fx.Node, name: str, dtype: torch.dtype) -> Constant:
+    """The new bias; the weight takes the factor on the way. Without values neither is known, and the weight stays as it is."""
+    producer: Any = node.args[0]
+    taken = [graph.constant(item) for item in (*node.args[1:5], _argument(producer, 2))]
+    if not all(constant is None or constant.is_bound for constant in taken):
+        return unknown(name, graph.constants[str(producer.args[1].target)].shape[:1], dtype)
     gain, offset, mean, variance = (_wide(graph, item) for item in node.args[1:5])
     assert mean is not None
     assert variance is not None
@@ -72,17 +89,10 @@ def _fold(graph: Graph, node: fx.Node) -> None:
         factor = factor * gain
     bias = _wide(graph, _argument(producer, 2))
     shifted = factor * (-mean if bias is None else bias - mean)
-    weight = producer.args[1]
-    name = str(weight.target)
-    dtype = graph.constants[name].dtype
-    graph.bind(name, _scaled(graph.constants[name], Scaled(0, tensor_constant(factor))))
+    weight = str(producer.args[1].target)
+    graph.bind(weight, _scaled(graph.constants[weight], Scaled(0, tensor_constant(factor))))
     total = shifted if offset is None else shifted + offset
-    folded = Constant(TensorSource(total), (Cast(dtype),), history=(f"bias and mean of {node.name}",))
-    new_bias = graph.add_constant(name.removesuffix(".weight") + ".folded_bias", folded, source=node)
-    producer.args = (*producer.args[:2], new_bias, *producer.args[3:])
-    producer.kwargs = {key: value for key, value in producer.kwargs.items() if key != "bias"}
-    producer.meta["passes"] = tuple(dict.fromkeys((*producer.meta["passes"], *node.meta["passes"], graph.current_pass)))
-    graph.replace(node, producer)
+    return Constant(TensorSource(total), (Cast(dtype),), history=(f"bias and mean of {node.name}",))
 
 
 def _scaled(constant: Constant, scale: Scaled) -> Constant:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,6 +12,8 @@ from torch import Tensor, fx
 from qcompile.ir.constants import Cast, Constant, TensorSource, uncast
 from qcompile.ir.graph import Graph, is_effect, operator_name, real_tensors
 from qcompile.passes.base import Pass, PassContext
+from qcompile.passes.canonicalize import one_linear
+from qcompile.passes.outline import unknown
 
 
 @dataclass(frozen=True)
@@ -25,25 +28,42 @@ class FoldConstants(Pass):
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:
         """In order, so that a chain folds in one run."""
-        changed = False
-        for node in graph.nodes:
-            if self._foldable(graph, node) and ctx.spend():
-                _fold(graph, node)
-                changed = True
-        return changed
+        folded = [
+            _fold(graph, node) for node in graph.nodes if self._foldable(graph, node, valueless=ctx.outline is not None) and ctx.spend()
+        ]
+        for user in dict.fromkeys(user for constant in folded for user in constant.users):
+            one_linear(graph, user)  # its weight is a constant only now
+        return bool(folded)
 
-    def _foldable(self, graph: Graph, node: fx.Node) -> bool:
+    def _foldable(self, graph: Graph, node: fx.Node, *, valueless: bool) -> bool:
         value = node.meta.get("val")
         if node.op != "call_function" or not isinstance(value, Tensor) or is_effect(node):
             return False
         if not all(isinstance(size, int) for size in value.shape) or value.nbytes > self.limit:
             return False
-        constants = [graph.constant(used) for used in node.all_input_nodes]
+        constants = [graph.constant(used) for used in _made_by(node).all_input_nodes]
         # Packed weights are constants with a format: folded, they would be floats again.
-        return all(item is not None and item.is_bound and item.format is None and item.nbytes <= self.limit for item in constants)
+        small = [item for item in constants if item is not None and item.format is None and item.nbytes <= self.limit]
+        return len(small) == len(constants) and (valueless or all(item.is_bound for item in small))
 
 
-def _fold(graph: Graph, node: fx.Node) -> None:
+def _made_by(node: fx.Node) -> fx.Node:
+    """What computes a value: the node itself, or the call that it is one result of."""
+    made = node.args[0] if node.target is operator.getitem else node
+    return made if isinstance(made, fx.Node) and made.op == "call_function" else node
+
+
+def _fold(graph: Graph, node: fx.Node) -> fx.Node:
+    """The constant in place of a call."""
+    name = f"folded.{node.name}"
+    known = all(graph.constants[str(used.target)].is_bound for used in _made_by(node).all_input_nodes)
+    constant = _computed(graph, node) if known else unknown(name, node.meta["val"].shape, node.meta["val"].dtype)
+    folded = graph.add_constant(name, constant, source=node)
+    graph.replace(node, folded)
+    return folded
+
+
+def _computed(graph: Graph, node: fx.Node) -> Constant:
     """Floats are computed in float64 and cast on reading, so that a graph moved to float64 loses nothing here."""
 
     def real(used: fx.Node) -> Any:
@@ -53,12 +73,12 @@ def _fold(graph: Graph, node: fx.Node) -> None:
     def widen(value: Any) -> Any:
         return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
 
-    args, kwargs = fx.node.map_aggregate(fx.node.map_arg((node.args, node.kwargs), real), widen)
+    made = _made_by(node)
+    args, kwargs = fx.node.map_aggregate(fx.node.map_arg((made.args, made.kwargs), real), widen)
     with real_tensors():
-        value = node.target(*args, **kwargs)  # type: ignore[operator]
-    history = (f"{operator_name(node.target)} of {', '.join(str(used.target) for used in node.all_input_nodes) or 'numbers'}",)
+        value = made.target(*args, **kwargs)  # type: ignore[operator]
+    value = value if made is node else value[node.args[1]]
+    history = (f"{operator_name(made.target)} of {', '.join(str(used.target) for used in made.all_input_nodes) or 'numbers'}",)
     constant = Constant(TensorSource(value.contiguous()), history=history)
     wanted = node.meta["val"].dtype
-    graph.replace(
-        node, graph.add_constant(f"folded.{node.name}", constant if value.dtype == wanted else constant.then(Cast(wanted)), source=node)
-    )
+    return constant if value.dtype == wanted else constant.then(Cast(wanted))

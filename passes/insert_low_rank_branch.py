@@ -15,6 +15,7 @@ from qcompile.ir.constants import Cast, Constant, tensor_constant
 from qcompile.ir.graph import Graph, fake_value
 from qcompile.passes.base import Pass, PassContext
 from qcompile.passes.branches import add_beside, branch_linear
+from qcompile.passes.outline import unknown
 from qcompile.passes.selection import find_sites, weight_operand
 from qcompile.passes.sites import Site, is_linears_alone
 from qcompile.passes.statistics import Request
@@ -47,7 +48,7 @@ class InsertLowRankBranch(Pass):
                 f"absorb={self.absorb!r}"
             )
         sites = [site for site in find_sites(graph, ctx, self.name) if is_linears_alone(graph, site)]
-        factors = self._factors(graph, sites, ctx)
+        factors = self._outlined(sites, ctx) if ctx.outlines(self.name) else self._factors(graph, sites, ctx)
         for site in sites:
             _split(graph, site, *factors[site.weight])
         return bool(sites)
@@ -69,6 +70,16 @@ class InsertLowRankBranch(Pass):
                 report(done + 1, len(sites))
         return found
 
+    def _outlined(self, sites: list[Site], ctx: PassContext) -> Mapping[str, tuple[Constant, Constant]]:
+        """Factors of the same shapes without values."""
+        found = {}
+        for site in sites:
+            (rows, columns), dtype = site.constant.shape, _stored(ctx)
+            rank = min(self.rank, rows, columns)
+            left = unknown(branch_name(site.weight, "low_rank_out"), (rows, rank), dtype)
+            found[site.weight] = left, unknown(branch_name(site.weight, "low_rank_in"), (rank, columns), dtype)
+        return found
+
     def _moments(self, graph: Graph, sites: list[Site], ctx: PassContext) -> Mapping[Request, Tensor]:
         if ctx.calibration is None or self.absorb == "weight" or not sites:
             return {}
@@ -76,12 +87,16 @@ class InsertLowRankBranch(Pass):
 
     def _factor(self, site: Site, ctx: PassContext, moments: Mapping[Request, Tensor]) -> tuple[Tensor, Tensor]:
         weight = site.constant.materialize().float()
-        dtype = torch.float16 if ctx.target.compute == torch.float32 else ctx.target.compute
+        dtype = _stored(ctx)
         if self.absorb == "weight":
             left, right = absorb_weight(weight, self.rank)
         else:
             left, right = absorb_error(weight, site.form, self.rank, moments.get(_moment_of(site)), name=site.weight)
         return left.to(dtype).contiguous(), right.to(dtype).contiguous()
+
+
+def _stored(ctx: PassContext) -> torch.dtype:
+    return torch.float16 if ctx.target.compute == torch.float32 else ctx.target.compute
 
 
 def _moment_of(site: Site) -> Request:

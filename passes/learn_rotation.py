@@ -31,7 +31,7 @@ _ROWS = 256
 """Taken of each weight: its other rows say nearly the same about its columns."""
 _PAIRS = 12
 """Of moments that each step looks at."""
-_MOMENT_BYTES = 2 << 30
+MOMENT_BYTES = 2 << 30
 _WORTH = 1 / 7
 """Less error than this is not worth a matrix product before a head whose weight an embedding shares."""
 
@@ -61,10 +61,24 @@ class LearnRotation(Pass):
         self._check()
         if not rounds_anything(ctx.target.scheme):
             return False
+        if ctx.outlines(self.name):
+            return self._outlined(graph, ctx)
         changed = False
         for kind in self.kinds:
             changed |= self._learn(graph, ctx, Kind(kind))
         return changed
+
+    def _outlined(self, graph: Graph, ctx: PassContext) -> bool:
+        """Without weights: folded norms if a stream is turned, else nothing but values changes."""
+        assert ctx.outline is not None
+        if not self.online or Kind.ORTHOGONAL.value not in self.kinds:
+            return False
+        asked = ctx.outline.asked
+        if self.name not in asked if asked is not None else not _has_stream(graph, ctx):
+            return False
+        what = "whether the residual stream is turned to its principal axes"
+        turned = ctx.outline.choose(self.name, what, "it keeps the axes it comes with", "it is turned, with norms folded")
+        return turned and FoldNorms().run(graph, ctx)
 
     def _check(self) -> None:
         for kind in self.kinds:
@@ -151,6 +165,14 @@ class LearnRotation(Pass):
         return Course(self.steps, self.rate, seed=self.seed)
 
 
+def _has_stream(graph: Graph, ctx: PassContext) -> bool:
+    """Whether, with norms folded, there is a stream to turn that linears which are rounded read."""
+    tried = graph.clone()
+    FoldNorms().run(tried, replace(ctx, notes=[]))
+    spaces = find_spaces(tried, Kind.ORTHOGONAL)
+    return any(space.blocks == 1 and rounded_linears(tried, space, ctx) for space in spaces)
+
+
 def rounds_anything(scheme: QuantScheme) -> bool:
     """Whether linears are rounded at all."""
     return scheme.weight is not None or scheme.activation is not None
@@ -162,7 +184,7 @@ def _moment_pairs(graph: Graph, space: Space, ctx: PassContext) -> list[MomentPa
     for node, value in rounded_linears(graph, space, ctx):
         if covers(value, space):
             readers.setdefault(value, []).append(node)
-    stride = -(-len(readers) * 8 * space.size**2 // _MOMENT_BYTES)
+    stride = -(-len(readers) * 8 * space.size**2 // MOMENT_BYTES)
     chosen = list(readers)[:: max(1, stride)]
     measured = ctx.statistics(graph, [request_for(value, "second_moment") for value in chosen], tokens=STEADY_TOKENS)
     pairs = []

@@ -31,7 +31,7 @@ from qcompile.quant.rounding.latent import LatentWeight
 
 _FASTER = 1.5
 """Coarser grids have more to gain, and bear larger steps."""
-_BYTES = 20
+LEARNING_BYTES = 20
 """Of memory for each weight: its continuous value, the mean of its gradients, one more gradient and copies in float32 and bfloat16."""
 
 
@@ -69,7 +69,8 @@ def learned(start: Method, label: str, settings: Learning) -> Method:
         parts = start(graph, sites, ctx)
         elements = sum(site.constant.nbytes // site.constant.dtype.itemsize for site in sites)
         if elements > settings.most_elements:
-            what = f"learning takes {_BYTES} bytes for each of {elements:.2g} weights, at most {settings.most_elements:.2g} are learned"
+            most = settings.most_elements
+            what = f"learning takes {LEARNING_BYTES} bytes for each of {elements:.2g} weights, at most {most:.2g} are learned"
             ctx.note("quantize-weights", label, what, chosen=True)
             return parts
         store = _store(graph, sites, ctx, f"quantize-weights {label} {settings} {calibration.key}")

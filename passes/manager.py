@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 
-from qcompile.errors import PassError, QCompileError
+from qcompile.errors import BrokenPassError, QCompileError, VerifyError
 from qcompile.ir.graph import Graph
 from qcompile.ir.lowered import Instrument
 from qcompile.ir.records import PassRecord
@@ -41,26 +42,47 @@ def run_pipeline(
 
 
 def _run_one(graph: Graph, step: Pass, ctx: PassContext, index: int, check: NumericCheck | None) -> PassRecord:
+    given = replace(ctx)  # with the fuel that it had: the pass spends some
     before = graph.clone() if check is not None else None
-    fingerprint, nodes = graph.fingerprint(), len(graph.fx.nodes)
+    nodes = len(graph.fx.nodes)
     started = time.perf_counter()
+    try:
+        changed = run_pass(graph, step, ctx)
+    except (BrokenPassError, VerifyError) as error:
+        if check is None or before is None:
+            raise
+        raise type(error)(f"{error}{check.keep(before, step, given, str(error))}") from error
+    seconds = time.perf_counter() - started
+    effect = check.measure(before, graph, step, given) if check is not None and before is not None and changed else None
+    size = sum(constant.nbytes for constant in graph.constants.values())
+    measured = {} if effect is None else asdict(effect)
+    return PassRecord(index, step.name, step.spec, changed, nodes, len(graph.fx.nodes), seconds, size, exact=step.is_exact(ctx), **measured)
+
+
+def run_pass(graph: Graph, step: Pass, ctx: PassContext) -> bool:
+    """Run one pass over `graph`, in place; whether it changed anything.
+
+    Raises:
+        BrokenPassError: if it crashes, or its claim to have changed something (or nothing) is false.
+        VerifyError: if it leaves an illegal graph.
+        QCompileError: whatever it raises because of what it was given.
+    """
+    fingerprint = graph.fingerprint()
     graph.current_pass = step.name
     try:
         changed = step.run(graph, ctx)
     except QCompileError:
         raise
     except Exception as error:
-        raise PassError(f"{step.name}: failed with {type(error).__name__}: {error}; disable it with --disable-pass {step.name}") from error
+        text = f"{step.name}: failed with {type(error).__name__}: {error}; disable it with --disable-pass {step.name}"
+        raise BrokenPassError(text) from error
     finally:
         graph.current_pass = ""
-    seconds = time.perf_counter() - started
     if changed != (graph.fingerprint() != fingerprint):
         claim = "changed the graph" if changed else "left the graph alone"
-        raise PassError(
+        raise BrokenPassError(
             f"{step.name}: claims to have {claim}, expected the claim to be true, got {'the same' if changed else 'another'} "
             "graph; mend its return value"
         )
     graph.verify()
-    measured = check.measure(before, graph, step, ctx) if check is not None and before is not None and changed else None
-    size = sum(constant.nbytes for constant in graph.constants.values())
-    return PassRecord(index, step.name, step.spec, changed, nodes, len(graph.fx.nodes), seconds, size, measured)
+    return changed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ from torch import Tensor, fx
 
 from qcompile.ir.graph import Graph, fake_value
 from qcompile.passes.collectors import channels_last
+from qcompile.passes.distributions import Distribution, Moments, MomentSums, distribution
+from qcompile.passes.example_run import real_tokens
 from qcompile.passes.execution import Execution, Inputs
-from qcompile.passes.instruments import real_tokens
 from qcompile.passes.space_channels import space_name
 from qcompile.passes.spaces import Kind, find_spaces
 from qcompile.passes.statistics import feature_axis
@@ -21,19 +22,6 @@ from qcompile.passes.stream import real_rows
 aten = torch.ops.aten
 attention = torch.ops.qcompile.attention.default
 _READERS = (aten.linear.default, aten.conv1d.default, aten.conv2d.default)
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Of one value, averaged over tokens.
-
-    Attributes:
-        peak: max|x| / rms(x) of a token's channels: at least 1, at most the root of their number, 3.2 for 576 Gaussian ones.
-        kurtosis: mean(x⁴) / mean(x²)²: 3 for a Gaussian, the number of channels if only one is not 0.
-    """
-
-    peak: float
-    kurtosis: float
 
 
 @dataclass(frozen=True)
@@ -61,11 +49,25 @@ def measure_moments(graph: Graph, inputs: Inputs | None = None) -> dict[str, Mom
 
     One run over `inputs`, by default the graph's examples.
     """
+    return measure_readers(graph, inputs)[0]
+
+
+def measure_readers(
+    graph: Graph, inputs: Inputs | None = None, watched: Collection[str] = (), *, others: bool = True
+) -> tuple[dict[str, Moments], dict[str, Distribution]]:
+    """As `measure_moments`, and in the same run the distribution of what the `watched` readers read, by their names.
+
+    Without `others` only these are looked at, and the model runs no further than the last of them.
+    """
     read = {node.name: value for node in graph.calls(*_READERS, attention) if isinstance(value := _measured_argument(node), fx.Node)}
-    observers = {value.name: _Observer(feature_axis(value)) for value in read.values()}
+    read = read if others else {reader: value for reader, value in read.items() if reader in watched}
+    kept = {value.name for reader, value in read.items() if reader in watched}
+    observers = {value.name: _Observer(feature_axis(value), keep=value.name in kept) for value in read.values()}
     with Execution(graph, inputs or ExampleInputs(graph.interface.examples), [], observers=observers) as execution:
         execution.observe()
-    return {reader: observers[value.name].moments for reader, value in read.items()}
+    moments = {reader: observers[value.name].moments for reader, value in read.items()}
+    distributions = {name: observers[name].distribution() for name in sorted(kept)}
+    return moments, {reader: distributions[value.name] for reader, value in read.items() if reader in watched}
 
 
 def reader_groups(graph: Graph) -> dict[str, tuple[int, list[str]]]:
@@ -91,26 +93,28 @@ def _measured_argument(node: fx.Node) -> object:
 
 
 class _Observer:
-    """Sums the moments of each token's channels."""
+    """Sums the moments of each token's channels, and keeps the tokens where all is to be known of them."""
 
     cost = 0
 
-    def __init__(self, axis: int) -> None:
-        self._axis, self._tokens, self._peak, self._kurtosis = axis, 0, 0.0, 0.0
+    def __init__(self, axis: int, *, keep: bool) -> None:
+        self._axis, self._sums = axis, MomentSums()
+        self._kept: list[Tensor] | None = [] if keep else None
 
     @property
     def moments(self) -> Moments:
         """Their means; NaN where no token has anything but zeros."""
-        count = self._tokens or float("nan")
-        return Moments(self._peak / count, self._kurtosis / count)
+        return self._sums.moments
+
+    def distribution(self) -> Distribution:
+        """Of all tokens that were kept."""
+        return distribution(torch.cat(self._kept or [torch.zeros(0, 1)]), self.moments)
 
     def add(self, value: Any, real: Tensor | None) -> None:
-        rows = real_rows(channels_last(value, self._axis), real).double()
-        square = rows.square().mean(-1)
-        rows, square = rows[square > 0], square[square > 0]
-        self._tokens += len(rows)
-        self._peak += float((rows.abs().amax(-1) / square.sqrt()).sum())
-        self._kurtosis += float((rows.pow(4).mean(-1) / square.square()).sum())
+        rows = real_rows(channels_last(value, self._axis), real)
+        self._sums.add(rows.double())
+        if self._kept is not None:
+            self._kept.append(rows.clone())
 
     def finish(self) -> None:
         """Nothing is left to do."""

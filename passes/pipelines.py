@@ -37,8 +37,17 @@ from qcompile.target import Target
 RECIPES = ("best", "nearest")
 
 
+Placed = tuple[Pass, str]
+"""A pass and the reason for its place."""
+
+
 def default_pipeline(target: Target, recipe: str = "nearest", *, calibrated: bool = True) -> list[Pass]:
-    """The passes for `target`, in order.
+    """The passes for `target`, in order; see `placed_passes`."""
+    return [step for step, _ in placed_passes(target, recipe, calibrated=calibrated)]
+
+
+def placed_passes(target: Target, recipe: str = "nearest", *, calibrated: bool = True) -> list[Placed]:
+    """The passes for `target`, in order, each with the reason for its place.
 
     Args:
         target: what to compile for.
@@ -50,53 +59,62 @@ def default_pipeline(target: Target, recipe: str = "nearest", *, calibrated: boo
     """
     if recipe not in RECIPES:
         raise PipelineError(f"recipe {recipe!r}: expected one of {', '.join(RECIPES)}")
-    best = recipe == "best"
-    return [
-        Canonicalize(),  # first: every later pass may count on one spelling
-        RaisePatterns(),  # before folding: frequencies of rotary positions are recognised as they are stored
-        FoldConstants(),  # after raising: what is left of constant arithmetic has no meaning of its own
-        RemoveDeadCode(),  # masks and positions that raising made superfluous
-        FoldBatchNorms(),  # before anything looks at weights: these are the ones that will be multiplied with
-        *(_change_basis(target, calibrated=calibrated) if best else ()),
-        *((AssignKvFormats(),) if target.scheme.cache.bits else ()),  # in the bases that keys and values will be stored in
-        RewriteKvCache(),  # on float32 values: the one place where inputs change; after the bases: keys are stored as they are then
-        ConvertDtype(to=dtype_name(target.compute)),  # before rounding, so that dequantize yields the computation dtype
-        *((QuantizeActivations(),) if target.scheme.activation else ()),  # before weights: these are rounded for what they will meet
-        *(_round(target, calibrated=calibrated) if best else (QuantizeWeights(rounding="nearest"),)),
-        FuseResidualNorm(),  # late: earlier passes look for plain norms and adds
-        *((FuseQuantizeDequantize(),) if target.scheme.activation else ()),  # sums fuse with norm and quantize; takes weights first
-        # After the bases, which look for appends; only GPUs have a kernel for it.
-        *((FuseCacheAppend(),) if target.scheme.cache.is_packed and target.is_cuda else ()),
-        FuseDequantize(),  # each other reader takes codes or is noted
-        RemoveDeadCode(),  # weights whose codes took their place
-        LowerToKernels(),  # chooses a kernel, or the reference, for each operator
-        PlanMemory(),  # last: buffers live exactly as long as the final order of nodes says
+    best, scheme = recipe == "best", target.scheme
+    round_weights = _round(target, calibrated=calibrated) if best else [QuantizeWeights(rounding="nearest")]
+    wanted: list[tuple[bool, Pass, str]] = [
+        (True, Canonicalize(), "first: every later pass may count on one spelling"),
+        (True, RaisePatterns(), "before folding: frequencies of rotary positions are recognised as they are stored"),
+        (True, FoldConstants(), "after raising: what is left of constant arithmetic has no meaning of its own"),
+        (True, RemoveDeadCode(), "masks and positions that raising made superfluous"),
+        (True, FoldBatchNorms(), "before anything looks at weights: these are the ones that will be multiplied with"),
+        *((best, step, reason) for step, reason in _change_basis(target, calibrated=calibrated)),
+        (bool(scheme.cache.bits), AssignKvFormats(), "in the bases that keys and values will be stored in"),
+        (True, RewriteKvCache(), "on float32 values: the one place where inputs change; after the bases: keys are stored as they are then"),
+        (True, ConvertDtype(to=dtype_name(target.compute)), "before rounding, so that dequantize yields the computation dtype"),
+        (scheme.activation is not None, QuantizeActivations(), "before weights: these are rounded for what they will meet"),
+        *((True, step, "on the values that will be multiplied: bases, dtype and activations are settled") for step in round_weights),
+        (True, FuseResidualNorm(), "late: earlier passes look for plain norms and adds"),
+        (scheme.activation is not None, FuseQuantizeDequantize(), "sums fuse with norm and quantize; takes weights first"),
+        (
+            scheme.cache.is_packed and target.is_cuda,
+            FuseCacheAppend(),
+            "after the bases, which look for appends; only GPUs have a kernel for it",
+        ),
+        (True, FuseDequantize(), "each other reader takes codes or is noted"),
+        (True, RemoveDeadCode(), "weights whose codes took their place"),
+        (True, LowerToKernels(), "chooses a kernel, or the reference, for each operator"),
+        (True, PlanMemory(), "last: buffers live exactly as long as the final order of nodes says"),
     ]
+    return [(step, reason) for is_wanted, step, reason in wanted if is_wanted]
 
 
-def _change_basis(target: Target, *, calibrated: bool) -> list[Pass]:
+def _change_basis(target: Target, *, calibrated: bool) -> list[Placed]:
     """Bases in which weights, activations and keys quantize well: all exact."""
     scheme = target.scheme
     packed_keys = ("keys",) if scheme.cache.is_rotated else ()
+    gains = (FoldNorms(), "gains stand in the way of rotations")
     if scheme.weight is None and scheme.activation is None:
-        if scheme.cache.rematerialized:  # what is rounded is a norm's output: its gain and its outliers are the stream's
-            return [FoldNorms(), RotateHadamard()]
-        return [RotateHadamard(stream=False, heads=False, online=packed_keys)] if packed_keys else []
+        if scheme.cache.rematerialized:
+            return [gains, (RotateHadamard(), "what is rounded is a norm's output: its gain and its outliers are the stream's")]
+        keys = RotateHadamard(stream=False, heads=False, online=packed_keys)
+        return [(keys, "keys alone are rounded: only they are mixed")] if packed_keys else []
     if calibrated and (scheme.activation is not None or _is_coarse(target)):
         # Each norm's gain suits its own linears, and channels are mixed behind it: a third of the error of one rotated stream.
         grouped = scheme.activation is not None and scheme.activation.granularity.group_size != -1
-        # The input of the output projection is better mixed across heads than within them, unless activations are rounded in groups.
         return [
-            LearnRotation(kinds=("orthogonal",), online=True),  # to the stream's own axes, where something has hidden them
-            # What batch norms left a convolution is alike already, and only its filters would suffer.
-            SmoothActivations(measure="absmean", convolutions=False),
-            RotateHadamard(stream=False, heads=grouped, online=("linears", *packed_keys)),
+            (LearnRotation(kinds=("orthogonal",), online=True), "to the stream's own axes, where something has hidden them"),
+            (
+                SmoothActivations(measure="absmean", convolutions=False),
+                "what batch norms left a convolution is alike already, and only its filters would suffer",
+            ),
+            (
+                RotateHadamard(stream=False, heads=grouped, online=("linears", *packed_keys)),
+                "the output projection's input is better mixed across heads than within them, unless activations are rounded in groups",
+            ),
         ]
     online = ("linears", *packed_keys) if scheme.activation is not None else packed_keys
-    return [
-        FoldNorms(),  # gains stand in the way of rotations
-        RotateHadamard(online=online),  # online only what is rounded while the model runs: inputs of linears, cached keys
-    ]
+    rotation = RotateHadamard(online=online)
+    return [gains, (rotation, "online only what is rounded while the model runs: inputs of linears, cached keys")]
 
 
 def _is_coarse(target: Target) -> bool:
@@ -131,17 +149,23 @@ def choose_passes(
     Raises:
         PipelineError: for text that does not parse, or a disabled pass that does not exist.
     """
+    return [step for step, _ in place_passes(target, recipe, passes, disabled, calibrated=calibrated)]
+
+
+def place_passes(
+    target: Target, recipe: str, passes: str | Sequence[Pass] | None, disabled: Sequence[str] = (), *, calibrated: bool = True
+) -> list[Placed]:
+    """As `choose_passes`, with the reason for each place; a user's own passes have none."""
     if passes is None:
-        chosen = default_pipeline(target, recipe, calibrated=calibrated)
-    elif isinstance(passes, str):
-        chosen = parse_pipeline(passes, registry())
+        chosen = placed_passes(target, recipe, calibrated=calibrated)
     else:
-        chosen = list(passes)
-    names = {step.name for step in chosen}
+        given = parse_pipeline(passes, registry()) if isinstance(passes, str) else passes
+        chosen = [(step, "") for step in given]
+    names = {step.name for step, _ in chosen}
     for name in disabled:
         if name not in names:
             raise PipelineError(f"disabled pass {name!r}: expected one of the pipeline's {', '.join(sorted(names))}")
-    return [step for step in chosen if step.name not in disabled]
+    return [(step, reason) for step, reason in chosen if step.name not in disabled]
 
 
 def pipeline_text(passes: Sequence[Pass]) -> str:

@@ -10,8 +10,10 @@ import torch
 from torch import fx
 
 from qcompile.errors import PipelineError
+from qcompile.ir.constants import Constant, tensor_constant
 from qcompile.ir.graph import Graph, fake_value
 from qcompile.passes.base import Pass, PassContext
+from qcompile.passes.outline import unknown
 from qcompile.passes.selection import find_sites, is_quantized
 from qcompile.passes.statistics import Request
 from qcompile.quant.activation_format import ActivationFormat
@@ -45,11 +47,16 @@ class QuantizeActivations(Pass):
         form = ctx.target.scheme.activation
         readers = {} if form is None else self._readers(graph, form, ctx)
         static = [request for value, chosen in readers if chosen.static for request in self._requests(value)]
-        measured = ctx.statistics(graph, static) if static else {}
+        outlined = bool(static) and ctx.outlines(self.name)
+        measured = ctx.statistics(graph, static) if static and not outlined else {}
         for (value, chosen), nodes in readers.items():
-            if chosen.static:
+            if chosen.static and outlined:
+                result = _static_pair(graph, value, nodes[0], chosen, *_unknown_range(value, chosen))
+            elif chosen.static:
                 sample = torch.cat([measured[request] for request in self._requests(value)])
-                result = _static_pair(graph, value, nodes[0], chosen, *static_range(sample, chosen, self.ranges, self.percentile))
+                scale, zero = static_range(sample, chosen, self.ranges, self.percentile)
+                parts = tensor_constant(scale), None if zero is None else tensor_constant(zero)
+                result = _static_pair(graph, value, nodes[0], chosen, *parts)
             else:
                 result = _dynamic_pair(graph, value, nodes[0], chosen)
             for node in nodes:
@@ -99,9 +106,12 @@ def _dynamic_pair(graph: Graph, value: fx.Node, first: fx.Node, form: Activation
     return graph.insert(first, qcompile.dequantize_activation.default, (codes, scale, zero, size, dtype), source=value)
 
 
-def _static_pair(
-    graph: Graph, value: fx.Node, first: fx.Node, form: ActivationFormat, scale: torch.Tensor, zero: torch.Tensor | None
-) -> fx.Node:
+def _unknown_range(value: fx.Node, form: ActivationFormat) -> tuple[Constant, Constant | None]:
+    """What `static_range` gives, for a plan."""
+    return unknown(f"{value.name}.scale", (1,)), None if form.symmetric else unknown(f"{value.name}.zero", (1,), torch.int32)
+
+
+def _static_pair(graph: Graph, value: fx.Node, first: fx.Node, form: ActivationFormat, scale: Constant, zero: Constant | None) -> fx.Node:
     parts = [
         None if part is None else graph.add_constant(f"{value.name}.{name}", part, source=value)
         for name, part in (("scale", scale), ("zero", zero))

@@ -12,7 +12,7 @@ from qcompile.ir.constants import Cast, Constant, RoundedSource
 from qcompile.ir.graph import Graph, fake_value
 from qcompile.passes.base import Pass, PassContext
 from qcompile.passes.round_filters import bias_name
-from qcompile.passes.roundings import ROUNDINGS
+from qcompile.passes.roundings import ROUNDINGS, parts_of
 from qcompile.passes.selection import find_sites, weight_operand
 from qcompile.passes.sites import BIAS, Parts, Site
 
@@ -33,7 +33,7 @@ class QuantizeWeights(Pass):
         if self.rounding not in ROUNDINGS:
             raise PipelineError(f"pass {self.name}: option rounding: expected one of {', '.join(ROUNDINGS)}, got {self.rounding!r}")
         sites = find_sites(graph, ctx, self.name)
-        parts = ROUNDINGS[self.rounding](graph, sites, ctx) if sites else {}
+        parts = parts_of(graph, sites, ctx, self.rounding) if sites else {}
         for site in sites:
             _read_packed(graph, site, parts[site.weight], self.rounding)
         graph.remove_dead()

@@ -14,6 +14,7 @@ from qcompile.errors import UnsupportedModelError
 from qcompile.ir.graph import Graph, fake_value, real_tensors
 from qcompile.ir.verify import where
 from qcompile.passes.base import PassContext
+from qcompile.passes.outline import Outline, unknown
 from qcompile.passes.statistics import Request
 from qcompile.quant.latents import shared_latent
 from qcompile.quant.vector_format import vector_format
@@ -94,7 +95,7 @@ def plan_rematerialized(graph: Graph, layers: Sequence[fx.Node], ctx: PassContex
     wide = [not _saves(origin, ctx.target, index, int(fake_value(origin.value).shape[-1])) for index, origin in enumerate(origins)]
     moments = _moments(graph, [origin for origin, is_wide in zip(origins, wide, strict=True) if is_wide], ctx)
     return [
-        _latent(graph, origin, ctx.target, index, moments.get(origin.value)) if is_wide else _direct(graph, origin, index)
+        _latent(graph, origin, ctx, index, moments.get(origin.value)) if is_wide else _direct(graph, origin, index)
         for index, (origin, is_wide) in enumerate(zip(origins, wide, strict=True))
     ]
 
@@ -176,7 +177,7 @@ def _bytes(target: Target, form: str, numbers: int) -> int:
 
 def _moments(graph: Graph, origins: Sequence[Origin], ctx: PassContext) -> Mapping[fx.Node, Tensor]:
     """Second moments of what keys and values are made from; none without data."""
-    if ctx.calibration is None or not origins:
+    if ctx.calibration is None or not origins or ctx.outlines("rewrite-kv-cache"):
         return {}
     requests = {origin.value: Request(origin.value.name, "second_moment") for origin in origins}
     measured = ctx.statistics(graph, requests.values())
@@ -192,8 +193,11 @@ def _direct(graph: Graph, origin: Origin, index: int) -> Rematerialized:
     return _made(graph, origin, index, origin.value, (weights[0], weights[1]))
 
 
-def _latent(graph: Graph, origin: Origin, target: Target, index: int, moment: Tensor | None) -> Rematerialized | str:
+def _latent(graph: Graph, origin: Origin, ctx: PassContext, index: int, moment: Tensor | None) -> Rematerialized | str:
     """A low-rank vector that both are made from."""
+    target = ctx.target
+    if ctx.outline is not None:
+        return _outlined_latent(graph, origin, ctx.outline, target, index)
     read = [_materialized(graph, part.linear.args[1], part) for part in (origin.keys, origin.values)]
     latent = shared_latent(read[0], read[1], moment, vector_format(target.scheme.cache.forms(index)[0]))
     rank = len(latent.down)
@@ -203,6 +207,21 @@ def _latent(graph: Graph, origin: Origin, target: Target, index: int, moment: Te
     down, keys, values = (graph.add_constant(f"cache.{index}.latent.{name}", part, source=origin.attention) for name, part in names)
     stored = graph.insert(origin.attention, aten.linear.default, (origin.value, down), source=origin.attention)
     return _made(graph, origin, index, stored, (keys, values))
+
+
+def _outlined_latent(graph: Graph, origin: Origin, outline: Outline, target: Target, index: int) -> Rematerialized | str:
+    """For a plan: the weights decide the rank, from all numbers (nothing is saved) down to the widest that saves bytes, and fewer."""
+    rows = [len(part.outputs.flatten()) for part in (origin.keys, origin.values)]
+    full = min(sum(rows), int(fake_value(origin.value).shape[-1]))
+    rank = next((rank for rank in range(full, 0, -1) if _saves(origin, target, index, rank)), 0)
+    what = "whether keys and values are made from a vector of few numbers"
+    if not outline.choose("rewrite-kv-cache", what, "both are cached themselves", f"it has {rank} numbers") or not rank:
+        return f"keys and values are cached: what they are made from takes {full} numbers, and no fewer bytes"
+    names = [f"cache.{index}.latent.{name}" for name in ("down", "keys", "values")]
+    shapes = ((rank, int(fake_value(origin.value).shape[-1])), (rows[0], rank), (rows[1], rank))
+    nodes = [graph.add_constant(name, unknown(name, shape), source=origin.attention) for name, shape in zip(names, shapes, strict=True)]
+    stored = graph.insert(origin.attention, aten.linear.default, (origin.value, nodes[0]), source=origin.attention)
+    return _made(graph, origin, index, stored, (nodes[1], nodes[2]))
 
 
 def _made(graph: Graph, origin: Origin, index: int, stored: fx.Node, weights: tuple[fx.Node, fx.Node]) -> Rematerialized:
@@ -223,6 +242,10 @@ def _rows_of(graph: Graph, origin: Origin, index: int, name: str, part: Projecti
         node: fx.Node = operand
         return node
     label = f"cache.{index}.{name}.{'weight' if place == 1 else 'bias'}"
+    constant = graph.constant(operand)
+    if constant is not None and not constant.is_bound:
+        rows = unknown(label, (part.outputs.numel(), *constant.shape[1:]), constant.dtype)
+        return graph.add_constant(label, rows, source=origin.attention)
     return graph.add_constant(label, _materialized(graph, operand, part), source=origin.attention)
 
 

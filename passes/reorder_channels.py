@@ -40,6 +40,8 @@ class ReorderChannels(Pass):
         for space in [space for space, values in spaces.items() if not values]:
             ctx.note(self.name, f"space {space_name(space)}", "nothing reads or writes its channels as one axis", chosen=True)
             del spaces[space]
+        if ctx.outlines(self.name):
+            return False
         kind = CRITERIA[self.by]
         measured = ctx.statistics(graph, [request_for(value, kind) for values in spaces.values() for value in values]) if spaces else {}
         changed = False

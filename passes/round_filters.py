@@ -60,7 +60,12 @@ def _own_bias(graph: Graph, site: Site) -> Tensor | None:
     """The bias of the one convolution that reads the weight, if nothing else reads that bias."""
     bias = arguments(site.readers[0])["bias"]
     constant = graph.constant(bias)
-    if constant is None or len(site.readers) > 1:
-        return None
-    users = {user for node in graph.fx.find_nodes(op="get_attr", target=str(bias.target)) for user in node.users}
-    return uncast(constant).materialize().float() if users == {site.readers[0]} else None
+    return uncast(constant).materialize().float() if constant is not None and owns_bias(graph, site) else None
+
+
+def owns_bias(graph: Graph, site: Site) -> bool:
+    """Whether one convolution reads the weight, and it alone its bias, which rounding may then change."""
+    bias = arguments(site.readers[0])["bias"]
+    if graph.constant(bias) is None or len(site.readers) > 1:
+        return False
+    return {user for node in graph.fx.find_nodes(op="get_attr", target=str(bias.target)) for user in node.users} == {site.readers[0]}

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qcompile.ir.constants import rounded_constants
+from qcompile.ir.constants import LAZY_METHODS, rounded_constants
 from qcompile.ir.graph import Graph
 from qcompile.passes.base import PassContext
 from qcompile.passes.learn_rounding import Learning, learned
+from qcompile.passes.outline import unknown
+from qcompile.passes.patches import CONVOLUTIONS
+from qcompile.passes.round_filters import owns_bias
 from qcompile.passes.round_sequentially import round_sequentially
-from qcompile.passes.sites import Method, Parts, Site
+from qcompile.passes.sites import BIAS, Method, Parts, Site
+from qcompile.quant.reference import part_dtype, part_shape
 from qcompile.quant.rounding.gptq import gptq
 
 
@@ -32,3 +36,20 @@ ROUNDINGS: dict[str, Method] = {
     "learned": learned(_GPTQ, "learned", Learning()),
 }
 """Methods by name; one that needs data says so by `ctx.require_calibration`."""
+
+
+def parts_of(graph: Graph, sites: Sequence[Site], ctx: PassContext, rounding: str) -> dict[str, Parts]:
+    """The parts of every weight by the method called `rounding`; without values where a plan must go without data."""
+    if rounding in LAZY_METHODS or not ctx.outlines("quantize-weights"):
+        return ROUNDINGS[rounding](graph, sites, ctx)
+    return {site.weight: _outlined(graph, site) for site in sites}
+
+
+def _outlined(graph: Graph, site: Site) -> Parts:
+    rows, columns = site.constant.shape
+    parts = {
+        part: unknown(f"{site.weight}.{part}", part_shape(site.form, part, rows, columns), part_dtype(site.form, part), site.form)
+        for part in site.form.parts
+    }
+    moves = site.readers[0].target in CONVOLUTIONS and owns_bias(graph, site)
+    return parts | {BIAS: unknown(f"{site.weight}.{BIAS}", (rows,))} if moves else parts

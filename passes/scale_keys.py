@@ -36,7 +36,7 @@ class ScaleKeys(Pass):
         if not 0 < self.alpha <= 1:
             raise PipelineError(f"pass {self.name}: option alpha: expected a number above 0 and at most 1, got {self.alpha:g}")
         found = dict(self._key_spaces(graph, ctx))
-        if not found:
+        if not found or ctx.outlines(self.name):
             return False
         measured = ctx.statistics(graph, [request_for(value, "absmax") for value in found.values()])
         changed = False

@@ -36,7 +36,7 @@ class ScaleSalientWeights(Pass):
         if self.steps < 1:
             raise PipelineError(f"pass {self.name}: option steps: expected at least 1, got {self.steps}")
         spaces = [space for space in find_spaces(graph, Kind.DIAGONAL) if read_values(space)]
-        if not spaces or not rounds(ctx):
+        if not spaces or not rounds(ctx) or ctx.outlines(self.name):
             return False
         values = [value for space in spaces for value in read_values(space)]
         requests = [request_for(value, "absmean") for value in values] + [request_for(value, "sample", READER_ROWS) for value in values]

@@ -15,6 +15,7 @@ from qcompile.ir.constants import Cast, Constant, tensor_constant
 from qcompile.ir.graph import Graph, fake_value
 from qcompile.passes.base import Pass, PassContext
 from qcompile.passes.branches import add_beside, branch_linear
+from qcompile.passes.outline import unknown
 from qcompile.passes.selection import find_sites, weight_operand
 from qcompile.passes.sites import Site, is_linears_alone
 from qcompile.passes.statistics import Request
@@ -49,10 +50,15 @@ class SplitOutliers(Pass):
                 ctx.note(self.name, site.readers[0].name, f"it has {width} columns, not more than are to be split off")
             else:
                 groups.setdefault(read.pop(), []).append(site)  # type: ignore[arg-type]
-        scores = _activation_scores(graph, list(groups), ctx)
+        if ctx.outlines(self.name):
+            chosen = {value: unknown(f"{value.name}.outlier_columns", (self.columns,), torch.int32) for value in groups}
+        else:
+            scores = _activation_scores(graph, list(groups), ctx)
+            clears = ctx.target.scheme.activation is not None
+            found = {value: _worst(sites, scores.get(value), self.columns, clears=clears) for value, sites in groups.items()}
+            chosen = {value: tensor_constant(index) for value, index in found.items()}
         for value, sites in groups.items():
-            index = _worst(sites, scores.get(value), self.columns, clears=ctx.target.scheme.activation is not None)
-            _split(graph, value, sites, index, ctx)
+            _split(graph, value, sites, chosen[value], ctx)
         return bool(groups)
 
 
@@ -84,13 +90,12 @@ def _energy(site: Site, mean_square: Tensor | None) -> Tensor:
     return energy if mean_square is None else energy * mean_square
 
 
-def _split(graph: Graph, value: fx.Node, sites: Sequence[Site], index: Tensor, ctx: PassContext) -> None:
+def _split(graph: Graph, value: fx.Node, sites: Sequence[Site], chosen: Constant, ctx: PassContext) -> None:
     name = sites[0].weight
-    chosen = tensor_constant(index)
     first = min((reader for site in sites for reader in site.readers), key=graph.nodes.index)
     place = graph.add_constant(branch_name(name, "outlier_columns"), chosen, source=value)
     taken = graph.insert(first, aten.index_select.default, (value, -1, place), source=value)
-    kept = _cleared(graph, value, name, index, first) if ctx.target.scheme.activation is not None else value
+    kept = _cleared(graph, value, name, chosen, first) if ctx.target.scheme.activation is not None else value
     stored = torch.float16 if ctx.target.compute == torch.float32 else ctx.target.compute
     for site in sites:
         dtype = fake_value(weight_operand(site.readers[0])).dtype
@@ -102,15 +107,18 @@ def _split(graph: Graph, value: fx.Node, sites: Sequence[Site], index: Tensor, c
 
 
 def _column_constant(graph: Graph, site: Site, index: Constant, dtype: torch.dtype) -> fx.Node:
-    columns = tensor_constant(site.constant.then(TakeColumns(index)).materialize().to(dtype))
-    return graph.add_constant(branch_name(site.weight, "outliers"), columns, source=weight_operand(site.readers[0]))
+    name, taken = branch_name(site.weight, "outliers"), site.constant.then(TakeColumns(index))
+    columns = tensor_constant(taken.materialize().to(dtype)) if index.is_bound else unknown(name, taken.shape, dtype)
+    return graph.add_constant(name, columns, source=weight_operand(site.readers[0]))
 
 
-def _cleared(graph: Graph, value: fx.Node, name: str, index: Tensor, before: fx.Node) -> fx.Node:
+def _cleared(graph: Graph, value: fx.Node, name: str, index: Constant, before: fx.Node) -> fx.Node:
     """The value without the channels that go the other way, so that they set no scale."""
-    like = fake_value(value)
-    keep = torch.ones(int(like.shape[-1]), dtype=like.dtype).index_fill(0, index.long(), 0)
-    mask = graph.add_constant(branch_name(name, "kept_columns"), keep, source=value)
+    like, label = fake_value(value), branch_name(name, "kept_columns")
+    keep = unknown(label, like.shape[-1:], like.dtype)
+    if index.is_bound:
+        keep = tensor_constant(torch.ones(int(like.shape[-1]), dtype=like.dtype).index_fill(0, index.materialize().long(), 0))
+    mask = graph.add_constant(label, keep, source=value)
     return graph.insert(before, aten.mul.Tensor, (value, mask), source=value)
 
 

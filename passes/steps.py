@@ -88,6 +88,11 @@ class StepBuilder:
             self.fakes[node] = self.fakes[held[0]][held[1]]
         elif isinstance(value, int | float | torch.SymInt):
             self.values[node] = {"size": self._size(value, node)}
+        elif isinstance(value, torch.SymBool | torch.SymFloat):
+            raise PassError(
+                f"plan-memory: {where(node)}: expected a size or a tensor, got a question about sizes whose answer differs from call to "
+                "call; remove what depends on it from the model, or cut the model before it"
+            )
         elif node.target in _APPENDS:
             self._step(node, _APPENDS[node.target], ())
             states: Any = node.args[:2]
@@ -133,8 +138,11 @@ class StepBuilder:
             return "", None
         source = node.args[0]
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda item: self.fakes.get(item, item.meta["val"]))
-        with self.graph.mode:
-            result = node.target(*args, **kwargs)
+        try:
+            with self.graph.mode:
+                result = node.target(*args, **kwargs)
+        except RuntimeError:  # the example that a size stands for does not fit what values make of it: no view is known
+            return "", None
         first = result[0] if isinstance(result, tuple | list) else result
         shared = first.untyped_storage()._cdata == self.fakes[source].untyped_storage()._cdata  # type: ignore[index]
         return (self.values[source], result) if shared else ("", None)  # type: ignore[index]

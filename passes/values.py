@@ -49,6 +49,10 @@ class ValueStore:
         """Keep `value`; tensors that no longer fit the budget are written to files."""
         self._values[name, batch] = pytree.tree_map_only(Tensor, self._keep, value)
 
+    def has(self, name: str, batch: int) -> bool:
+        """Whether there is such a value."""
+        return (name, batch) in self._values
+
     def get(self, name: str, batch: int) -> Any:
         """The value, read from its file where it was written to one."""
         return pytree.tree_map_only(_Spilled, _Spilled.load, self._values[name, batch])

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,18 +18,16 @@ from torch import Tensor
 from qcompile import ir, quant
 from qcompile.ir.constants import Constant, RoundedSource, SafetensorsSource, TensorSource
 from qcompile.ir.graph import Graph
+from qcompile.ir.tensor_file import DTYPES
+from qcompile.kept import LIMIT_BYTES, cache_directory, make_room, mark_used
 
-_IN_USE_SECONDS = 3600
 _LOOKS = 64
 """How often a store is looked through, at least, while it fills."""
-DEFAULT_BYTES = 20 << 30
-"""What a store keeps; the results that have not been used for longest go first."""
 
 
 def work_directory() -> Path:
     """`QCOMPILE_CACHE`/work, by default under ~/.cache/qcompile."""
-    root = os.environ.get("QCOMPILE_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "qcompile") / "work"
+    return cache_directory() / "work"
 
 
 def program_key() -> str:
@@ -49,7 +46,7 @@ class WorkStore:
     Results are told apart by a hash of `key` (what was worked on, with what data and options) and their name.
     """
 
-    def __init__(self, key: str, directory: Path | None = None, limit: int = DEFAULT_BYTES) -> None:
+    def __init__(self, key: str, directory: Path | None = None, limit: int = LIMIT_BYTES) -> None:
         """Results of the work that `key` describes, in `directory` (default: `work_directory()`), at most `limit` bytes in all."""
         self.directory = directory or work_directory()
         self.key = key
@@ -70,8 +67,8 @@ class WorkStore:
                 if file.metadata() != {"key": self.key, "name": name}:
                     return None
                 slices = {tensor: file.get_slice(tensor) for tensor in file.keys()}  # noqa: SIM118  not a dict
-                forms = {tensor: (tuple(item.get_shape()), _DTYPES[item.get_dtype()]) for tensor, item in slices.items()}
-            os.utime(path)
+                forms = {tensor: (tuple(item.get_shape()), DTYPES[item.get_dtype()]) for tensor, item in slices.items()}
+            mark_used(path)
             self._shelf.held.add(path)
         except (OSError, SafetensorError, KeyError):
             return None
@@ -101,21 +98,9 @@ class WorkStore:
         return self.directory / f"{hashlib.sha256(f'{self.key}|{name}'.encode()).hexdigest()[:32]}.safetensors"
 
     def _prune(self, coming: int) -> None:
-        """Make room, but not by files that this process hands out or that any process used of late; others may prune beside it."""
-        files = []
-        recent = time.time() - _IN_USE_SECONDS
-        for path in self.directory.glob("*.safetensors"):
-            try:
-                status = path.stat()
-            except FileNotFoundError:
-                continue
-            files.append((status.st_mtime, status.st_size, path))
-        excess = sum(size for _, size, _ in files) + coming - self._limit
-        for used, size, path in sorted(files):
-            if excess > 0 and used < recent and path not in self._shelf.held:
-                path.unlink(missing_ok=True)
-                excess -= size
-        self._shelf.room = coming + min(max(0, -excess), self._limit // _LOOKS)
+        """Make room, but not by files that this process hands out."""
+        room = make_room(self.directory, coming, limit=self._limit, pattern="*.safetensors", held=self._shelf.held)
+        self._shelf.room = coming + min(max(0, room), self._limit // _LOOKS)
 
 
 @dataclass
@@ -129,13 +114,6 @@ class _Shelf:
 
     held: set[Path] = field(default_factory=set)
     room: int = 0
-
-
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 
 
 def content_key(graph: Graph) -> str:

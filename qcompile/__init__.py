@@ -14,14 +14,18 @@ from qcompile.errors import QCompileError
 from qcompile.version import __version__
 
 if TYPE_CHECKING:
+    from qcompile.blaming import blame
     from qcompile.compiled import CompiledModel, load
     from qcompile.compiler import compile  # noqa: A004  the public verb, always written qcompile.compile
     from qcompile.ir.graph import Graph
     from qcompile.passes.base import Pass
+    from qcompile.planning.planner import plan
+    from qcompile.planning.result import CompilationPlan
     from qcompile.quant.scheme import QuantFormat, QuantScheme
     from qcompile.target import Target
 
 __all__ = [
+    "CompilationPlan",
     "CompiledModel",
     "Graph",
     "Pass",
@@ -30,19 +34,27 @@ __all__ = [
     "QuantScheme",
     "Target",
     "__version__",
+    "blame",
     "compile",
     "errors",
     "load",
+    "plan",
 ]
 
 
 def _home(name: str) -> str | None:
     """The module that holds the public name, or None."""
     match name:
+        case "blame":
+            return "qcompile.blaming"
         case "compile":
             return "qcompile.compiler"
         case "CompiledModel" | "load":
             return "qcompile.compiled"
+        case "plan":
+            return "qcompile.planning.planner"
+        case "CompilationPlan":
+            return "qcompile.planning.result"
         case "Graph":
             return "qcompile.ir.graph"
         case "Pass":

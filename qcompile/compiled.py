@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import QCompileError, SourceError
-from qcompile.ir.branches import is_branch
 from qcompile.ir.graph import Graph
 from qcompile.ir.lowered import Engine
 from qcompile.ir.native import NATIVE_SOURCE
@@ -26,6 +25,7 @@ from qcompile.runtime.engines import default_engine, has_onnxruntime, make_engin
 from qcompile.target import Target, parse_target
 
 if TYPE_CHECKING:
+    from qcompile.dump.html.notebook import Report
     from qcompile.exporters.onnx import OnnxFile
 
 DEFAULT_CONTEXT = 2048
@@ -108,21 +108,9 @@ class CompiledModel:
     @property
     def bits_per_weight(self) -> float | None:
         """Everything stored for the quantized matrices over their elements; None if nothing is quantized."""
-        stored = elements = 0
-        for name, constant in self.contents.constants.items():
-            if constant.format is None and not is_branch(name):
-                continue
-            stored += constant.nbytes * 8
-            if name.endswith(".codes"):
-                elements += self._elements[name]
-        return stored / elements if elements else None
+        from qcompile.runtime.accounting import bits_per_weight
 
-    @property
-    def _elements(self) -> dict[str, int]:
-        """Codes -> elements of the matrix, from the steps that read them."""
-        from qcompile.runtime.accounting import elements_of_codes
-
-        return elements_of_codes(self.contents.plan)
+        return bits_per_weight(self.contents.constants, self.contents.plan)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -225,7 +213,7 @@ class CompiledModel:
 
     def export_onnx(
         self, path: str | os.PathLike[str], *, profile: str = "portable", opset: int | None = None, external_data: bool | None = None,
-        accuracy_level: int = 0, genai: bool = False, overwrite: bool = False,
+        accuracy_level: int = 0, genai: bool = False, overwrite: bool = False, compare: bool = True,
     ) -> OnnxFile:  # fmt: skip
         """Write an ONNX file and compare what onnxruntime makes of it with the graph; see `docs/onnx.md`.
 
@@ -237,6 +225,7 @@ class CompiledModel:
             accuracy_level: of products with packed weights in profile `ort`: 0 multiplies floats, 4 rounds activations to 8 bits.
             genai: also write what onnxruntime-genai needs to load the directory.
             overwrite: replace files that are there.
+            compare: run the file beside the graph; without, no more than a constant stands in memory, and nothing vouches for its numbers.
 
         Raises:
             ExportError: for a node that ONNX does not express, a file that does not compute what the graph does, or a path that is taken.
@@ -244,21 +233,19 @@ class CompiledModel:
         """
         file: OnnxFile = onnx_exporter("export_onnx").export(
             self.graph, path, self.assets, profile=profile, opset=opset, external_data=external_data, accuracy_level=accuracy_level,
-            genai=genai, max_context=self.max_context, overwrite=overwrite,
+            genai=genai, max_context=self.max_context, overwrite=overwrite, compare=compare,
         )  # fmt: skip
         return file
 
-    def report(self) -> str:
-        """Passes, size, bits, error per step, and what was left alone and why, as text."""
-        from qcompile.dump.cache_table import cache_tables
-        from qcompile.dump.tables import coverage_table, pass_table, readable, value_table, written
+    def report(self) -> Report:
+        """Passes, size, bits, error per step, and what was left alone and why: text, which notebooks show as tables."""
+        from qcompile.dump.html.notebook import make_report
 
         sizes = {
             "target": self.contents.target, "weight_bytes": self.weight_bytes, "bits_per_weight": self.bits_per_weight,
             "max_batch": self.max_batch, "max_context": self.max_context, "kv_bytes_per_token": self.kv_bytes_per_token,
         }  # fmt: skip
-        tables = [pass_table(self.records), coverage_table(self.coverage), *cache_tables(self.cache_layers), value_table(readable(sizes))]
-        return written([*tables, self.contents.pipeline])
+        return make_report(self.contents, sizes)
 
 
 def onnx_exporter(name: str) -> ModuleType:

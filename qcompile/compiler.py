@@ -13,15 +13,17 @@ from qcompile.codegen.select import backend_for, build
 from qcompile.compiled import CompiledModel, onnx_exporter
 from qcompile.errors import CapacityError, CoverageError
 from qcompile.ir.lowered import Instrument
-from qcompile.ir.records import CoverageRow
+from qcompile.ir.records import CoverageRow, Settings
 from qcompile.passes.base import Pass, PassContext
 from qcompile.passes.calibration import make_calibration
 from qcompile.passes.instruments import NumericCheck
 from qcompile.passes.manager import run_pipeline
 from qcompile.passes.pipelines import choose_passes, pipeline_text
+from qcompile.passes.reproducer import reproducers_directory
 from qcompile.passes.work import WorkStore, program_key
 from qcompile.progress import Report, terminal_progress
 from qcompile.quant.scheme import QuantScheme
+from qcompile.quant.scheme_json import scheme_to_json
 from qcompile.quant.scheme_options import SchemeOptions
 from qcompile.runtime.artifact import ArtifactContents
 from qcompile.target import Target, parse_target, resolve
@@ -72,7 +74,8 @@ def compile(  # noqa: A001  the name is the product's
         disable: names of passes to leave out.
         strict: make an operator that had to be left alone, or a refused kernel, an error.
         dump: a directory for the listing after every pass (environment: QCOMPILE_DUMP).
-        check: run the graph before and after every pass and compare (environment: QCOMPILE_CHECK=1).
+        check: run the graph before and after every pass and compare (environment: QCOMPILE_CHECK=1); what a pass did wrong is left as a
+            file for `qcompile replay`, in `dump`/reproducers or else QCOMPILE_CACHE/reproducers.
         calibration: what recipes that need data run the model on: token ids [windows, length] (an array or the path of a .npy file),
             text or the path of a .txt file, or an iterable of inputs that a plain module is called with; by default packaged text.
         num_calibration_samples: windows or inputs used at most; by default all of an array, 64 of anything else.
@@ -116,7 +119,7 @@ def compile(  # noqa: A001  the name is the product's
     Raises:
         QCompileError: one subclass per kind of mistake (`qcompile.errors`); nothing is half-written.
     """
-    goal = _goal(target, scheme, options)
+    goal = goal_of(target, scheme, options)
     if prefill_chunk < 1:
         raise CapacityError(f"prefill_chunk={prefill_chunk}: expected at least one token; leave it out for 512")
     choose_passes(goal, recipe, passes, disable)  # a wrong pipeline is an error before a model is read
@@ -125,33 +128,40 @@ def compile(  # noqa: A001  the name is the product's
         model, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, revision=revision, trust_remote_code=trust_remote_code
     )
     data = make_calibration(calibration, loaded.assets, num_calibration_samples=num_calibration_samples, max_seq_length=max_seq_length)
-    calibrated = calibration is not None or (loaded.graph.interface.kind == "causal_lm" and "tokenizer.json" in loaded.assets.files)
-    pipeline = choose_passes(goal, recipe, passes, disable, calibrated=calibrated)
+    pipeline = choose_passes(goal, recipe, passes, disable, calibrated=is_calibrated(loaded, given=calibration is not None))
     context = max_context or min(loaded.assets.max_positions or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
     backend = backend_for(goal, engine)
     ctx = PassContext(goal, backend, max_batch, context, min(context, prefill_chunk), fuel, calibration=data, work=WorkStore(program_key()))
-    writer = _dump_instruments(dump or os.environ.get("QCOMPILE_DUMP"))
+    text = pipeline_text(pipeline)
+    directory = dump or os.environ.get("QCOMPILE_DUMP")
+    writer = _dump_instruments(directory, model=loaded.assets.name, target=str(goal), pipeline=text)
     wants_check = check if check is not None else os.environ.get("QCOMPILE_CHECK") == "1"
+    watch = NumericCheck(reproducers=Path(directory) / "reproducers" if directory else reproducers_directory()) if wants_check else None
     with _progress(instruments) as ctx.report:
-        records = run_pipeline(loaded.graph, pipeline, ctx, [*instruments, *writer], NumericCheck() if wants_check else None)
+        records = run_pipeline(loaded.graph, pipeline, ctx, [*instruments, *writer], watch)
     if strict:
         require_coverage(ctx.coverage)
     if exporter is not None:
         exporter.require_exportable(loaded.graph)
     lines = {node.name: str(node.meta.get("source", "")) for node in loaded.graph.nodes}
     kernels, binaries = build(ctx.products.get("kernels", {}), goal, ctx.products["plan"], lines)
-    for instrument in writer:
-        instrument.finish(pipeline_text(pipeline), kernels)
     contents = ArtifactContents(
         graph=loaded.graph, plan=ctx.products["plan"], kernels=kernels, binaries=binaries, assets=loaded.assets, target=str(goal),
-        pipeline=pipeline_text(pipeline), records=records, coverage=ctx.coverage,
+        pipeline=text, records=records, coverage=ctx.coverage, settings=Settings(scheme_to_json(goal.scheme), data.record),
     )  # fmt: skip
+    for instrument in writer:
+        instrument.finish(contents, ctx.notes, {**ctx.products.get("kernels", {}), **kernels})
     most = max_context if kv_bytes is not None else context
     served = None if engine == "native" and backend.name != "native" else engine
     return CompiledModel(contents, max_batch=max_batch, max_context=most, kv_bytes=kv_bytes, page_tokens=page_tokens, engine=served)
 
 
-def _goal(target: str | Target, scheme: QuantScheme | None, options: SchemeOptions) -> Target:
+def is_calibrated(loaded: frontend.Loaded, *, given: bool) -> bool:
+    """Whether there is data to run the model on: the caller's, or text that its own tokenizer reads."""
+    return given or (loaded.graph.interface.kind == "causal_lm" and "tokenizer.json" in loaded.assets.files)
+
+
+def goal_of(target: str | Target, scheme: QuantScheme | None, options: SchemeOptions) -> Target:
     """The target with the caller's scheme and options in it."""
     goal = parse_target(target)
     chosen = (scheme or goal.scheme).with_options(**options)
@@ -180,9 +190,9 @@ def _progress(instruments: Sequence[Instrument]) -> AbstractContextManager[Repor
     return nullcontext(listening[0]) if listening else terminal_progress()
 
 
-def _dump_instruments(directory: str | os.PathLike[str] | None) -> list[Any]:
+def _dump_instruments(directory: str | os.PathLike[str] | None, *, model: str, target: str, pipeline: str) -> list[Any]:
     if not directory:
         return []
     from qcompile.dump.instrument import DumpInstrument
 
-    return [DumpInstrument(Path(directory))]
+    return [DumpInstrument(Path(directory), model=model, target=target, pipeline=pipeline)]

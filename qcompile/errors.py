@@ -48,6 +48,25 @@ class PassError(QCompileError):
     """A pass that failed, or whose claim (changed, exact) was found to be false."""
 
 
+class BrokenPassError(PassError):
+    """A pass that crashed or whose claim to have changed something was false: the mistake is in the pass, not in what it was given."""
+
+
+class NumericError(PassError):
+    """A pass after which the graph no longer computes what it did, found by running it before and after.
+
+    Attributes:
+        place: where the values part (`qcompile.passes.locate.Place`), None where that is not known.
+        reproducer: the file that repeats it, "" where none was written.
+    """
+
+    def __init__(self, message: str, place: object = None, reproducer: str = "") -> None:
+        """Say what is wrong, where, and which file repeats it."""
+        super().__init__(message)
+        self.place = place
+        self.reproducer = reproducer
+
+
 class CoverageError(QCompileError):
     """With `strict=True`: an operator that was left alone, or a kernel that a backend refused."""
 

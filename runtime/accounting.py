@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
+from qcompile.ir.branches import is_branch
+from qcompile.ir.constants import Constant
 from qcompile.ir.lowered import Entry, Plan, Step
 from qcompile.ir.records import MemoryPlan
 from qcompile.ir.size import Size
@@ -51,6 +54,19 @@ def elements_of_codes(plan: Plan) -> dict[str, int]:
         name = step.args[_CODES_ARGUMENT[step.operator]]["buffer"]
         found[name] = _static(entry.buffers[name].shape[0]) * _columns(step, entry)
     return found
+
+
+def bits_per_weight(constants: Mapping[str, Constant], plan: Plan) -> float | None:
+    """Everything stored for the quantized matrices over their elements; None if nothing is quantized."""
+    elements_of = elements_of_codes(plan)
+    stored = elements = 0
+    for name, constant in constants.items():
+        if constant.format is None and not is_branch(name):
+            continue
+        stored += constant.nbytes * 8
+        if name.endswith(".codes"):
+            elements += elements_of[name]
+    return stored / elements if elements else None
 
 
 def _columns(step: Step, entry: Entry) -> int:

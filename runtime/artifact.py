@@ -20,9 +20,10 @@ from qcompile.ir.graph import Graph
 from qcompile.ir.lowered import Kernel, Plan
 from qcompile.ir.memory import dtype_of
 from qcompile.ir.native import NATIVE_SOURCE
-from qcompile.ir.records import Assets, CoverageRow, PassRecord
+from qcompile.ir.records import Assets, CoverageRow, PassRecord, Settings
 from qcompile.ir.serialize import check_graph_json, format_of, graph_to_json
 from qcompile.ir.serialize_plan import check_constants, kernels_from_json, kernels_to_json, plan_from_json, plan_to_json
+from qcompile.ir.tensor_file import write_constants
 from qcompile.runtime.manifest import (
     GRAPH,
     KERNELS,
@@ -40,7 +41,7 @@ from qcompile.runtime.manifest import (
 from qcompile.runtime.onnx_files import NAMES as ONNX_NAMES
 from qcompile.runtime.onnx_files import OnnxFiles, found_onnx, put_onnx
 from qcompile.runtime.trust import trust, untrusted
-from qcompile.runtime.weights import CHUNK_BYTES, ArtifactSource, WeightsFile, chunk_hashes, write_weights
+from qcompile.runtime.weights import CHUNK_BYTES, ArtifactSource, WeightsFile, chunk_hashes
 from qcompile.version import __version__
 
 
@@ -56,6 +57,7 @@ class ArtifactContents:
         pipeline: the passes that made it, as text.
         records: one per pass.
         coverage: one row per linear, embedding and attention.
+        settings: what the passes were told beside; with it they can be run again.
         constants: weights by name, read when asked for.
         path: where it was loaded from; None for one that was just compiled.
         digest: the hash of its manifest, hence of everything in it; "" for one that was just compiled.
@@ -68,7 +70,7 @@ class ArtifactContents:
         self, graph: Graph | Callable[[], Graph], plan: Plan, kernels: dict[str, Kernel], binaries: dict[str, bytes], assets: Assets,
         target: str, pipeline: str, records: Sequence[PassRecord] = (), coverage: Sequence[CoverageRow] = (), *,
         constants: Mapping[str, Constant] | None = None, path: Path | None = None, untrusted: tuple[str, ...] = (),
-        torch_version: str = torch.__version__, digest: str = "", onnx: OnnxFiles | None = None,
+        torch_version: str = torch.__version__, digest: str = "", onnx: OnnxFiles | None = None, settings: Settings | None = None,
     ) -> None:  # fmt: skip
         """Hold the parts; a graph given as a function is built when it is first asked for."""
         self._graph = graph
@@ -77,7 +79,7 @@ class ArtifactContents:
         self.records, self.coverage = list(records), list(coverage)
         self.constants: Mapping[str, Constant] = self.graph.constants if constants is None else constants
         self.path, self.untrusted, self.torch_version = path, untrusted, torch_version
-        self.digest, self.onnx = digest, onnx
+        self.digest, self.onnx, self.settings = digest, onnx, settings or Settings()
 
     @property
     def graph(self) -> Graph:
@@ -172,6 +174,23 @@ def _temporary_sibling(target: Path, purpose: str) -> Iterator[Path]:
 
 def _write(directory: Path, contents: ArtifactContents, onnx_model: Path | None) -> None:
     """All files, the manifest last: a directory without one is no artifact."""
+    files = artifact_files(contents)
+    write_constants(directory / WEIGHTS, contents.constants)
+    (directory / "kernels").mkdir()
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+    onnx = {} if onnx_model is None else {"onnx": put_onnx(onnx_model, directory)}
+    weights = directory / WEIGHTS
+    entry = weights_entry(weights.stat().st_size, chunk_hashes(weights))
+    (directory / MANIFEST).write_bytes(seal(manifest(contents, files, entry) | onnx))
+
+
+def artifact_files(contents: ArtifactContents) -> dict[str, bytes]:
+    """Every file but weights, ONNX and manifest, by name.
+
+    Raises:
+        ArtifactError: for a name that is no plain file name, or one that the artifact uses itself.
+    """
     files: dict[str, bytes] = {
         GRAPH: canonical(graph_to_json(contents.graph)),
         PLAN: canonical(plan_to_json(contents.plan)),
@@ -185,26 +204,27 @@ def _write(directory: Path, contents: ArtifactContents, onnx_model: Path | None)
         if require_name(name) in (MANIFEST, GRAPH, PLAN, WEIGHTS, "kernels", *ONNX_NAMES):
             raise ArtifactError(f"asset {name!r}: expected a name that the artifact does not use itself; rename it")
         files[name] = content
-    write_weights(directory / WEIGHTS, contents.constants)
-    (directory / "kernels").mkdir()
-    for name, content in files.items():
-        (directory / name).write_bytes(content)
-    onnx = {} if onnx_model is None else {"onnx": put_onnx(onnx_model, directory)}
-    (directory / MANIFEST).write_bytes(seal(_manifest(directory, contents, files) | onnx))
+    return files
 
 
-def _manifest(directory: Path, contents: ArtifactContents, files: Mapping[str, bytes]) -> dict[str, Any]:
-    weights = directory / WEIGHTS
+def weights_entry(size: int, hashes: Sequence[str]) -> dict[str, Any]:
+    """What the manifest says of the weights."""
+    return {"bytes": size, "chunk_bytes": CHUNK_BYTES, "sha256": list(hashes)}
+
+
+def manifest(contents: ArtifactContents, files: Mapping[str, bytes], weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of an artifact without an ONNX file, before it is sealed; `weights` is a `weights_entry`."""
     return {
         "qcompile": __version__,
         "torch": contents.torch_version,
         "target": contents.target,
         "pipeline": contents.pipeline,
+        "settings": encode(contents.settings),
         "assets": asdict(contents.assets) | {"files": sorted(contents.assets.files)},
         "passes": encode(contents.records),
         "coverage": encode(contents.coverage),
         "files": {name: file_entry(content) for name, content in sorted(files.items())},
-        "weights": {"bytes": weights.stat().st_size, "chunk_bytes": CHUNK_BYTES, "sha256": chunk_hashes(weights)},
+        "weights": dict(weights),
     }
 
 
@@ -244,6 +264,7 @@ def load_artifact(path: str | os.PathLike[str], *, allow_native: bool = False) -
         assets=_assets(manifest["assets"], files, root),
         target=decode(str, manifest.get("target"), "manifest.json: target"),
         pipeline=decode(str, manifest.get("pipeline"), "manifest.json: pipeline"),
+        settings=decode(Settings, manifest.get("settings", {}), "manifest.json: settings"),
         records=decode(tuple[PassRecord, ...], manifest.get("passes"), "manifest.json: passes"),
         coverage=decode(tuple[CoverageRow, ...], manifest.get("coverage"), "manifest.json: coverage"),
         constants=constants,

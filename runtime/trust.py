@@ -6,15 +6,9 @@ Hashes inside an artifact detect damage, not malice: whoever alters a cubin can 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
-
-def cache_directory() -> Path:
-    """`QCOMPILE_CACHE`, by default ~/.cache/qcompile."""
-    root = os.environ.get("QCOMPILE_CACHE")
-    return Path(root) if root else Path.home() / ".cache" / "qcompile"
+from qcompile.kept import cache_directory
 
 
 def trust(binaries: Iterable[bytes]) -> None:

@@ -1,4 +1,4 @@
-"""weights.safetensors: written one tensor at a time; read by memory map, each 16 MiB chunk checked before its first use."""
+"""weights.safetensors, read by memory map: each 16 MiB chunk is checked before its first use."""
 
 from __future__ import annotations
 
@@ -16,66 +16,12 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import ArtifactError
-from qcompile.ir.constants import Constant, RoundedSource
+from qcompile.ir.tensor_file import DTYPES
 
 CHUNK_BYTES = 16 << 20
 """Large enough that hashing runs at full speed, small enough that reading one tensor of a large model checks little else."""
 MAX_HEADER_BYTES = 100 << 20
 """The limit that safetensors itself sets."""
-
-_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
-    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e8m0fnu: "F8_E8M0",
-}  # fmt: skip
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
-
-
-def write_weights(path: Path, constants: Mapping[str, Constant]) -> None:
-    """Write every constant; they are materialised one at a time, the parts of one rounding one after the other.
-
-    Wider elements come first in the file, so that each tensor is aligned to its own element size and can be used where it lies.
-
-    Raises:
-        ArtifactError: for a dtype that safetensors has no name for.
-    """
-    header: dict[str, Any] = {}
-    offset = 0
-    for name in sorted(constants, key=lambda item: (-constants[item].dtype.itemsize, item)):
-        constant = constants[name]
-        if constant.dtype not in _NAMES:
-            raise ArtifactError(f"constant {name}: expected a dtype that safetensors can hold, got {constant.dtype}; convert it first")
-        header[name] = {"dtype": _NAMES[constant.dtype], "shape": list(constant.shape), "data_offsets": [offset, offset + constant.nbytes]}
-        offset += constant.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % 64)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        start = file.tell()
-        file.truncate(start + offset)
-        for name in _writing_order(constants):
-            file.seek(start + header[name]["data_offsets"][0])
-            file.write(_bytes(constants[name], name))
-
-
-def _writing_order(constants: Mapping[str, Constant]) -> list[str]:
-    """Codes, scale and zero point of one rounding next to each other, so that its result is freed before the next is made."""
-    first: dict[int, int] = {}
-    keys = {}
-    for index, (name, constant) in enumerate(constants.items()):
-        source = constant.source
-        key = id(source.rounding) if isinstance(source, RoundedSource) else id(constant)
-        keys[name] = first.setdefault(key, index)
-    return sorted(constants, key=lambda name: keys[name])
-
-
-def _bytes(constant: Constant, name: str) -> memoryview:
-    tensor = constant.materialize().contiguous()
-    if tuple(tensor.shape) != constant.shape or tensor.dtype != constant.dtype:
-        raise ArtifactError(
-            f"constant {name}: expected {constant.dtype} {constant.shape} as its log says, got {tensor.dtype} {tuple(tensor.shape)}"
-        )
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def chunk_hashes(path: Path, chunk_bytes: int = CHUNK_BYTES) -> list[str]:
@@ -131,7 +77,7 @@ class WeightsFile:
             ) from error
 
     def _entry(self, item: Mapping[str, Any]) -> tuple[torch.dtype, tuple[int, ...], int, int]:
-        dtype, shape = _DTYPES[item["dtype"]], tuple(int(size) for size in item["shape"])
+        dtype, shape = DTYPES[item["dtype"]], tuple(int(size) for size in item["shape"])
         begin, end = (self._start + int(offset) for offset in item["data_offsets"])
         inside = self._start <= begin <= end <= len(self._map) and min(shape, default=0) >= 0
         if not inside or end - begin != prod(shape) * dtype.itemsize or begin % dtype.itemsize:

@@ -11,15 +11,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "version", "data", "progress"),
+    ("errors", "version", "data", "progress", "kept"),
     ("quant",),
     ("target",),
     ("ir",),
     ("passes", "codegen", "runtime"),
     ("frontend", "exporters", "dump"),
     ("compiled", "rebuild"),
-    ("compiler", "evaluation", "speed"),
-    ("torch_backend",),
+    ("blaming", "compiler", "evaluation", "speed"),
+    ("planning", "torch_backend"),
     ("cli",),
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}

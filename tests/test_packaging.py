@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {"codegen", "passes", "runtime"}
+REPORT = "qcompile/dump/html"
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,8 @@ def _expected() -> set[str]:
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "qcompile").rglob("*.py") if not ROOMS & {path.relative_to(ROOT).parts[1]}}
     behind = {f"qcompile/{path.relative_to(ROOT)}" for room in ROOMS for path in (ROOT / room).rglob("*.py")}
     text = {f"qcompile/data/{name}" for name in ("calibration.txt", "evaluation.txt", "LICENSE-PSF.txt")}
-    return modules | behind | text | {"qcompile/py.typed"}
+    report = {str(path.relative_to(ROOT)) for folder in ("assets", "templates") for path in (ROOT / REPORT / folder).iterdir()}
+    return modules | behind | text | report | {"qcompile/py.typed"}
 
 
 def test_wheel_holds_everything(built: Path) -> None:

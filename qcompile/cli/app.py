@@ -9,7 +9,20 @@ import typer
 from rich.markup import escape
 
 import qcompile
-from qcompile.cli import bench, compiling, evaluating, exporting, inspecting, listing, running
+from qcompile.cli import (
+    bench,
+    bisecting,
+    blaming,
+    compiling,
+    diffing,
+    evaluating,
+    exporting,
+    inspecting,
+    listing,
+    planning,
+    replaying,
+    running,
+)  # fmt: skip
 from qcompile.cli.output import stderr
 from qcompile.errors import QCompileError
 
@@ -64,10 +77,15 @@ def _show_warning(
 
 
 app.command("compile")(compiling.compile_model)
+app.command("plan")(planning.plan_model)
 app.command("run")(running.run)
 app.command("eval")(evaluating.evaluate_artifact)
 app.command("export")(exporting.export)
 app.command("inspect")(inspecting.inspect)
+app.command("diff")(diffing.diff)
+app.command("blame")(blaming.blame)
 app.command("bench")(bench.bench)
+app.command("replay")(replaying.replay)
+app.command("bisect")(bisecting.bisect)
 app.command("passes")(listing.passes)
 app.command("targets")(listing.targets)

@@ -10,8 +10,8 @@ from rich.status import Status
 
 import qcompile
 from qcompile.cli.output import JsonOption, emit, stderr
+from qcompile.dump.rows import record_row
 from qcompile.dump.tables import coverage_rows, coverage_table, pass_table, readable, value_table
-from qcompile.dump.writer import record_row
 from qcompile.errors import ArtifactError
 
 if TYPE_CHECKING:

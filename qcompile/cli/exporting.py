@@ -26,6 +26,9 @@ def export(
     ] = None,
     accuracy_level: Annotated[int, typer.Option(help="Profile ort: 0 multiplies floats, 4 rounds activations to 8 bits.")] = 0,
     genai: Annotated[bool, typer.Option("--genai", help="Also write what onnxruntime-genai needs.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare/--no-compare", help="Run the file in onnxruntime beside the graph; needs memory for all weights.")
+    ] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -34,8 +37,9 @@ def export(
         raise ExportError(f"format {form!r}: expected one of {', '.join(FORMATS)}")
     model = qcompile.load(artifact)
     written = model.export_onnx(
-        out, profile=profile, opset=opset, external_data=external_data, accuracy_level=accuracy_level, genai=genai, overwrite=overwrite
-    )
+        out, profile=profile, opset=opset, external_data=external_data, accuracy_level=accuracy_level, genai=genai, overwrite=overwrite,
+        compare=compare,
+    )  # fmt: skip
     values = {
         "path": str(written.path), "bytes": written.bytes, "weight_bytes": model.weight_bytes, "profile": written.profile,
         "opset": written.opset, "error": written.error, "not_run": written.not_run, "files": [str(file) for file in written.files],

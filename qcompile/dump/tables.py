@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,32 +12,53 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.table import Table
 
+from qcompile.dump.rows import record_row
 from qcompile.ir.records import CoverageRow, PassRecord
 
 
 def pass_table(records: Sequence[PassRecord], title: str = "passes") -> Table:
-    """One line per pass: changed, time, nodes after (and difference), bytes of constants, error where it was checked."""
+    """One line per pass: changed, time, nodes after (and difference), bytes of constants, and what it cost where it was checked.
+
+    That is the largest error, and of lossy passes the signal-to-noise ratio and the divergence per token; the last two columns are what has
+    come together since the input.
+    """
+    return pass_rows_table([record_row(record) for record in records], title)
+
+
+def pass_rows_table(rows: Sequence[Mapping[str, Any]], title: str = "passes") -> Table:
+    """The same of rows that were written."""
     table = Table(title=title, title_justify="left")
     table.add_column("pass")
     table.add_column("changed")
-    for header in ("time", "nodes", "weights", "max error"):
+    columns = [column for column in _EFFECTS if any(row.get(column) is not None for row in rows)]
+    for header in ("time", "nodes", "weights", *(_EFFECTS[column][0] for column in columns)):
         table.add_column(header, justify="right")
-    for record in records:
+    for row in rows:
         table.add_row(
-            record.name,
-            "yes" if record.changed else "no",
-            f"{record.seconds:.2f} s",
-            _nodes(record),
-            format_bytes(record.constant_bytes),
-            "" if record.max_error is None else f"{record.max_error:.1e}",
-            style="" if record.changed else "dim",
+            str(row["name"]),
+            "yes" if row["changed"] else "no",
+            f"{row['seconds']:.2f} s",
+            _nodes(row["nodes_before"], row["nodes_after"]),
+            format_bytes(row["bytes"]),
+            *(_number(row.get(column), _EFFECTS[column][1]) for column in columns),
+            style="" if row["changed"] else "dim",
         )
     return table
 
 
-def _nodes(record: PassRecord) -> str:
-    difference = record.nodes_after - record.nodes_before
-    return f"{record.nodes_after} ({difference:+d})" if difference else str(record.nodes_after)
+_EFFECTS = {
+    "max_error": ("max error", ".1e"), "sqnr_db": ("SQNR", ".1f"), "kl": ("KL", ".2e"),
+    "total_sqnr_db": ("SQNR to input", ".1f"), "total_kl": ("KL to input", ".2e"),
+}  # fmt: skip
+"""Field of a record -> header and format; a column that no record fills is not shown."""
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
+def _nodes(before: int, after: int) -> str:
+    return f"{after} ({after - before:+d})" if after != before else str(after)
 
 
 def coverage_table(rows: Sequence[CoverageRow], title: str = "coverage") -> Table:
@@ -80,6 +102,59 @@ def value_table(values: Mapping[str, object], title: str = "") -> Table:
     return table
 
 
+def note_table(notes: Sequence[Mapping[str, Any]], title: str = "left alone") -> Table:
+    """Notes that say the same on one line: by which pass, why, whether that was chosen, how many nodes."""
+    groups: dict[tuple[str, str, bool], list[str]] = {}
+    for note in notes:
+        # A note may name its own node in the reason: what is said of many is one reason.
+        reason = re.sub(rf"\b{re.escape(note['node'])}\b", "it", note["reason"])
+        groups.setdefault((note["pass"], reason, note["chosen"]), []).append(note["node"])
+    table = Table(title=title, title_justify="left")
+    for header in ("pass", "reason"):
+        table.add_column(header, overflow="fold")
+    table.add_column("chosen")
+    table.add_column("count", justify="right")
+    table.add_column("first", overflow="fold")
+    for (where, reason, chosen), nodes in groups.items():
+        table.add_row(where, reason, "yes" if chosen else "no", str(len(nodes)), nodes[0])
+    return table
+
+
+def kernel_table(kernels: Sequence[Mapping[str, Any]], title: str = "kernels") -> Table:
+    """One line per launch of each kernel with a source: what it implements, how many nodes it serves, and what a launch takes."""
+    table = Table(title=title, title_justify="left")
+    for header in ("kernel", "implements", "launch"):
+        table.add_column(header, overflow="fold")
+    for header in ("nodes", "registers", "shared", "warps", "stages"):
+        table.add_column(header, justify="right")
+    for kernel in kernels:
+        head = (str(kernel["name"]), str(kernel["spec"]))
+        for place, launch in enumerate(kernel["launches"]):
+            numbers = (launch["registers"], format_bytes(launch["shared_bytes"]), launch["num_warps"], launch["num_stages"])
+            name, spec, nodes = ("", "", "") if place else (*head, str(len(kernel["nodes"])))
+            table.add_row(name, spec, launch["function"], nodes, *map(str, numbers))
+    return table
+
+
+def distribution_table(rows: Sequence[Mapping[str, Any]], title: str = "distributions (first, middle and last layer)") -> Table:
+    """One line per value: max/rms and kurtosis before the first pass that changed it and after the last, and which passes did."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("value", overflow="fold")
+    table.add_column("of", overflow="fold")
+    for header in ("max/rms before", "after", "kurtosis before", "after"):
+        table.add_column(header, justify="right")
+    table.add_column("changed by", overflow="fold")
+    stages: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        stages.setdefault((row["kind"], row["name"]), []).append(row)
+    for (kind, name), (first, *others) in stages.items():
+        last = others[-1] if others else first
+        numbers = (first["max_over_rms"], last["max_over_rms"], first["kurtosis"], last["kurtosis"])
+        passes = ", ".join(str(row["listing"]).partition("_")[2] for row in others)
+        table.add_row(kind, name, *("-" if number is None else f"{number:.3g}" for number in numbers), passes)
+    return table
+
+
 def readable(values: Mapping[str, Any]) -> dict[str, object]:
     """Values for a table: byte counts get a unit, nothing becomes a dash, underscores in names become spaces."""
     return {key.replace("_", " "): _readable_value(key, value) for key, value in values.items()}
@@ -88,7 +163,7 @@ def readable(values: Mapping[str, Any]) -> dict[str, object]:
 def _readable_value(key: str, value: Any) -> object:
     if value is None:
         return "-"
-    return format_bytes(value) if key.endswith("_bytes") else value
+    return format_bytes(value) if "_bytes" in key or key.startswith("bytes") else value
 
 
 def format_bytes(count: int) -> str:

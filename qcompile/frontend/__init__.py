@@ -23,7 +23,7 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 def load(
     model: nn.Module | ExportedProgram | str | Path, *, example_inputs: Any = None, dynamic_shapes: Any = None,
-    revision: str | None = None, trust_remote_code: bool = False,
+    revision: str | None = None, trust_remote_code: bool = False, weights: bool = True,
 ) -> Loaded:  # fmt: skip
     """Capture a model.
 
@@ -34,6 +34,8 @@ def load(
         dynamic_shapes: see `capture_module`.
         revision: branch, tag or commit of a model on the hub.
         trust_remote_code: run the code that a model directory brings along; never implied.
+        weights: False is for planning: a hub's weights are not downloaded, and a bare configuration (.json) will do; constants whose
+            values are not at hand are unbound.
 
     Raises:
         TraceError: if a module cannot be traced, or needs example inputs.
@@ -49,14 +51,18 @@ def load(
         return _reader("onnx", "load_onnx", path)(path, example_inputs, dynamic_shapes)
     if path.suffix == ".gguf":
         return _reader("gguf", "load_gguf", path)(path)
+    if path.suffix == ".json" and path.is_file() and not weights:
+        return _reader("huggingface", "load_config", path)(path, trust_remote_code, example_inputs, dynamic_shapes)
     if path.is_dir():
         return _reader("huggingface", "load_directory", path)(path, trust_remote_code, example_inputs, dynamic_shapes)
-    if path.exists() or not _HUB_NAME.fullmatch(str(model)):
+    if path.exists() or not _HUB_NAME.fullmatch(str(model)) or path.suffix == ".json":
+        config = "" if weights else "a config.json, "
         raise SourceError(
-            f"{path}: expected a Hugging Face directory, a .gguf or .onnx file or the name of a model on the hub, "
+            f"{path}: expected a Hugging Face directory, {config}a .gguf or .onnx file or the name of a model on the hub, "
             f"got {'another file' if path.exists() else 'a path that does not exist'}"
         )
-    return _reader("huggingface", "load_hub", path)(str(model), revision, trust_remote_code, example_inputs, dynamic_shapes)
+    options = (revision, trust_remote_code, example_inputs, dynamic_shapes)
+    return _reader("huggingface", "load_hub", path)(str(model), *options, weights=weights)
 
 
 def _reader(module: str, function: str, model: object) -> Callable[..., Loaded]:

@@ -21,6 +21,7 @@ from qcompile.errors import QCompileError, TraceError
 from qcompile.frontend import shapes
 from qcompile.frontend.convert import Binder, Converter, identity, user_frame
 from qcompile.ir.constants import Cast, Constant, tensor_constant
+from qcompile.ir.data_sizes import settle_sizes
 from qcompile.ir.graph import Graph
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -58,6 +59,7 @@ def capture_module(
     graph.interface.examples = {
         node.name: leaf.detach().cpu() for node, (_, leaf, _) in zip(nodes, leaves, strict=True) if node is not None
     }
+    settle_sizes(graph)
     return graph
 
 
@@ -71,6 +73,7 @@ def capture_exported(program: ExportedProgram, name: str = "exported") -> Graph:
     given = [leaf for leaf in pytree.tree_leaves(program.example_inputs) if isinstance(leaf, Tensor)]
     if len(given) == len(graph.placeholders):
         graph.interface.examples = {node.name: leaf.detach().cpu() for node, leaf in zip(graph.placeholders, given, strict=True)}
+    settle_sizes(graph)
     return graph
 
 

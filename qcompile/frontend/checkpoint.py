@@ -215,17 +215,18 @@ def _fitted(source: Source | Constant, traced: Tensor, name: str) -> Constant:
     return constant if constant.dtype == traced.dtype else constant.then(Cast(traced.dtype))
 
 
-def config_json(directory: Path) -> dict[str, Any]:
-    """The parsed config.json of a model directory.
+def config_json(path: Path) -> dict[str, Any]:
+    """The parsed config.json of a model.
 
     Raises:
         SourceError: if there is none, or it is no JSON object.
     """
-    path = directory / "config.json"
     try:
-        parsed = json.loads(path.read_text())
+        parsed = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise SourceError(f"{path}: expected a Hugging Face model directory with a config.json, got none") from error
+    except OSError as error:
+        raise SourceError(f"{path}: expected a file that can be read, got {error}") from error
     except ValueError as error:
         raise SourceError(f"{path}: expected JSON, got {error}") from error
     if not isinstance(parsed, dict):

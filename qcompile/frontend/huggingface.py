@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, fx
 from torch.export import Dim
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -27,7 +28,8 @@ from qcompile.ir.graph import Graph, fake_value
 
 _aten = torch.ops.aten
 _CASTS = (_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten._to_copy.default, _aten.view.default, _aten.reshape.default)
-_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "spiece.model", "*.py")
+_HUB_WEIGHTS = "*.safetensors"
+_HUB_FILES = ("*.json", _HUB_WEIGHTS, "*.jinja", "*.txt", "tokenizer.model", "spiece.model", "*.py")
 
 
 def load_model(model: PreTrainedModel, example_inputs: Any = None, dynamic_shapes: Any = None) -> Loaded:
@@ -46,39 +48,71 @@ def load_model(model: PreTrainedModel, example_inputs: Any = None, dynamic_shape
     return Loaded(graph, found)
 
 
-def load_hub(name: str, revision: str | None, trust_remote_code: bool, example_inputs: Any = None, dynamic_shapes: Any = None) -> Loaded:
-    """A model of the hub at a revision, downloaded once into the hub's own cache."""
+def load_hub(
+    name: str, revision: str | None, trust_remote_code: bool, example_inputs: Any = None, dynamic_shapes: Any = None, *,
+    weights: bool = True,
+) -> Loaded:  # fmt: skip
+    """A model of the hub at a revision, downloaded once into the hub's own cache; without `weights` only what is beside them."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        directory = Path(snapshot_download(name, revision=revision, allow_patterns=list(_HUB_FILES)))
+        wanted = [pattern for pattern in _HUB_FILES if weights or pattern != _HUB_WEIGHTS]
+        directory = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SourceError(f"{name}: expected a local directory, a .gguf file or a model of the hub, got none of them: {first}") from error
-    loaded = load_directory(directory, trust_remote_code, example_inputs, dynamic_shapes)
+    loaded = load_directory(directory, trust_remote_code, example_inputs, dynamic_shapes, weights=weights)
     loaded.assets.name = name
     return loaded
 
 
-def load_directory(directory: Path, trust_remote_code: bool = False, example_inputs: Any = None, dynamic_shapes: Any = None) -> Loaded:
+def load_directory(
+    directory: Path, trust_remote_code: bool = False, example_inputs: Any = None, dynamic_shapes: Any = None, *, weights: bool = True
+) -> Loaded:
     """A directory with config.json and *.safetensors: traced without weights, which are bound lazily.
 
-    Without any weight file every parameter is left unbound, which is enough to plan.
+    Without any weight file, or without `weights`, every parameter is left unbound, which is enough to plan.
 
     Raises:
         UnsupportedModelError: for a family, a quantized checkpoint or an attention that is not served.
         SourceError: for a directory that is damaged, or needs code of its own and was not trusted to run it.
     """
-    parsed = checkpoint.config_json(directory)
-    _refuse_code(parsed, directory, trust_remote_code)
-    _refuse_quantized(parsed.get("quantization_config"), str(directory))
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    refuse(config, str(directory))
+    config = _read_config(directory / "config.json", trust_remote_code)
     model = skeleton(config, trust_remote_code)
-    sources = checkpoint.for_model(checkpoint.open_checkpoint(directory), model)
+    sources = checkpoint.for_model(checkpoint.open_checkpoint(directory), model) if weights else {}
     graph = trace_unloaded(model, directory.name, sources, example_inputs, dynamic_shapes)
     return Loaded(graph, assets.from_directory(directory, config, directory.name))
+
+
+def load_config(path: Path, trust_remote_code: bool = False, example_inputs: Any = None, dynamic_shapes: Any = None) -> Loaded:
+    """A configuration alone, of any file name: every parameter is unbound; there is no tokenizer, whatever lies beside it.
+
+    Raises:
+        UnsupportedModelError: for a family, a quantized checkpoint or an attention that is not served.
+        SourceError: for a file that is no configuration of a family that transformers has.
+    """
+    config = _read_config(path, trust_remote_code)
+    name = path.parent.resolve().name if path.name == "config.json" else path.stem
+    graph = trace_unloaded(skeleton(config, trust_remote_code), name, {}, example_inputs, dynamic_shapes)
+    return Loaded(graph, assets.configured(config, name))
+
+
+def _read_config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    """The configuration in a file, of a model that can be served."""
+    where = path.parent if path.name == "config.json" else path
+    parsed = checkpoint.config_json(path)
+    _refuse_code(parsed, where, trust_remote_code)
+    _refuse_quantized(parsed.get("quantization_config"), str(where))
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+    # Settings are checked by each family in its own way.
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        family = type(transformers.CONFIG_MAPPING[parsed["model_type"]]()).__name__ if parsed.get("model_type") else "model"
+        first = " ".join(str(error).split())
+        raise SourceError(f"{path}: expected settings of a {family}, got {first}; mend config.json") from error
+    refuse(config, str(where))
+    return config
 
 
 def skeleton(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:

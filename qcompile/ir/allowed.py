@@ -15,6 +15,7 @@ import torch
 from qcompile.ir import activation_ops as _activation_ops  # noqa: F401  registers operators of quantized activations
 from qcompile.ir import append_ops as _append_ops  # noqa: F401  registers operators that pack and store at once
 from qcompile.ir import cache_ops as _cache_ops  # noqa: F401  registers operators of packed caches
+from qcompile.ir import detector_ops as _detector_ops  # noqa: F401  registers operators of detectors
 from qcompile.ir import fused_activation_ops as _fused_activation_ops  # noqa: F401  registers producers of quantized activations
 from qcompile.ir import fused_asymmetric_ops as _fused_asymmetric_ops  # noqa: F401  registers their asymmetric twins
 from qcompile.ir import hadamard_ops as _hadamard_ops  # noqa: F401  registers qcompile::hadamard
@@ -43,7 +44,8 @@ linalg_det.default linear.default log.default log1p.default log2.default log_sof
 logical_or.default logsumexp.default lt.Scalar lt.Tensor masked_fill.Scalar masked_fill.Tensor matmul.default max.default max.dim
 max.other max_pool1d.default max_pool2d.default max_pool3d.default maximum.default mean.default mean.dim min.default min.dim
 min.other minimum.default mish.default movedim.int mul.Scalar mul.Tensor narrow.default ne.Scalar ne.Tensor neg.default
-new_empty.default new_full.default new_ones.default new_zeros.default one_hot.default ones.default ones_like.default pad.default
+new_empty.default new_full.default new_ones.default new_zeros.default nonzero.default one_hot.default
+ones.default ones_like.default pad.default
 permute.default pixel_shuffle.default pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor prelu.default prod.dim_int reciprocal.default
 relu.default relu6.default remainder.Scalar remainder.Scalar_Tensor remainder.Tensor repeat.default repeat_interleave.self_int
 reshape.default rms_norm.default roll.default round.default rsqrt.default rsub.Scalar scalar_tensor.default
@@ -53,7 +55,8 @@ slice_scatter.default softmax.int softplus.default sort.default sort.stable spli
 square.default squeeze.default squeeze.dim squeeze.dims stack.default sub.Scalar sub.Tensor sum.default sum.dim_IntList sym_size.int
 t.default tan.default tanh.default tensor_split.sections tile.default to.device to.dtype to.dtype_layout topk.default transpose.int
 tril.default triu.default true_divide.Tensor type_as.default unbind.int unflatten.int unfold.default unsqueeze.default
-upsample_bilinear2d.vec upsample_nearest2d.vec var.correction var.dim view.default view_as.default where.Scalar where.ScalarOther
+unique_dim.default _unique2.default upsample_bilinear2d.vec upsample_nearest2d.vec
+var.correction var.dim view.default view_as.default where.Scalar where.ScalarOther
 where.ScalarSelf where.self zeros.default zeros_like.default
 """
 _QCOMPILE = """
@@ -63,7 +66,7 @@ quantize_activation_asym
 quantize_static dequantize_activation integer_linear integer_conv2d float8_linear norm_quantize add_norm_quantize gated_quantize
 hadamard_quantize norm_quantize_asym add_norm_quantize_asym gated_quantize_asym hadamard_quantize_asym with_recent settle settle_ retain
 retain_ attend_settled attend_ranked attend_ranked_ cache_store cache_store_ attend_rematerialized
-attend_settled_sources
+attend_settled_sources non_max_suppression roi_align
 """
 _PYTHON = (
     operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg, operator.getitem, operator.pow,

@@ -6,6 +6,7 @@ So a model of any size is traced, transformed and written without ever standing 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -302,7 +303,7 @@ class Constant:
         """Everything that was done to the tensor, in order, a line each: multiplied, permuted, rotated, rounded."""
         source = self.source
         rounded = (*source.rounding.weight.log, source.text) if isinstance(source, RoundedSource) else ()
-        return (*self.history, *rounded, *map(str, self.transforms))
+        return (*self.history, *rounded, *map(log_text, self.transforms))
 
     @property
     def is_bound(self) -> bool:
@@ -320,6 +321,14 @@ class Constant:
         for transform in self.transforms:
             tensor = transform.apply(tensor)
         return tensor
+
+
+def log_text(transform: Transform) -> str:
+    """The entry as people read it: without the addresses by which keys tell tensors apart, so equal in another process."""
+    return _ADDRESS.sub(r"\1", str(transform))
+
+
+_ADDRESS = re.compile(r"(memory:\w+\[[\d, ]*\]):[0-9a-f]+:\([\d, ]*\)")
 
 
 def tensor_constant(tensor: Tensor) -> Constant:

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from qcompile.errors import ArtifactError
 from qcompile.ir.allowed import ALLOWED
 from qcompile.ir.constants import Constant
+from qcompile.ir.data_sizes import new_sizes
 from qcompile.ir.graph import Graph, Interface
 from qcompile.ir.memory import dtype_of
 from qcompile.ir.serialize import check_graph_json, memory_format_of
@@ -160,14 +161,10 @@ def _symbols(names: list[str]) -> tuple[FakeTensorMode, dict[str, torch.SymInt]]
     if not names:
         return FakeTensorMode(), {}
     # Heavy (sympy), and needed only by whoever asks for the graph itself: an engine runs the plan.
-    from torch._dynamo.source import ConstantSource
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     mode = FakeTensorMode(shape_env=ShapeEnv())
-    probe = torch.empty([2 + index for index in range(len(names))], device="meta")
-    context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * len(names))
-    sizes: tuple[Any, ...] = mode.from_tensor(probe, symbolic_context=context, source=ConstantSource("sizes")).shape
-    return mode, dict(zip(names, sorted(sizes, key=str), strict=True))
+    return mode, dict(zip(names, sorted(new_sizes(mode, range(2, 2 + len(names))), key=str), strict=True))
 
 
 def _example(data: Mapping[str, Any]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +13,9 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from qcompile.errors import QCompileError, VerifyError
-from qcompile.ir import cache_ops as _cache_ops  # noqa: F401  registers operators of packed caches
-from qcompile.ir import hadamard_ops as _hadamard_ops  # noqa: F401  registers qcompile::hadamard
-from qcompile.ir import ops as _operators  # noqa: F401  registers the qcompile:: operators
+from qcompile.ir import allowed as _allowed  # noqa: F401  registers every qcompile:: operator
 from qcompile.ir.constants import Constant, tensor_constant
+from qcompile.ir.data_sizes import with_known_sizes
 from qcompile.ir.provenance import Heirs, origins
 from qcompile.ir.structure import Template, flatten, unflatten
 
@@ -137,10 +136,11 @@ class Graph:
         return node
 
     def infer(self, node: fx.Node) -> Any:
-        """The fake value of a call node from the fake values of its arguments."""
+        """The fake value of a call node from the fake values of its arguments; a size that values decide keeps its symbol."""
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda item: item.meta["val"])
         with self.mode:
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            value = node.target(*args, **kwargs)  # type: ignore[operator]
+        return with_known_sizes(self.mode, value, node.meta.get("val"))
 
     def replace(self, node: fx.Node, replacement: fx.Node) -> None:
         """Let all users of `node` use `replacement`, which takes over its origins, and erase `node`."""
@@ -216,7 +216,7 @@ class Graph:
                 if node.op == "get_attr":
                     values[node] = self._materialize(str(node.target), materialized)
                 elif node.op == "call_function":
-                    values[node] = self._call(node, values)
+                    values[node] = evaluate(node, values)
                     for used in node.all_input_nodes:
                         remaining[used] -= 1
                         if not remaining[used]:
@@ -229,16 +229,6 @@ class Graph:
         if name not in memo:
             memo[name] = self.constants[name].materialize()
         return memo[name]
-
-    @staticmethod
-    def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda item: values[item])
-        try:
-            return node.target(*args, **kwargs)  # type: ignore[operator]
-        except QCompileError:
-            raise
-        except Exception as error:
-            raise QCompileError(f"{node.name} ({node.meta.get('source', '')}): {operator_name(node.target)} failed: {error}") from error
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on real tensors, passed and returned in the containers the model was traced with."""
@@ -266,6 +256,21 @@ class Graph:
                     f"{node.name}: expected {type_text(value, known)}, got {type_text(leaf, {})}; compile again with example_inputs "
                     "of that kind"
                 )
+
+
+def evaluate(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """What a call makes of its operands' values, by its operator's reference.
+
+    Raises:
+        QCompileError: naming the node whose operator failed.
+    """
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda item: values[item])
+    try:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    except QCompileError:
+        raise
+    except Exception as error:
+        raise QCompileError(f"{node.name} ({node.meta.get('source', '')}): {operator_name(node.target)} failed: {error}") from error
 
 
 def operator_name(target: object) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from qcompile.errors import ArtifactError
 from qcompile.ir.lowered import Buffer, Entry, Plan, Step
-from qcompile.ir.size import evaluate
+from qcompile.ir.size import evaluate, names_in
 from qcompile.quant.scheme import DTYPE_NAMES
 
 ALIGNMENT = 64
@@ -93,15 +93,29 @@ def buffers_in(value: Any) -> Iterator[str]:
             yield from buffers_in(item)
 
 
+def undecided_sizes(entry: Entry) -> set[str]:
+    """Names in the shapes of results that no input, state or constant has: values decide them while the entry runs."""
+    given, made = set[str](), set[str]()
+    for buffer in entry.buffers.values():
+        (given if buffer.kind in ("input", "state", "constant") else made).update(size_names(buffer))
+    return made - given
+
+
+def size_names(buffer: Buffer) -> set[str]:
+    """The names in a buffer's shape."""
+    return {name for size in buffer.shape for name in names_in(size)}
+
+
 def _lifetimes(entry: Entry, limits: Mapping[str, int]) -> dict[str, Lifetime] | None:
-    """From the step that writes an intermediate to the last that touches it or a view of it."""
+    """From the step that writes an intermediate to the last that touches it or a view of it; those of undecided size have none."""
+    undecided = undecided_sizes(entry)
     places: dict[str, list[int]] = {}
     for index, step in enumerate(entry.steps):
         for name in _touched(step):
             places.setdefault(root_of(entry, name), []).append(index)
     lifetimes = {}
     for name, buffer in entry.buffers.items():
-        if buffer.kind == "intermediate" and not buffer.alias:
+        if buffer.kind == "intermediate" and not buffer.alias and not undecided & size_names(buffer):
             size = _bytes(buffer, limits)
             if size is None:
                 return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 
 @dataclass
@@ -29,7 +30,18 @@ class Assets:
 
 @dataclass(frozen=True)
 class PassRecord:
-    """What one pass did: `max_error` is max|a-b| / max|b| at the outputs where it was checked, else None."""
+    """What one pass did, and, where it was checked, what that cost at the outputs on the example inputs.
+
+    Attributes:
+        exact: whether it promises to preserve the function; None in records of versions that did not say.
+        max_error: max|a-b| / max|b| against the graph before the pass; None where it was not checked.
+        sqnr_db: signal over what the pass changed of it, in dB; None where nothing was rounded: exact passes, and lossy ones that
+            changed no bit.
+        kl: mean KL divergence per token of the next-token distribution from the one before the pass, in nats; of language models and
+            lossy passes only.
+        total_sqnr_db: like `sqnr_db`, against the graph that came in; of every checked pass.
+        total_kl: like `kl`, against the graph that came in; of every checked pass.
+    """
 
     index: int
     name: str
@@ -40,6 +52,39 @@ class PassRecord:
     seconds: float
     constant_bytes: int
     max_error: float | None = None
+    exact: bool | None = None
+    sqnr_db: float | None = None
+    kl: float | None = None
+    total_sqnr_db: float | None = None
+    total_kl: float | None = None
+
+    @property
+    def checked(self) -> bool:
+        """Whether the graph was run before and after this pass."""
+        return self.max_error is not None
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The data that passes ran the model on: token windows, or inputs of a plain module (`length` is 0)."""
+
+    name: str
+    key: str
+    windows: int
+    length: int = 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a compilation was told beside target and pipeline: with these the passes can be run again.
+
+    Attributes:
+        scheme: as `qcompile.quant.scheme_json` writes it; None in artifacts of versions that did not say.
+        calibration: None where no data was read.
+    """
+
+    scheme: dict[str, Any] | None = None
+    calibration: Calibrated | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from qcompile.errors import ArtifactError
 from qcompile.ir.codec import decode, encode
 from qcompile.ir.constants import Constant
 from qcompile.ir.lowered import Buffer, Entry, Kernel, Plan, Step
-from qcompile.ir.memory import dtype_of
+from qcompile.ir.memory import dtype_of, size_names, undecided_sizes
 from qcompile.ir.serialize import check_operator
 from qcompile.ir.size import OPERATORS
 
@@ -37,13 +37,15 @@ def plan_from_json(data: Any) -> Plan:
 
 def _check_entry(name: str, entry: Entry) -> None:
     where = f"plan.json: {name}"
+    undecided = undecided_sizes(entry) if entry.limits else set()
     for buffer in entry.buffers.values():
         dtype_of(buffer.dtype, f"{where}: {buffer.name}")
         if buffer.kind not in BUFFER_KINDS:
             raise ArtifactError(
                 f"{where}: {buffer.name}: expected a buffer of kind {', '.join(BUFFER_KINDS)}, got {buffer.kind!r}; compile again"
             )
-        if buffer.kind == "intermediate" and entry.limits and not buffer.alias and not 0 <= buffer.offset <= entry.arena_bytes:
+        planned = buffer.kind == "intermediate" and entry.limits and not buffer.alias and not undecided & size_names(buffer)
+        if planned and not 0 <= buffer.offset <= entry.arena_bytes:
             raise ArtifactError(
                 f"{where}: {buffer.name}: expected an offset inside the arena of {entry.arena_bytes} bytes, got "
                 f"{buffer.offset}; compile again"

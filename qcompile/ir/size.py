@@ -43,6 +43,13 @@ def evaluate(size: Size, sizes: Mapping[str, int]) -> int:
     return OPERATORS[size[0]](evaluate(size[1], sizes), evaluate(size[2], sizes))
 
 
+def names_in(size: Size) -> set[str]:
+    """The names that an expression is made of."""
+    if isinstance(size, tuple):
+        return names_in(size[1]) | names_in(size[2])
+    return {size} if isinstance(size, str) else set()
+
+
 def from_json(value: Any) -> Size:
     """Read back what JSON made of an expression: lists become tuples."""
     return tuple(from_json(item) for item in value) if isinstance(value, list) else value

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
+from qcompile.ir.constants import log_text
 from qcompile.ir.graph import operator_name
 from qcompile.quant.scheme import dtype_name
 
@@ -17,33 +19,58 @@ if TYPE_CHECKING:
 _LETTERS = {"batch": "B", "sequence": "S", "capacity": "C", "pages": "P"}
 
 
+class Line(NamedTuple):
+    """One node of a listing, in the parts that it is printed from.
+
+    Attributes:
+        call: `%name = operator(arguments)`.
+        type: `f32[B, S, 576]`, "" for the output.
+        format: of a quantized constant, "" for others.
+        note: source line, history, and the log of a constant.
+    """
+
+    call: str
+    type: str
+    format: str
+    note: str
+
+
+def lines(graph: Graph) -> list[Line]:
+    """Every node in order."""
+    names = {symbol: _LETTERS.get(name, name) for symbol, name in graph.interface.symbols.items()}
+    return [_line(graph, node, names) for node in graph.fx.nodes]
+
+
 def listing(graph: Graph) -> str:
     """Every node as `%name = operator(arguments)  type[shape] format  # source  history`, columns aligned."""
-    names = {symbol: _LETTERS.get(name, name) for symbol, name in graph.interface.symbols.items()}
-    rows = [_row(graph, node, names) for node in graph.fx.nodes]
-    call_width = min(96, max((len(row[0]) for row in rows), default=0))
-    type_width = min(48, max((len(row[1]) for row in rows), default=0))
-    lines = [f"{call:<{call_width}}  {kind:<{type_width}}  {note}".rstrip() for call, kind, note in rows]
-    return "\n".join(lines) + "\n"
+    return aligned(lines(graph))
 
 
-def _row(graph: Graph, node: fx.Node, names: dict[str, str]) -> tuple[str, str, str]:
+def aligned(rows: Sequence[Line]) -> str:
+    """The lines as text, columns aligned."""
+    cells = [(row.call, f"{row.type} {row.format}" if row.format else row.type, row.note) for row in rows]
+    call_width = min(96, max((len(row[0]) for row in cells), default=0))
+    type_width = min(48, max((len(row[1]) for row in cells), default=0))
+    return "\n".join(f"{call:<{call_width}}  {kind:<{type_width}}  {note}".rstrip() for call, kind, note in cells) + "\n"
+
+
+def _line(graph: Graph, node: fx.Node, names: dict[str, str]) -> Line:
     history = " > ".join(node.meta.get("passes", ()))
     source = node.meta.get("source", "")
     note = "  ".join(part for part in (f"# {source}" if source else "", history) if part)
     if node.op == "output":
-        return f"return {_argument(node.args[0])}", "", note
+        return Line(f"return {_argument(node.args[0])}", "", "", note)
     kind = type_text(node.meta.get("val"), names)
     if node.op == "placeholder":
-        return f"%{node.name} = input", kind, note
+        return Line(f"%{node.name} = input", kind, "", note)
     if node.op == "get_attr":
         constant = graph.constants[str(node.target)]
-        form = f" {constant.format}" if constant.format else ""
-        log = " | ".join(map(str, constant.transforms))
-        return f"%{node.name} = constant({node.target})", kind + form, "  ".join(part for part in (note, log and f"[{log}]") if part)
+        log = " | ".join(map(log_text, constant.transforms))
+        note = "  ".join(part for part in (note, log and f"[{log}]") if part)
+        return Line(f"%{node.name} = constant({node.target})", kind, str(constant.format or ""), note)
     arguments = _positional(node)
     arguments += [f"{key}={_argument(value)}" for key, value in node.kwargs.items()]
-    return f"%{node.name} = {operator_name(node.target)}({', '.join(arguments)})", kind, note
+    return Line(f"%{node.name} = {operator_name(node.target)}({', '.join(arguments)})", kind, "", note)
 
 
 def _positional(node: fx.Node) -> list[str]:

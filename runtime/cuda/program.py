@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompile.errors import EngineError
 from qcompile.ir.allowed import ALLOWED
 from qcompile.ir.layouts import apply_layout
 from qcompile.ir.lowered import Entry, Kernel, Launch, Step
-from qcompile.ir.memory import buffers_in
+from qcompile.ir.memory import buffers_in, undecided_sizes
 from qcompile.ir.size import evaluate
 from qcompile.runtime.cuda.driver import Driver
 from qcompile.runtime.cuda.launch import FrozenLaunch, stride_axes
@@ -92,6 +93,12 @@ class Program:
             EngineError: where a kernel's assumptions do not hold, naming kernel and parameter.
         """
         self.context, self.entry, self.sizes = context, entry, dict(sizes)
+        undecided = sorted(undecided_sizes(entry))
+        if undecided:
+            raise EngineError(
+                f"engine cuda: expected sizes that the inputs decide, got {undecided[0]}, which values decide; load the artifact with "
+                "engine='torch_cpu', or cut the model before the node that makes it"
+            )
         self.actions: list[Action] = []
         self.obstacles: list[str] = []
         self.spans: dict[str, tuple[int, int]] = {}

@@ -28,6 +28,8 @@ from qcompile.runtime.sequences import SequenceEngine, require_cache
 
 SHARED_PAST = "qcompile.shared_past"
 """What the file says in its metadata where the present may be written over the past."""
+LOGITS_TO_KEEP = "logits_to_keep"
+"""The input, if a file has it, that says how many last tokens get logits; 0 is all, and what it is if nobody says."""
 _PAST, _PRESENT = "past_key_values.", "present."
 _LOGITS = "logits"
 _STATE = re.compile(r"(\d+)\.(key|value)")
@@ -76,6 +78,7 @@ class OnnxRuntimeEngine(SequenceEngine):
         self._mask = torch.ones(1, 0, dtype=torch.int64)
         self._bound: Mapping[str, Tensor] | None = None
         self._width, self._logits_dtype = 0, torch.float32
+        self._counts: dict[int, Tensor] = {}
 
     def prepare(self) -> None:
         """Read the file.
@@ -94,6 +97,8 @@ class OnnxRuntimeEngine(SequenceEngine):
             self._mask = torch.ones(1, self.max_context, dtype=torch.int64)
             logits = session.get_outputs()[0]
             self._width, self._logits_dtype = int(logits.shape[-1]), _type(logits)
+            if any(item.name == LOGITS_TO_KEEP for item in session.get_overridable_initializers()):
+                self._counts = {count: torch.tensor([count]) for count in (0, 1)}
         self._session, self._binding = session, session.io_binding()
 
     def _require_interface(self, session: Any) -> None:
@@ -163,14 +168,19 @@ class OnnxRuntimeEngine(SequenceEngine):
     def _advance_row(self, row: int, ids: Tensor) -> Tensor:
         """Tokens [S] behind what a row holds: the last logits [V]."""
         cache, count = self.cache, len(ids)
-        logits = self._run(ids, cache.lengths[row] + count, cache.past(row), cache.present(row, count))
+        logits = self._run(ids, cache.lengths[row] + count, cache.past(row), cache.present(row, count), last=True)
         cache.keep(row, count)
         return logits[0, -1]
 
-    def _run(self, ids: Tensor, total: int, past: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Tensor:
-        """Logits [1, S, V] after tokens [S], which are the last of `total`."""
+    def _run(
+        self, ids: Tensor, total: int, past: Mapping[str, Tensor], present: Mapping[str, Tensor], *, last: bool = False
+    ) -> Tensor:  # fmt: skip
+        """Logits [1, S, V] after tokens [S], which are the last of `total`; with `last` [1, 1, V], where the file can do that."""
         ids = ids.contiguous().view(1, -1)
-        logits = torch.empty(1, ids.shape[1], self._width, dtype=self._logits_dtype)
+        alone = last and bool(self._counts)
+        logits = torch.empty(1, 1 if alone else ids.shape[1], self._width, dtype=self._logits_dtype)
+        if self._counts:
+            self._bind_input(LOGITS_TO_KEEP, self._counts[int(alone)])
         self._bind_input("input_ids", ids)
         self._bind_input("attention_mask", self._ones(total))
         self._bind_output(_LOGITS, logits)

@@ -1,4 +1,7 @@
-"""An entry point bound to fixed sizes: every buffer is a tensor, every view is made, a call only runs operators."""
+"""An entry point bound to fixed sizes: every buffer is a tensor, every view is made, a call only runs operators.
+
+Where values decide a size (boxes that stay), steps from the first one that makes such a size on are bound while they run.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompile.errors import EngineError
 from qcompile.ir.allowed import ALLOWED
 from qcompile.ir.lowered import Buffer, Entry, Step
-from qcompile.ir.memory import dtype_of
+from qcompile.ir.memory import dtype_of, size_names, undecided_sizes
 from qcompile.ir.size import evaluate
 
 Call = Callable[[], object]
@@ -53,21 +57,28 @@ class Program:
             arena: uint8, at least `entry.arena_bytes`.
             kernels: how a step runs; None leaves it to the operator itself.
         """
-        self.entry, self.sizes = entry, dict(sizes)
+        self.entry, self.sizes, self._given = entry, dict(sizes), dict(sizes)
         self.tensors: dict[str, Tensor] = {**constants, **states}
+        names = undecided_sizes(entry)
+        undecided = {name for name, buffer in entry.buffers.items() if names & size_names(buffer)}
         for name, buffer in entry.buffers.items():
+            if name in undecided:
+                continue
             if buffer.kind == "intermediate" and not buffer.alias:
                 self.tensors[name] = self._place(buffer, arena)
             elif buffer.kind in ("input", "output") and not buffer.alias and name not in states:
                 self.tensors[name] = ordered(torch.empty(self._shape(buffer, stored=True), dtype=dtype_of(buffer.dtype)), buffer)
-        self.calls: list[Call] = []
-        for step in entry.steps:
-            self._bind(step, kernels)
+        first = next((index for index, step in enumerate(entry.steps) if undecided & set(step.outputs)), len(entry.steps))
+        self._late, self._kernels, self._undecided = entry.steps[first:], kernels, undecided
+        self.calls: list[Call] = [call for step in entry.steps[:first] if (call := self._bind(step, kernels)) is not None]
 
     def run(self) -> None:
         """All steps on what the inputs hold."""
         for call in self.calls:
             call()
+        self.sizes = dict(self._given)
+        for step in self._late:
+            self._run_late(step)
 
     def _shape(self, buffer: Buffer, *, stored: bool = False) -> list[int]:
         shape = [evaluate(size, self.sizes) for size in buffer.shape]
@@ -80,17 +91,45 @@ class Program:
         count = math.prod(shape) * dtype.itemsize
         return ordered(arena[buffer.offset : buffer.offset + count].view(dtype).view(shape), buffer)
 
-    def _bind(self, step: Step, kernels: Kernels) -> None:
-        args = [self._value(argument) for argument in step.args]
-        kwargs = {name: self._value(value) for name, value in step.kwargs.items()}
+    def _run_late(self, step: Step) -> None:
+        """Bind and run a step; results of sizes that the operator alone knows are taken as they come, and their sizes noted."""
+        made = [self.entry.buffers[name] for name in step.outputs if name in self._undecided and not self.entry.buffers[name].alias]
+        if any(size_names(buffer) - set(self.sizes) for buffer in made):
+            args, kwargs = self._arguments(step)
+            result = ALLOWED[step.operator](*args, **kwargs)
+            for name, tensor in zip(step.outputs, result if isinstance(result, tuple | list) else (result,), strict=True):
+                self._note(self.entry.buffers[name], tensor)
+                self.tensors[name] = tensor
+            return
+        for buffer in made:
+            self.tensors[buffer.name] = ordered(torch.empty(self._shape(buffer, stored=True), dtype=dtype_of(buffer.dtype)), buffer)
+        call = self._bind(step, self._kernels)
+        if call is not None:
+            call()
+
+    def _note(self, buffer: Buffer, tensor: Tensor) -> None:
+        """Learn sizes from a result, which must be of the kind that the plan says."""
+        for size, length in zip(buffer.shape, tensor.shape, strict=True):
+            if isinstance(size, str):
+                self.sizes.setdefault(size, length)
+        expected = self._shape(buffer)
+        if list(tensor.shape) != expected or tensor.dtype != dtype_of(buffer.dtype):
+            raise EngineError(
+                f"{buffer.name}: expected {buffer.dtype} {expected}, got {tensor.dtype} {list(tensor.shape)}; the plan is not this model's"
+            )
+
+    def _bind(self, step: Step, kernels: Kernels) -> Call | None:
+        args, kwargs = self._arguments(step)
         if step.outputs and self.entry.buffers[step.outputs[0]].alias:
             self._bind_view(step, args, kwargs)
-            return
+            return None
         outputs = [self.tensors[name] for name in step.outputs]
         names = [argument.get("buffer") if isinstance(argument, dict) else None for argument in step.args]
         operands = Operands(args, kwargs, outputs, names)
-        call = kernels(step, operands)
-        self.calls.append(call if call is not None else by_operator(step.operator, operands))
+        return kernels(step, operands) or by_operator(step.operator, operands)
+
+    def _arguments(self, step: Step) -> tuple[list[Any], dict[str, Any]]:
+        return [self._value(argument) for argument in step.args], {name: self._value(value) for name, value in step.kwargs.items()}
 
     def _bind_view(self, step: Step, args: list[Any], kwargs: dict[str, Any]) -> None:
         """Views of buffers that stay where they are need no call."""

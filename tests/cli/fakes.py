@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from qcompile.exporters.onnx import OnnxFile
+from qcompile.ir.graph import Graph
+from qcompile.ir.lowered import Plan
 from qcompile.ir.records import Assets, CoverageRow, PassRecord
+from qcompile.runtime.artifact import ArtifactContents
 from qcompile.runtime.cache_layers import CacheLayer
 from qcompile.target import Target, parse_target
 
@@ -21,6 +24,10 @@ RECORDS = [
 ]
 COVERAGE = [CoverageRow("linear_1", "linear", "q.weight", "int4 g64 sym fp16", "torch_cpu.linear", "", "m.py:1")]
 CACHE = [CacheLayer(index, "int4 t32 asym", "int4 g32 asym", 4, 32, 384, 240, 51456, 0, "torch_cpu.attend_settled") for index in range(3)]
+
+
+def _no_graph() -> Graph:
+    raise AssertionError("nothing that is faked looks at a graph")
 
 
 @dataclass
@@ -53,6 +60,11 @@ class FakeModel:
     cache_layers: list[CacheLayer] = field(default_factory=lambda: CACHE)
     weight_bytes: int = 1_000_000
     bits_per_weight: float = 4.25
+    kv_bytes_per_token: int = 720
+    kv_bytes_per_sequence: int = 154_368
+    contents: ArtifactContents = field(
+        default_factory=lambda: ArtifactContents(_no_graph, Plan({}), {}, {}, Assets(), "", "", constants={})
+    )
     scale: float = 1.0
     is_causal_lm: bool = True
     engine: FakeEngine = field(default_factory=FakeEngine)

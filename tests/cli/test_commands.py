@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 import qcompile
+from qcompile.dump import blame as blame_room
 from qcompile.dump import writer
+from qcompile.dump.blame import KL, Blame, Cell, Step
 from qcompile.quant.scheme_options import SchemeOptions
 from tests.cli.fakes import CACHE, RECORDS, FakeModel
 
@@ -94,11 +96,11 @@ def test_run_chat_wraps_the_prompt(model: FakeModel, invoke: Invoke) -> None:
 
 
 def test_export_hands_every_option_on(model: FakeModel, invoke: Invoke, tmp_path: Path) -> None:
-    options = ("--profile", "ort", "--opset", "23", "--external-data", "--accuracy-level", "4", "--genai", "--overwrite", "--json")
-    result = invoke("export", "out", "-o", tmp_path / "m.onnx", *options)
+    options = ("--profile", "ort", "--opset", "23", "--external-data", "--accuracy-level", "4", "--genai", "--overwrite")
+    result = invoke("export", "out", "-o", tmp_path / "m.onnx", *options, "--no-compare", "--json")
     assert model.asked == {
         "arguments": (tmp_path / "m.onnx",), "profile": "ort", "opset": 23, "external_data": True, "accuracy_level": 4, "genai": True,
-        "overwrite": True,
+        "overwrite": True, "compare": False,
     }  # fmt: skip
     printed = json.loads(result.stdout)
     assert (printed["bytes"], printed["error"], printed["opset"]) == (1_002_000, 4e-6, 23)
@@ -174,7 +176,8 @@ def test_inspect_shows_the_cache_of_every_layer(model: FakeModel, invoke: Invoke
 
 
 def test_inspect_dump(invoke: Invoke, tmp_path: Path) -> None:
-    writer.write_summary(tmp_path, "canonicalize,idle", RECORDS, {})
+    writer.write_heading(tmp_path, {"model": "m", "target": "cpu-int4", "pipeline": "canonicalize,idle"}, complete=False)
+    writer.write_records(tmp_path, RECORDS)
     printed = json.loads(invoke("inspect", tmp_path, "--json").stdout)
     assert printed["pipeline"] == "canonicalize,idle"
     assert [row["changed"] for row in printed["passes"]] == [True, False]
@@ -225,3 +228,81 @@ def test_a_warning_is_one_line_on_standard_error(model: FakeModel, invoke: Invok
     result = invoke("run", "out", "--prompt", "x")
     assert result.stderr == "warning: served by reference\n"
     assert result.stdout == "Paris\n"
+
+
+def test_plan_hands_every_option_on(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    class Planned:
+        def to_dict(self) -> dict[str, Any]:
+            return {"size": {"total": 7}}
+
+        def tables(self) -> list[str]:
+            return ["total 7"]
+
+    def planned(*arguments: Any, **options: Any) -> Planned:
+        seen.update(options, arguments=arguments)
+        return Planned()
+
+    monkeypatch.setitem(vars(qcompile), "plan", planned)
+    options = (
+        "--target", "sm90-int4", "--recipe", "nearest", "--asymmetric", "--quantize-head", "--ignore", "a", "--ignore", "b",
+        "--disable-pass", "fold-norms", "--calibration", "t.npy", "--max-batch", "4", "--max-context", "99", "--kv-bytes", "4096",
+        "--device", "H200", "--device-bandwidth", "1e12", "--device-compute", "2e14", "--cache-bits", "3.5", "--json",
+    )  # fmt: skip
+    printed = json.loads(invoke("plan", "config.json", *options).stdout)
+    assert printed == {"size": {"total": 7}}
+    assert [type(item).__name__ for item in seen.pop("instruments")] == ["StatusInstrument"]
+    assert seen == {
+        "arguments": ("config.json", "sm90-int4"), "recipe": "nearest", "symmetric": False, "quantize_head": True,
+        "quantize_embedding": None, "ignore": ["a", "b"], "disable": ["fold-norms"], "calibration": Path("t.npy"), "max_batch": 4,
+        "max_context": 99, "prefill_chunk": 512, "kv_bytes": 4096, "page_tokens": None, "device": "H200", "device_bandwidth": 1e12,
+        "device_compute": 2e14, "cache_bits": 3.5, "trust_remote_code": False,
+    }  # fmt: skip
+    assert invoke("plan", "config.json", "-t", "cpu-int4").stdout == "total 7\n"
+
+
+def test_plan_of_what_cannot_be_read_is_named(invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    refused = invoke("plan", tmp_path / "config.json", "-t", "cpu-int4")
+    assert refused.exit_code == 2
+    assert "config.json: expected JSON, got" in refused.stderr
+    assert "scheme 'int5' is not served on cpu" in invoke("plan", tmp_path, "-t", "cpu-int5").stderr
+
+
+def test_blame_hands_its_options_on_and_writes_into_a_dump(monkeypatch: pytest.MonkeyPatch, invoke: Invoke, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {}
+    cells = tuple(Cell(layer, "weights", "quantize-weights", f"layers.{layer}.w", "w", 0.3, 0.1, (layer,)) for layer in (1, 0))
+    made = Blame("m", "cpu-int4", KL, 0.5, cells, (Step("fold-norms", 0.1, True, "linear_3", "first at linear_3"),), 0.1, 2, 9, 12, 256)
+    monkeypatch.setitem(vars(qcompile), "blame", lambda *arguments, **options: asked.update({"arguments": arguments, **options}) or made)
+    monkeypatch.setattr(blame_room, "require_dump", lambda directory: asked.update(dump=directory))
+    np.savez(tmp_path / "inputs.npz", x=np.ones((2, 3), dtype=np.float32))
+    result = invoke(
+        "blame", "out", "--reference", "m.gguf", "--tokens", "t.npy", "--inputs", tmp_path / "inputs.npz", "--windows", "3", "--budget",
+        "40", "--calibration", "c.npy", "--dump", tmp_path, "--top", "1",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    (inputs,) = asked.pop("inputs")
+    assert inputs["x"].shape == (2, 3)
+    assert asked == {
+        "arguments": (Path("out"), "m.gguf"), "tokens": Path("t.npy"), "windows": 3, "budget": 40, "calibration": Path("c.npy"),
+        "dump": tmp_path,
+    }  # fmt: skip
+    assert json.loads((tmp_path / "blame.json").read_text()) == made.to_dict()
+    for shown in ("layers.1.w", "and 1 more", "40.0 %", "first at linear_3", "9 of at most 12"):
+        assert shown in result.stdout
+    printed = json.loads(invoke("blame", "out", "--reference", "m", "--json").stdout)
+    assert (printed["total_kl"], printed["passes"][0]["node"], printed["cells"][1]["layer"]) == (0.5, "linear_3", 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--dump", "nowhere"), "nowhere: expected the directory of a dump, got nothing"),
+        (("--inputs", "no.npz"), "saved by numpy.savez"),
+    ],
+)
+def test_blame_refuses_what_is_no_dump_and_no_input(options: tuple[str, ...], message: str, invoke: Invoke) -> None:
+    result = invoke("blame", "out", "--reference", "m", *options)
+    assert result.exit_code == 2
+    assert message in result.stderr

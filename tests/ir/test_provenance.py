@@ -8,6 +8,8 @@ from torch import fx
 
 import qcompile
 from qcompile.compiled import CompiledModel
+from qcompile.ir.branches import TakeColumns
+from qcompile.ir.constants import tensor_constant
 from qcompile.ir.provenance import origins
 from tests.models import tiny
 
@@ -50,3 +52,10 @@ def test_constants_know_what_was_done_to_them_after_loading_too(compiled: Compil
         assert loaded.graph.constants[key].log == constant.log
     mine, theirs = ({node.name: origins(node) for node in graph.nodes} for graph in (compiled.graph, loaded.graph))
     assert mine == theirs
+
+
+def test_a_log_holds_no_addresses() -> None:
+    """Keys tell large tensors apart by where they lie; a listing is the same in every process."""
+    first, second = (tensor_constant(torch.ones(2, 8)).then(TakeColumns(tensor_constant(torch.arange(5000)))) for _ in range(2))
+    assert first.log == second.log == ("take-columns(memory:int64[5000])",)
+    assert first.key != second.key

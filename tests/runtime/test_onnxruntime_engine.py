@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from qcompile import compiled as compiled_module
 from qcompile.compiled import CompiledModel
 from qcompile.errors import ArtifactError, CapacityError, EngineError, ExportError, SourceError
 from qcompile.evaluation import evaluate, logits_of
+from qcompile.kept import make_room
 from qcompile.runtime import engines
 from qcompile.runtime.engines import make_engine
 from qcompile.runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -27,6 +29,8 @@ from tests.runtime.artifacts.tampering import flip
 from tests.runtime.stories import TEXT, Story, assert_as_alone
 
 pytest.importorskip("onnxruntime")
+
+from qcompile.exporters.onnx import serving
 
 TARGETS = ("cpu-fp32", "cpu-int4", "cpu-int4-kv8-static", "cpu-fp32-kv8", "cpu-fp32-kv16")
 CONTEXT, CHUNK = 120, 16
@@ -308,13 +312,29 @@ def test_other_artifacts_are_exported_once(plain: CompiledModel, tmp_path: Path,
     assert first.engine.prefill([PROMPTS[0]]).shape == (1, 100)
     kept = list((tmp_path / "cache" / "onnx").iterdir())
     assert [path.name for path in kept[0].iterdir()] == ["model.onnx"]
-    changed = kept[0].stat().st_mtime_ns
+    changed = (kept[0] / "model.onnx").stat().st_mtime_ns
+    os.utime(kept[0], (1, 1))
     qcompile.load(tmp_path / "tiny", engine="onnxruntime").engine.prepare()
     assert list((tmp_path / "cache" / "onnx").iterdir()) == kept
-    assert kept[0].stat().st_mtime_ns == changed
+    assert (kept[0] / "model.onnx").stat().st_mtime_ns == changed
+    assert kept[0].stat().st_mtime > 1, "it was used"
     (kept[0] / "model.onnx").write_bytes(b"nothing")
     with pytest.raises(EngineError, match=rf"{re.escape(str(kept[0]))}.*: expected a file that onnxruntime .* runs on a CPU, got: "):
         qcompile.load(tmp_path / "tiny", engine="onnxruntime").engine.prepare()
+
+
+def test_files_that_nobody_used_for_long_make_room(plain: CompiledModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = tmp_path / "cache" / "onnx"
+    (kept / "old").mkdir(parents=True)
+    (kept / "old" / "model.onnx").write_bytes(b"model")
+    os.utime(kept / "old", (1, 1))
+    plain.save(tmp_path / "tiny")
+    monkeypatch.setenv("QCOMPILE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(serving, "make_room", functools.partial(make_room, limit=1))
+    qcompile.load(tmp_path / "tiny", engine="onnxruntime").engine.prepare()
+    (made,) = kept.iterdir()
+    assert made.name != "old"
+    assert (made / "model.onnx").exists()
 
 
 def test_the_engine_needs_a_file(plain: CompiledModel) -> None:

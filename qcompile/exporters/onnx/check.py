@@ -65,38 +65,54 @@ def compare(path: Path, graph: Graph) -> tuple[float | None, str]:
         run = session(str(path))
     except Exception as error:  # an operator or type that this onnxruntime does not serve: the file may be right all the same
         return None, str(error).strip().splitlines()[0]
-    pairs = _cached(run, graph) if graph.interface.kind == "cached_lm" else _plain(run, graph)
+    cached = graph.interface.kind == "cached_lm"
+    results = _cached(run, graph) if cached else _plain(run, graph)
+    del run  # its weights go before the graph's are read
     worst = 0.0
-    for found, expected in pairs:
-        if not bool(torch.isfinite(found).all()):
+    for found, expected in zip(results, _expected(graph) if cached else _own(graph), strict=True):
+        if found.shape != expected.shape or not bool(torch.isfinite(found).all()):
             return float("inf"), ""
+        if not expected.numel():
+            continue
         worst = max(worst, float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12)))
     return worst, ""
 
 
-def _plain(run: Any, graph: Graph) -> list[tuple[Tensor, Tensor]]:
-    examples = graph.interface.examples
-    expected = graph.run([examples[node.name] for node in graph.placeholders])
-    found = run.run(None, {name: tensor.numpy() for name, tensor in examples.items()})
-    return [(_tensor(array), tensor.double()) for array, tensor in zip(found, expected, strict=True) if tensor.numel()]
+def _plain(run: Any, graph: Graph) -> list[Tensor]:
+    return [_tensor(array) for array in run.run(None, {name: tensor.numpy() for name, tensor in graph.interface.examples.items()})]
+
+
+def _own(graph: Graph) -> list[Tensor]:
+    return [tensor.double() for tensor in graph.run([graph.interface.examples[node.name] for node in graph.placeholders])]
 
 
 def _tensor(array: Any) -> Tensor:
     return torch.from_numpy(np.asarray(array, dtype=np.float64))
 
 
-def _cached(run: Any, graph: Graph) -> list[tuple[Tensor, Tensor]]:
-    """Example tokens as prompts of two lengths, padded on the right, and one more token behind each."""
+def _prompts(graph: Graph) -> tuple[Tensor, Tensor, Tensor]:
+    """Example tokens [B, S] as prompts of two lengths [B], padded on the right; and which are real [B, S]."""
     ids = graph.interface.examples["input_ids"]
     lengths = torch.tensor([max(1, ids.shape[1] - 2 * (row % 2)) for row in range(len(ids))])
-    mask = (torch.arange(ids.shape[1]) < lengths.unsqueeze(1)).long()
-    new = ids[:, :1]
+    return ids, lengths, torch.arange(ids.shape[1]) < lengths.unsqueeze(1)
+
+
+def _cached(run: Any, graph: Graph) -> list[Tensor]:
+    """Logits of the prompts, and behind each of their first token once more."""
+    ids, _, real = _prompts(graph)
+    new, mask = ids[:, :1], real.long()
     whole, past = step(run, ids, mask, empty_past(run, len(ids)))
     behind, _ = step(run, new, torch.cat((mask, torch.ones_like(new)), 1), past)
+    return [whole[real], behind[:, 0]]
+
+
+def _expected(graph: Graph) -> list[Tensor]:
+    """The same of the graph."""
+    ids, lengths, real = _prompts(graph)
+    new = ids[:, :1]
     longer = torch.cat((ids, new), 1).scatter(1, lengths.unsqueeze(1), new)
-    expected = _reference(graph, longer, lengths + 1)
-    real = mask.bool()
-    return [(whole[real], expected[:, :-1][real]), (behind[:, 0], expected[torch.arange(len(ids)), lengths])]
+    logits = _reference(graph, longer, lengths + 1)
+    return [logits[:, :-1][real], logits[torch.arange(len(ids)), lengths]]
 
 
 def _reference(graph: Graph, ids: Tensor, lengths: Tensor) -> Tensor:

@@ -52,6 +52,7 @@ class OnnxFile:
 def export(
     graph: Graph, path: str | os.PathLike[str], assets: Assets, *, profile: str = "portable", opset: int | None = None,
     external_data: bool | None = None, accuracy_level: int = 0, genai: bool = False, max_context: int = 2048, overwrite: bool = False,
+    compare: bool = True, logits_to_keep: bool = False,
 ) -> OnnxFile:  # fmt: skip
     """Write a graph, check the file and compare it with the graph; nothing is left where that fails.
 
@@ -66,6 +67,9 @@ def export(
         genai: also write what onnxruntime-genai needs to load the directory.
         max_context: tokens that a sequence may have, for `genai`.
         overwrite: replace files that are there.
+        compare: run the file in onnxruntime beside the graph; without, no more than a constant stands in memory.
+        logits_to_keep: give the file of a language model an input of that name, int64 [1], which 0 stands for if it is left out: how many
+            last tokens of each row get logits, 0 for all.
 
     Raises:
         ExportError: for a node that ONNX does not express, a result that differs, a path that is taken, or an option that does not exist.
@@ -76,7 +80,7 @@ def export(
     if genai and target.suffix == ".onnx":
         raise ExportError(f"export_onnx: {target}: expected a directory for genai=True, got a file; leave the suffix out")
     number = check.newest_opset() if opset is None else opset
-    model = make_model(graph, number, profile, accuracy_level)
+    model = make_model(graph, number, profile, accuracy_level, logits_to_keep=logits_to_keep)
     extra = genai_files(graph, assets, name, max_context) if genai else {}
     _require_free(directory, [name, f"{name}.data", *extra], overwrite)
     existed = directory.exists()
@@ -85,7 +89,7 @@ def export(
     try:
         written = write(model, scratch / name, external_data=external_data)
         check.check_file(written[0])
-        error, reason = check.compare(written[0], graph)
+        error, reason = check.compare(written[0], graph) if compare else (None, "not asked for")
         _require_close(error, graph, accuracy_level, target)
         moved = _moved([*written, *_written(extra, scratch)], directory)
     except BaseException:

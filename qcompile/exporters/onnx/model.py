@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch import Tensor, fx
 from qcompile.errors import ExportError
 from qcompile.exporters.onnx.cache import CacheInputs
 from qcompile.exporters.onnx.emitter import DTYPES, MICROSOFT, Emitter, Value
+from qcompile.exporters.onnx.last_tokens import head_of, kept_input, last_tokens
 from qcompile.exporters.onnx.rules import RULES
 from qcompile.ir.allowed import name_of
 from qcompile.ir.graph import Graph
 from qcompile.ir.verify import where
+from qcompile.runtime.engines.onnxruntime import LOGITS_TO_KEEP
 from qcompile.version import __version__
 
 IR_VERSIONS = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11, 24: 12, 25: 13}
@@ -23,20 +26,25 @@ IR_VERSIONS = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11, 24: 12, 25: 13}
 LEAST_OPSET, LARGEST_OPSET = 21, 25
 
 
-def make_model(graph: Graph, opset: int, profile: str, accuracy_level: int = 0) -> ir.Model:
+def make_model(graph: Graph, opset: int, profile: str, accuracy_level: int = 0, *, logits_to_keep: bool = False) -> ir.Model:
     """Write every operator of a graph; nothing is read of its constants yet.
+
+    With `logits_to_keep` the file of a language model has an input of that name, if its head can be cut (`last_tokens`).
 
     Raises:
         ExportError: naming the first node that has no form in ONNX, and why.
     """
     e = Emitter(graph, opset, profile, accuracy_level)
     inputs = _inputs(e)
+    head = head_of(graph) if logits_to_keep and graph.interface.kind == "cached_lm" else None
+    kept = [] if head is None else [kept_input(e)]
     for node in graph.fx.nodes:
         if node.op == "call_function":
-            _write(e, node)
+            with last_tokens(e, head, kept[0]) if head is node else contextlib.nullcontext():
+                _write(e, node)
     outputs = _outputs(e)
     if graph.interface.kind == "cached_lm":
-        inputs = e.shared["cache"].inputs
+        inputs = [*e.shared["cache"].inputs, *kept]
     domains = {"": opset} | ({MICROSOFT: 1} if any(node.domain == MICROSOFT for node in e.nodes) else {})
     made = ir.Graph(inputs, outputs, nodes=e.nodes, initializers=_used(e), opset_imports=domains, name="qcompile")
     model = ir.Model(
@@ -117,7 +125,8 @@ def _named(e: Emitter, taken: set[Value], name: str, value: Value) -> Value:
 def _describe(e: Emitter, made: list[Value], logits: fx.Node) -> None:
     """Types of logits and of the present: those of the past, longer."""
     made[0].type = ir.TensorType(DTYPES[e.dtype(logits)])
-    made[0].shape = ir.Shape(["batch", "sequence", e.shape(logits)[-1]])
+    tokens = "kept" if LOGITS_TO_KEEP in e.initializers else "sequence"
+    made[0].shape = ir.Shape(["batch", tokens, e.shape(logits)[-1]])
     past = [value for state in e.shared["cache"].states for value in state.values]
     for value, before in zip(made[1:], past, strict=True):
         sizes = list(before.shape or ())

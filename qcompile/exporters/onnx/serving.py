@@ -12,8 +12,8 @@ from qcompile.exporters.onnx.check import newest_opset
 from qcompile.exporters.onnx.export import export
 from qcompile.exporters.onnx.model import make_model
 from qcompile.ir.graph import Graph
+from qcompile.kept import cache_directory, make_room, mark_used
 from qcompile.runtime.artifact import ArtifactContents
-from qcompile.runtime.trust import cache_directory
 
 PROFILE = "ort"
 """Operators of onnxruntime where it is faster with them; packed weights are multiplied with floats (`accuracy_level` 0)."""
@@ -25,11 +25,13 @@ def require_exportable(graph: Graph) -> None:
     Raises:
         ExportError: naming the first node and why.
     """
-    make_model(graph, newest_opset(), PROFILE)
+    make_model(graph, newest_opset(), PROFILE, logits_to_keep=True)
 
 
 def serving_file(contents: ArtifactContents) -> Path:
     """The file of a compiled model: for one that was saved under `QCOMPILE_CACHE`/onnx, else in a directory that goes when `contents` does.
+
+    What is kept there stays below a limit (`qcompile.kept`).
 
     Raises:
         ExportError: as `export`.
@@ -43,13 +45,15 @@ def serving_file(contents: ArtifactContents) -> Path:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".new-", dir=kept.parent) as scratch:
             made = _exported(contents, Path(scratch) / "model").parent
+            make_room(kept.parent, 0, held=(kept,))
             if not kept.is_dir():  # another process may have been faster
                 made.rename(kept)
+    mark_used(kept)
     return kept / "model.onnx"
 
 
 def _exported(contents: ArtifactContents, directory: Path) -> Path:
-    return export(contents.graph, directory, contents.assets, profile=PROFILE).path
+    return export(contents.graph, directory, contents.assets, profile=PROFILE, logits_to_keep=True).path
 
 
 def _key(digest: str) -> str:

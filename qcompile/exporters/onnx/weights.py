@@ -15,7 +15,9 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx
 
+from qcompile.exporters.onnx.described import describe
 from qcompile.exporters.onnx.emitter import MICROSOFT, Emitter, Value
+from qcompile.quant.described import BLOCKS, COLUMNS, LOOKUP, PACKED, ROWS
 from qcompile.quant.element import element_of
 from qcompile.quant.packing import pack, packed_bytes, unpack
 
@@ -76,9 +78,11 @@ def numbers(e: Emitter, weight: Weight, dtype: torch.dtype) -> Value:
     """The weight [N, K] as `dtype`."""
     if weight.is_standard:
         return _standard(e, weight, dtype, transposed=False)
-    values = _float8(e, weight) if weight.element == "fp8" else _decoded(e, e.value(weight.codes), weight, torch.float32)
+    codes = _float8(e, weight) if weight.element == "fp8" else e.value(weight.codes)
+    values = e.cast(codes, torch.float32) if weight.element == "fp8" else _decoded(e, codes, weight, torch.float32)
     zero = None if weight.zero is None else _unpacked(e, e.value(weight.zero), weight.bits, weight.groups, torch.float32)
     made = _scaled(e, values, zero, _scale(e, weight), weight)
+    describe(e, made, weight, ROWS if weight.element == "fp8" else PACKED, _parts(e, weight, codes, e.optional(weight.zero)))
     return made if dtype == torch.float32 else e.cast(made, dtype)
 
 
@@ -91,6 +95,7 @@ def rows_of(e: Emitter, indices: Value, weight: Weight, dtype: torch.dtype) -> V
         zero = _unpacked(e, e.op("Gather", e.value(weight.zero), indices, axis=0), weight.bits, weight.groups, torch.float32)
     scale = e.op("Gather", _scale(e, weight), indices, axis=0)
     made = _scaled(e, values, zero, scale, weight)
+    describe(e, made, weight, LOOKUP, _parts(e, weight, e.value(weight.codes), e.optional(weight.zero)))
     return made if dtype == torch.float32 else e.cast(made, dtype)
 
 
@@ -98,6 +103,7 @@ def exact_integers(e: Emitter, codes: Value, scale: Value, zero: Value | None, w
     """`scale · w_scale · Σ (code - zero) · w_code` [..., N] of int8 codes [..., K] and 8-bit weights, the sum in int32."""
     matrix = _stored_codes(e, weight, transposed=True)
     total = e.op("MatMulInteger", codes, matrix)
+    describe(e, total, weight, COLUMNS, _parts(e, weight, matrix, None))
     if zero is not None:
 
         def column_sums(packed: Tensor) -> Tensor:
@@ -162,6 +168,7 @@ def _standard(e: Emitter, weight: Weight, dtype: torch.dtype, *, transposed: boo
         options = {"axis": 0 if transposed else 1, "block_size": weight.group}
         scale = e.swap_last(scale, 2) if transposed else scale
     made = e.op("DequantizeLinear", codes, scale, zero, **options)
+    describe(e, made, weight, COLUMNS if transposed else ROWS, _parts(e, weight, codes, zero))
     e.shared[key] = made if dtype == torch.float32 else e.cast(made, dtype)
     found: Value = e.shared[key]
     return found
@@ -191,15 +198,25 @@ def _scale(e: Emitter, weight: Weight) -> Value:
     return found
 
 
+def _parts(e: Emitter, weight: Weight, codes: Value, zero: Value | None) -> dict[str, Value | None]:
+    """Initializers by what they are; scales of the scales too."""
+    return {"codes": codes, "scale": _stored_scale(e, weight), "zero": zero, "scale2": e.optional(weight.scale2)}
+
+
+def _stored_scale(e: Emitter, weight: Weight) -> Value:
+    """Scales [N, G] in their own type; a power of two as its exponent, int8."""
+    if e.dtype(weight.scale) != torch.float8_e8m0fnu:
+        return e.value(weight.scale)
+
+    def exponents(scale: Tensor) -> Tensor:
+        return torch.frexp(scale.to(torch.float32))[1].sub(1).to(torch.int8)
+
+    return e.from_constant(weight.scale, "exponents", torch.int8, e.shape(weight.scale), exponents)
+
+
 def _effective(e: Emitter, weight: Weight) -> Value:
-    dtype = e.dtype(weight.scale)
-    if dtype == torch.float8_e8m0fnu:  # a power of two: stored as its exponent
-
-        def exponents(scale: Tensor) -> Tensor:
-            return torch.frexp(scale.to(torch.float32))[1].sub(1).to(torch.int8)
-
-        stored = e.from_constant(weight.scale, "exponents", torch.int8, e.shape(weight.scale), exponents)
-        scale = e.op("Pow", e.constant(2.0, torch.float32), e.cast(stored, torch.float32))
+    if e.dtype(weight.scale) == torch.float8_e8m0fnu:
+        scale = e.op("Pow", e.constant(2.0, torch.float32), e.cast(_stored_scale(e, weight), torch.float32))
     else:
         scale = e.value(weight.scale, torch.float32)
     if weight.scale2 is None:
@@ -226,10 +243,9 @@ def _scaled(e: Emitter, values: Value, zero: Value | None, scale: Value, weight:
 
 
 def _float8(e: Emitter, weight: Weight) -> Value:
-    """Codes [N, K] as float32, stored as float8."""
+    """Codes [N, K], stored as float8."""
     shape = (weight.rows, weight.columns)
-    stored = e.from_constant(weight.codes, "float8", torch.float8_e4m3fn, shape, lambda codes: codes.view(torch.float8_e4m3fn))
-    return e.cast(stored, torch.float32)
+    return e.from_constant(weight.codes, "float8", torch.float8_e4m3fn, shape, lambda codes: codes.view(torch.float8_e4m3fn))
 
 
 def _decoded(e: Emitter, packed: Value, weight: Weight, dtype: torch.dtype) -> Value:
@@ -286,9 +302,20 @@ def _block(weight: Weight) -> int:
     return next((block for block in _BLOCKS if weight.columns % block == 0), 0)
 
 
+def _block_zeros(e: Emitter, weight: Weight, blocks: int) -> Value:
+    """Zero points of each block, packed; that of a row is repeated."""
+    assert weight.zero is not None
+    if weight.groups == blocks:
+        return e.value(weight.zero)
+
+    def repeated(zero: Tensor) -> Tensor:
+        return pack(unpack(zero, weight.bits, 1).expand(-1, blocks).contiguous(), weight.bits)
+
+    return e.from_constant(weight.zero, "blocks", torch.uint8, (weight.rows, packed_bytes(blocks, weight.bits)), repeated)
+
+
 def _matmul_nbits(e: Emitter, x: Value, weight: Weight, dtype: torch.dtype, block: int) -> Value:
     blocks = -(-weight.columns // block)
-    name = str(weight.codes.target)
     width = block * weight.bits // 8
 
     def arranged(packed: Tensor) -> Tensor:
@@ -299,8 +326,7 @@ def _matmul_nbits(e: Emitter, x: Value, weight: Weight, dtype: torch.dtype, bloc
     if weight.groups != blocks:
         scale = e.op("Expand", scale, e.ints([weight.rows, blocks]))
     scale = scale if dtype == torch.float32 else e.cast(scale, dtype)
-    zero = None if weight.zero is None else e.value(weight.zero)
-    if zero is not None and weight.groups != blocks:
-        raise e.refusal(f"{name}: expected no zero points where a row has one scale; choose symmetric=True or groups")
+    zero = None if weight.zero is None else _block_zeros(e, weight, blocks)
     options = {"K": weight.columns, "N": weight.rows, "bits": weight.bits, "block_size": block, "accuracy_level": e.accuracy_level}
-    return e.op("MatMulNBits", x, codes, scale, zero, domain=MICROSOFT, **options)
+    made = e.op("MatMulNBits", x, codes, scale, zero, domain=MICROSOFT, **options)
+    return describe(e, made, weight, BLOCKS, _parts(e, weight, codes, zero))

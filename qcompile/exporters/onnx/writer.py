@@ -7,6 +7,7 @@ gets its constants one after the other behind everything else; above `EXTERNAL_B
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
 import onnx
 import onnx_ir as ir
@@ -51,16 +52,17 @@ def _part(tensor: onnx.TensorProto) -> bytes:
     return part
 
 
-def _stored(value: ir.Value, data: object, location: str) -> onnx.TensorProto:
+def _stored(value: ir.Value, data: BinaryIO, location: str) -> onnx.TensorProto:
     """A constant, its bytes in `data` unless they are few."""
     tensor = _loaded(value)
     if tensor.nbytes <= _SMALL:
         return ir.to_proto(tensor)
-    data.write(b"\0" * (-data.tell() % _ALIGNED))  # type: ignore[attr-defined]
-    offset, content = data.tell(), tensor.tobytes()  # type: ignore[attr-defined]
-    data.write(content)  # type: ignore[attr-defined]
+    assert isinstance(tensor, ir.LazyTensor)
+    data.write(b"\0" * (-data.tell() % _ALIGNED))
+    offset = data.tell()
+    tensor.tofile(data)  # from where it lies: its bytes are no second copy
     proto = onnx.TensorProto(name=value.name, data_type=tensor.dtype.value, data_location=onnx.TensorProto.EXTERNAL)
     proto.dims.extend(tensor.shape.numpy())
-    for key, entry in (("location", location), ("offset", str(offset)), ("length", str(len(content)))):
+    for key, entry in (("location", location), ("offset", str(offset)), ("length", str(data.tell() - offset))):
         proto.external_data.add(key=key, value=entry)
     return proto

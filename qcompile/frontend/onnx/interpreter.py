@@ -14,21 +14,17 @@ from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, Guar
 
 from qcompile.errors import QCompileError, UnsupportedModelError
 from qcompile.frontend.onnx import rules as _rules  # noqa: F401  registers the rules
-from qcompile.frontend.onnx.kinds import BITS, UNSIGNED
+from qcompile.frontend.onnx.kinds import BITS
 from qcompile.frontend.onnx.node import Node
 from qcompile.frontend.onnx.program import Block, Program, Step
 from qcompile.frontend.onnx.registry import MICROSOFT, NUMBER_RULES, RULES
+from qcompile.frontend.onnx.unsigned import MOVES, on_integers
 from qcompile.frontend.onnx.values import Held, NeedsConstantError, NotNumbersError, Numbers, RefusalError, Value, known_numbers
 from qcompile.frontend.onnx.weights import Weight
 
 Scope = dict[str, Value]
 
 _MOST_FOLDED = 1024
-# Operators that move bits and do no arithmetic; torch has little else for unsigned integers above 8 bits.
-_MOVES = frozenset({
-    "Cast", "CastLike", "DequantizeLinear", "QuantizeLinear", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten",
-    "Concat", "Slice", "Split", "Shape", "Size", "Expand",
-})  # fmt: skip
 
 
 class UnreadableInputError(UnsupportedModelError):
@@ -102,7 +98,10 @@ class OnnxModule(nn.Module):
             raise UnreadableInputError(self._message(step, str(error)), error.name) from error
         except RefusalError as error:
             raise UnsupportedModelError(self._message(step, str(error))) from error
-        except (QCompileError, TorchDynamoException, ConstraintViolationError, GuardOnDataDependentSymNode):
+        except GuardOnDataDependentSymNode as error:
+            reason = "expected sizes that the inputs decide, got one that values decide, which the node must know while it is traced"
+            raise UnsupportedModelError(self._message(step, reason, "cut the model before what makes it")) from error
+        except (QCompileError, TorchDynamoException, ConstraintViolationError):
             raise
         # Torch's own complaint about operands: a model whose shapes or types do not go together, or a case torch does not have.
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AssertionError) as error:
@@ -120,11 +119,10 @@ class OnnxModule(nn.Module):
 def _apply(node: Node, step: Step) -> Sequence[Value]:
     results = _on_numbers(node) if step.domain != MICROSOFT else None
     if results is None:
-        _refuse_unsigned(node)
         rule = RULES.get((step.domain, step.operator))
         if rule is None:
             raise RefusalError(f"expected an operator that the importer has a rule for, got {step.operator}")
-        results = rule(node)
+        results = on_integers(node, rule)
     results = results if isinstance(results, tuple) else (results,)
     unread = node.unread()
     if unread:
@@ -137,7 +135,7 @@ def _apply(node: Node, step: Step) -> Sequence[Value]:
 def _note_kind(node: Node, kinds: dict[str, int]) -> None:
     """Remember that a result has elements of 2 or 4 bits, which its dtype does not tell; what only moves bits keeps them."""
     made = node.made
-    if made is None and node.operator in _MOVES and node.inputs and isinstance(node.inputs[0], Tensor | Held):
+    if made is None and node.operator in MOVES and node.inputs and isinstance(node.inputs[0], Tensor | Held):
         made = node.kind(0)
     if made in BITS:
         kinds.update({name: made for name in node.outputs if name})
@@ -164,13 +162,6 @@ def _is_small(value: Held, given: Sequence[Value]) -> bool:
     if not value.weight.dtype.is_floating_point:
         return value.weight.numel <= _MOST_FOLDED
     return value.weight.numel <= (_MOST_FOLDED if any(isinstance(item, Numbers) for item in given) else 1)
-
-
-def _refuse_unsigned(node: Node) -> None:
-    for value in node.inputs:
-        tensor = value.tensor if isinstance(value, Held) else value
-        if isinstance(tensor, Tensor) and tensor.dtype in UNSIGNED and node.operator not in _MOVES:
-            raise RefusalError(f"expected integers that torch computes with, got {tensor.dtype}")
 
 
 def _seen(value: Value) -> str:

@@ -12,20 +12,13 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
-from qcompile.frontend.onnx.parts import CODES, SCALES, Constants, Matrix, unsigned
+from qcompile.frontend.onnx.parts import CODES, SCALES, Constants, Matrix, UnfitError, plain_name, unsigned
 from qcompile.frontend.onnx.program import Step
 from qcompile.frontend.onnx.weights import Weight
 from qcompile.quant.element import ELEMENTS
 from qcompile.quant.format import QuantFormat
 from qcompile.quant.granularity import Granularity
 from qcompile.quant.packing import unpack
-
-_ENDINGS = (".columns", ".rows", ".blocks", ".codes", "_quantized", "_Q2", "_Q4", "_Q8", "_transposed")
-"""What exporters and quantizers put behind a weight's name."""
-
-
-class UnfitError(Exception):
-    """Raised for a quantized weight that has no format here; the message says why."""
 
 
 def dequantized(constants: Constants, step: Step, *, transposed: bool) -> Matrix:
@@ -53,15 +46,6 @@ def dequantized(constants: Constants, step: Step, *, transposed: bool) -> Matrix
         zero = partial(_nought, rows, -(-columns // (columns if group == -1 else group)))
     form = QuantFormat(ELEMENTS[f"int{bits}"], Granularity(group), _in_the_middle(zero, bits), constants.dtype(scale_name))
     return Matrix(plain_name(codes_name), rows, columns, form, partial(_codes, weight, bits, signed, rows, transposed), scale, zero)
-
-
-def plain_name(name: str) -> str:
-    """A weight's name without what was put behind it when it was quantized."""
-    while True:
-        ending = next((item for item in _ENDINGS if name.endswith(item) and name != item), None)
-        if ending is None:
-            return name
-        name = name.removesuffix(ending)
 
 
 def _sizes(weight: Weight, transposed: bool) -> tuple[int, int]:

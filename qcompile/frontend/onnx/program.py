@@ -22,7 +22,7 @@ OLDEST_OPSET, NEWEST_OPSET = 7, 28
 
 @dataclass
 class Step:
-    """One node: attributes as Python values, graphs in them as blocks."""
+    """One node: attributes as Python values, graphs in them as blocks; metadata says what a node is for, and computes nothing."""
 
     operator: str
     domain: str
@@ -30,6 +30,7 @@ class Step:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     attributes: dict[str, Any]
+    metadata: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -221,8 +222,9 @@ def _step(node: NodeProto, path: Path, index: int, scope: str) -> Step:
         if attribute.type == AttributeProto.GRAPH:
             value = _block(value, path, f"{scope}{node.name or index}.{attribute.name}.")
         attributes[attribute.name] = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    metadata = {item.key: item.value for item in node.metadata_props}
     name = node.name or (node.output[0] if node.output else f"node {index}")
-    return Step(node.op_type, domain_of(node.domain), name, tuple(node.input), tuple(node.output), attributes)
+    return Step(node.op_type, domain_of(node.domain), name, tuple(node.input), tuple(node.output), attributes, metadata)
 
 
 def _input(item: onnx.ValueInfoProto, path: Path) -> InputSpec:

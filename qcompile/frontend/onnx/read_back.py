@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from onnx import TensorProto
 
+from qcompile.errors import QCompileError
+from qcompile.frontend.onnx.described import codes_of, described, is_described, is_lookup, require_same, yields_columns
 from qcompile.frontend.onnx.fusions import Idioms, factors, used
-from qcompile.frontend.onnx.matrices import UnfitError, dequantized, integer_product, multiplied_bits
-from qcompile.frontend.onnx.parts import CODES, Constants, Matrix, unsigned
+from qcompile.frontend.onnx.matrices import dequantized, integer_product, multiplied_bits
+from qcompile.frontend.onnx.parts import CODES, Constants, Matrix, UnfitError, unsigned
 from qcompile.frontend.onnx.program import Program, Step, blocks_of
 from qcompile.frontend.onnx.registry import MICROSOFT, OWN
 
@@ -67,7 +70,7 @@ class _Reader:
 
     def rewritten(self, step: Step) -> list[Step]:
         """The steps in place of one; itself where there is nothing to read back."""
-        rule = _RULES.get((step.domain, step.operator))
+        rule = _Reader.lookup if is_lookup(step) else _RULES.get((step.domain, step.operator))
         try:
             found = None if rule is None else rule(self, step)
         except UnfitError as error:
@@ -106,15 +109,61 @@ class _Reader:
 
     def matmul_bits(self, step: Step) -> list[Step]:
         """Onnxruntime's product with blocks of codes."""
-        name, unpack = self._unpack(multiplied_bits(self.constants, step), step, f"{step.outputs[0]}/weight", ())
+        plain = multiplied_bits(self.constants, step)
+        name, unpack = self._unpack(self._told(step, plain, plain.numbers), step, f"{step.outputs[0]}/weight", ())
         bias = step.inputs[5:6] if any(step.inputs[5:6]) else ()
         return [unpack, Step("Linear", OWN, step.name, (step.inputs[0], name, *bias), step.outputs, {"transposed": 1})]
+
+    def lookup(self, step: Step) -> list[Step] | None:
+        """Rows of a table that is taken apart after they are taken."""
+        taken = self._taken(step)
+        if taken is None:
+            return None
+        matrix = described(self.constants, step)
+        require_same(matrix, self._computed(step, {taken: torch.arange(matrix.rows)}))
+        name, unpack = self._unpack(matrix, step, f"{step.outputs[0]}/table", ())
+        return [unpack, Step("Embedding", OWN, step.name, (name, taken), step.outputs, {})]
+
+    def _taken(self, step: Step) -> str | None:
+        """The indices that take rows of the codes behind a step."""
+        seen: set[str] = set()
+        left = list(step.inputs)
+        while left:
+            maker = self.idioms.makers.get(left.pop())
+            if maker is None or maker.outputs[0] in seen:
+                continue
+            if maker.operator == "Gather" and maker.inputs[0] == codes_of(step):
+                return None if self.constants.known(maker.inputs[1]) else maker.inputs[1]
+            seen.add(maker.outputs[0])
+            left += maker.inputs
+        return None
+
+    def _computed(self, step: Step, given: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """What the file's own nodes make."""
+        try:
+            return self.constants.load(step.outputs[0], given)
+        except QCompileError as error:
+            raise UnfitError(f"its nodes cannot be computed: {error}") from error
+
+    def _told(self, step: Step, plain: Matrix, numbers: Callable[[], torch.Tensor]) -> Matrix:
+        """What a step tells of its weight, where that is true; else the weight as its operands say."""
+        if not is_described(step):
+            return plain
+        try:
+            found = described(self.constants, step)
+            if found.form == plain.form:
+                return plain  # what the operands say is what is computed
+            require_same(found, numbers())
+        except UnfitError as error:
+            self.unfit.setdefault(plain.name, str(error))
+            return plain
+        return found
 
     def unpacked(self, name: str, *, transposed: bool) -> tuple[str, list[Step]] | None:
         """What holds the weight [N, K] or the filters behind a name, and the steps that make it; None for what is no quantized weight."""
         shape: tuple[int, ...] = ()
         step = self.idioms.makers.get(name)
-        while step is not None and step.operator in _PASSED and not step.domain:
+        while step is not None and step.operator in _PASSED and not step.domain and not is_described(step):
             if step.operator == "Transpose":
                 if list(step.attributes.get("perm", [1, 0])) != [1, 0] or shape:
                     return None
@@ -126,27 +175,49 @@ class _Reader:
             if step.operator == "Cast" and step.attributes.get("to") not in _FLOATS:
                 return None
             step = self.idioms.makers.get(step.inputs[0])
-        if step is None or step.operator != "DequantizeLinear" or not self.constants.known(step.inputs[0]):
+        if step is None:
+            return None
+        if step.operator == "DequantizeLinear":
+            return self._dequantized(step, transposed, shape) if self.constants.known(step.inputs[0]) else None
+        if not is_described(step) or is_lookup(step) or not self.constants.known(step.outputs[0]):
             return None
         return self._dequantized(step, transposed, shape)
+
+    def _matrix(self, step: Step, transposed: bool) -> Matrix:
+        """The weight that a step makes, [N, K] or `transposed`."""
+
+        def numbers() -> torch.Tensor:
+            made = self._computed(step)
+            return made.t() if transposed else made
+
+        if step.operator == "DequantizeLinear":
+            plain = dequantized(self.constants, step, transposed=transposed)
+            return self._told(step, plain, numbers) if transposed == yields_columns(step) else plain
+        if transposed != yields_columns(step):
+            raise UnfitError("it is described as the transpose of what is multiplied by")
+        found = described(self.constants, step)
+        require_same(found, numbers())
+        return found
 
     def _dequantized(self, step: Step, transposed: bool, shape: tuple[int, ...]) -> tuple[str, list[Step]]:
         key = (step.outputs[0], transposed, shape)
         if key in self._unpacked:
             return self._unpacked[key][0], []
-        stored = self.constants.weights.get(step.inputs[0])
-        if shape and (stored is None or len(shape) < 2 or 0 in shape[1:] or shape[0] not in (-1, 0, stored.shape[0])):
+        matrix = self._matrix(step, transposed)
+        if shape and (len(shape) < 2 or 0 in shape[1:] or shape[0] not in (-1, 0, matrix.rows)):
             raise UnfitError(f"it is reshaped to {list(shape)}, whose rows are others")
+        stored = self.constants.weights.get(step.inputs[0]) if step.operator == "DequantizeLinear" else None
         if stored is not None and len(stored.shape) > 2:
             shape = shape or stored.shape
         name = f"{step.outputs[0]}/{'columns' if transposed else 'rows'}{'x'.join(map(str, shape))}"
-        name, unpack = self._unpack(dequantized(self.constants, step, transposed=transposed), step, name, shape)
+        name, unpack = self._unpack(matrix, step, name, shape)
         self._unpacked[key] = name, [unpack]
         return name, [unpack]
 
     def _unpack(self, matrix: Matrix, step: Step, name: str, shape: tuple[int, ...]) -> tuple[str, Step]:
         attributes: dict[str, Any] = {
             "bits": matrix.form.element.bits, "group_size": matrix.group_size, "columns": matrix.columns, "rows": matrix.rows,
+            "element": matrix.form.element.kind,
         }  # fmt: skip
         if shape:
             attributes["shape"] = [matrix.rows, *shape[1:]]
@@ -202,8 +273,6 @@ class _Reader:
         return self._number(f"{base}.scale", scale, TensorProto.FLOAT), "" if zero == 0 else self._zero(f"{base}.zero", zero)
 
     def _zero(self, name: str, zero: int) -> str:
-        import torch
-
         return self._number(name, torch.tensor([zero], dtype=torch.int32), TensorProto.INT32)
 
     def _number(self, name: str, value: Any, kind: int) -> str:
@@ -230,7 +299,8 @@ class _Reader:
             return None
         if any(self.constants.known(name) and _more_than_one(self.constants.shape(name)) for name in (x_scale, zero) if name):
             return None
-        matrix = integer_product(self.constants, weight, w_zero, w_scale)
+        plain = integer_product(self.constants, weight, w_zero, w_scale)
+        matrix = self._told(product, plain, plain.numbers)
         if shift is not None and (zero or not self._shifts(shift[1], matrix)):
             return None
         parts = matrix.parts(self.constants)
@@ -257,8 +327,6 @@ class _Reader:
 
     def _shifts(self, sums: str, matrix: Matrix) -> bool:
         """Whether a constant is the sum of each column of a symmetric weight."""
-        import torch
-
         if not matrix.form.symmetric:
             return False
         wanted = (matrix.codes().to(torch.int32) - (1 << (matrix.form.element.bits - 1))).sum(1)

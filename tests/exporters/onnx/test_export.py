@@ -7,7 +7,9 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from qcompile.compiled import CompiledModel
 from qcompile.errors import ExportError
 from qcompile.exporters.onnx import check, export
 from qcompile.exporters.onnx.check import empty_past, session, step
+from qcompile.exporters.onnx.last_tokens import head_of
 from qcompile.ir.constants import Constant
 from qcompile.ir.records import Assets
 from tests.models import example_inputs, tiny
@@ -88,6 +91,38 @@ def test_padding_on_the_right_is_nobodys_past(int4: CompiledModel, profile: str,
     for row, alone in enumerate(([5, 6, 7, 8, 11], [9, 10, 12])):
         expected = int4(torch.tensor([alone]))["logits"][0, -1].double()
         assert (found[row, 0] - expected).abs().max() <= CLOSE * expected.abs().max()
+
+
+@pytest.mark.parametrize(("family", "target", "options"), [("gemma2", "cpu-int4", {}), ("llama", "cpu-w8a8", {"quantize_head": True})])
+def test_logits_of_the_last_tokens_are_those_of_all(family: str, target: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """A soft cap behind the head; a head of integers, whose codes and scales are cut. Who does not know the input never sees it."""
+    model = compiled(target, family, **options)
+    path = export(model.graph, tmp_path / "m.onnx", Assets(), logits_to_keep=True, opset=23).path
+    run, ids = session(str(path)), torch.randint(3, 100, (2, 7), generator=torch.Generator().manual_seed(5))
+    every, past = step(run, ids, torch.ones_like(ids), empty_past(run, 2))
+    assert every.shape == (2, 7, 100)
+    counts = {count: onnxruntime.OrtValue.ortvalue_from_numpy(np.array([count])) for count in (0, 1, 3, 9)}
+    for count, value in counts.items():
+        given = empty_past(run, 2) | {"logits_to_keep": value}
+        some, after = step(run, ids, torch.ones_like(ids), given)
+        assert (some - every[:, -count:]).abs().max() <= 1e-6 * every.abs().max()
+        assert all((after[name].numpy() == value.numpy()).all() for name, value in past.items())
+    again = qcompile.compile(path, "cpu-fp32", max_context=64, max_batch=2)
+    assert again.is_causal_lm
+    assert (again(ids)["logits"] - every).abs().max() <= CLOSE * every.abs().max()
+
+
+def test_logits_that_depend_on_other_tokens_are_not_cut(int4: CompiledModel) -> None:
+    graph = int4.graph.clone()
+    results = graph.output.args[0]
+    assert head_of(graph) is results[0]
+    with graph.fx.inserting_before(graph.output):
+        total = graph.fx.call_function(torch.ops.aten.sum.dim_IntList, (results[0], [1], True))
+        total.meta["val"] = results[0].meta["val"].sum(1, keepdim=True)
+        shifted = graph.fx.call_function(torch.ops.aten.sub.Tensor, (results[0], total))
+    shifted.meta["val"] = results[0].meta["val"]
+    graph.output.args = ((shifted, *results[1:]),)
+    assert head_of(graph) is None
 
 
 @pytest.mark.parametrize(("family", "target"), [("bert", "cpu-int8"), ("vit", "cpu-w8a8"), ("resnet", "cpu-w8a8"), ("resnet", "cpu-fp32")])
@@ -180,9 +215,10 @@ def test_no_more_than_a_constant_stands_in_memory(int4: CompiledModel, tmp_path:
         most = max(most, sum(item() is not None for item in alive))
         return made
 
-    monkeypatch.setattr(check, "compare", lambda *_: (None, "not asked for"))
+    monkeypatch.setattr(check, "compare", lambda *_: pytest.fail("nobody asked for a comparison"))
     monkeypatch.setattr(Constant, "materialize", counted)
-    int4.export_onnx(tmp_path / "m", external_data=True)
+    written = int4.export_onnx(tmp_path / "m", external_data=True, compare=False)
+    assert (written.error, written.not_run) == (None, "not asked for")
     assert len(alive) > 20
     assert most <= 2
 

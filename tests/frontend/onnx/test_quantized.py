@@ -26,7 +26,9 @@ from qcompile.frontend import load
 from qcompile.ir.graph import Graph
 from qcompile.passes.convert_dtype import convert
 from qcompile.passes.selection import find_sites
+from qcompile.quant.format import parse_format
 from qcompile.quant.reference import dequantize
+from qcompile.quant.scheme import QuantScheme
 from tests.frontend.onnx.making import FLOAT, INT64, make, node, random, saved
 from tests.models import example_inputs, tiny
 from tests.passes.helpers import context
@@ -352,3 +354,45 @@ def test_files_of_the_dynamic_quantizer(small: Path, tmp_path: Path) -> None:
     compiled = qcompile.compile(path, "cpu-fp32")
     assert formats(compiled)["integer_linear", "int8 channel sym fp32"] == 3
     assert same(compiled(**IMAGES), stock(path, IMAGES))
+
+
+@pytest.mark.parametrize("form", ["int3 g64 sym fp16", "int5 g32 asym bf16", "int6 g32 sym fp16", "int7 g64 asym fp16"])
+def test_our_own_words_of_64_bits_come_back_as_numbers(form: str, tmp_path: Path) -> None:
+    """Codes that no byte holds whole are taken apart from numbers without a sign; folded, nothing of that is left in the graph.
+
+    Nodes that tell what they are come back with their format (`test_described.py`).
+    """
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(72, 100), nn.ReLU(), nn.Linear(100, 16))
+    x = torch.randn(5, 72)
+    scheme = QuantScheme("int8", weight=parse_format(form))
+    compiled = qcompile.compile(module, "cpu-int8", scheme=scheme, example_inputs=(x,), recipe="nearest")
+    written = compiled.export_onnx(tmp_path / "m.onnx", opset=21)
+    model = onnx.load(written.path)
+    for item in model.graph.node:
+        del item.metadata_props[:]
+    graph = qcompile.compile(saved(model, tmp_path), "cpu-fp32").graph
+    assert same(graph.run([x])[0], compiled(x))
+    assert {str(node.target) for node in graph.nodes if node.op == "call_function"} <= {
+        "aten.linear.default",
+        "aten.add.Tensor",
+        "aten.relu.default",
+    }
+
+
+def test_shifts_of_words_without_a_sign(tmp_path: Path) -> None:
+    """As numpy does them, the highest bit included."""
+    words = np.array([0, 1, 1 << 63, (1 << 64) - 1, 0x0123456789ABCDEF], np.uint64)[:, None]
+    places = np.array([0, 1, 8, 33, 63], np.uint64)
+    nodes = [
+        node("BitShift", "x p", "right", direction="RIGHT"), node("BitShift", "x p", "left", direction="LEFT"),
+        node("Sub", "x p", "less"), node("Less", "x p", "below"), node("Max", "x p", "most"),
+    ]  # fmt: skip
+    inputs = {"x": ([5, 1], TensorProto.UINT64), "p": ([5], TensorProto.UINT64)}
+    graph = load(saved(make(nodes, inputs, "right left less below most"), tmp_path)).graph
+    found = graph(x=torch.from_numpy(words), p=torch.from_numpy(places))
+    expected = {
+        "right": words >> places, "left": words << places, "less": words - places, "below": words < places,
+        "most": np.maximum(words, places),
+    }  # fmt: skip
+    assert all(np.array_equal(found[name].numpy(), value) for name, value in expected.items())

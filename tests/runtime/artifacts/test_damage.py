@@ -16,9 +16,10 @@ import torch
 import qcompile
 from qcompile.compiled import CompiledModel
 from qcompile.errors import ArtifactError
+from qcompile.ir.tensor_file import write_constants
 from qcompile.runtime.artifact import load_artifact
 from qcompile.runtime.manifest import SCHEMA_VERSION, file_entry
-from qcompile.runtime.weights import WeightsFile, chunk_hashes, write_weights
+from qcompile.runtime.weights import WeightsFile, chunk_hashes
 from tests.runtime.artifacts.tampering import Change, alter, flip, node_of, reseal, step_of
 
 
@@ -89,7 +90,7 @@ def test_a_flipped_bit_in_the_weights_is_found_before_the_weight_is_used(artifac
 
 def test_weights_are_verified_chunk_by_chunk_when_first_read(compiled: CompiledModel, tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
-    write_weights(path, compiled.contents.constants)
+    write_constants(path, compiled.contents.constants)
     hashes = chunk_hashes(path, 4096)
     flip(path, -1)
     file = WeightsFile(path, hashes, 4096)

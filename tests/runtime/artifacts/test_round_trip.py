@@ -26,6 +26,8 @@ def test_everything_comes_back(compiled: CompiledModel, saved: Path) -> None:
     assert loaded.assets == made.assets
     assert loaded.assets.files["chat_template.jinja"].decode() == "{{ 'größer' }}\n"
     assert (loaded.records, loaded.coverage) == (made.records, made.coverage)
+    assert loaded.settings == made.settings
+    assert loaded.settings.scheme is not None
     assert (loaded.target, loaded.pipeline, loaded.torch_version) == ("cpu-int4", made.pipeline, torch.__version__)
     assert without_logs(loaded.graph.text()) == without_logs(made.graph.text())
     assert set(loaded.constants) == set(made.constants)

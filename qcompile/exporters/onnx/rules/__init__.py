@@ -5,6 +5,7 @@ from __future__ import annotations
 from qcompile.exporters.onnx.rules import (
     attention,
     convolution,
+    detection,
     elementwise,
     experts,
     indexing,
@@ -18,6 +19,6 @@ from qcompile.exporters.onnx.rules import (
 from qcompile.exporters.onnx.rules.table import RULES, rule
 
 __all__ = [
-    "RULES", "attention", "convolution", "elementwise", "experts", "indexing", "linear", "normalization", "quantized", "reductions",
-    "rotary", "rule", "shapes",
+    "RULES", "attention", "convolution", "detection", "elementwise", "experts", "indexing", "linear", "normalization", "quantized",
+    "reductions", "rotary", "rule", "shapes",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ from qcompile.frontend.onnx.rules import (
     cache,
     control,
     convolution,
+    detection,
     elementwise,
     fused_attention,
     indexing,
@@ -16,6 +17,7 @@ from qcompile.frontend.onnx.rules import (
     packed,
     pooling,
     quantization,
+    quantized_operators,
     recurrent,
     reduction,
     resize,
@@ -25,6 +27,7 @@ from qcompile.frontend.onnx.rules import (
 )
 
 __all__ = [
-    "attention", "cache", "control", "convolution", "elementwise", "fused_attention", "indexing", "linear", "microsoft", "normalization",
-    "number_shapes", "numbers", "packed", "pooling", "quantization", "recurrent", "reduction", "resize", "scatter", "sequences", "shaping",
+    "attention", "cache", "control", "convolution", "detection", "elementwise", "fused_attention", "indexing", "linear",
+    "microsoft", "normalization", "number_shapes", "numbers", "packed", "pooling", "quantization", "quantized_operators",
+    "recurrent", "reduction", "resize", "scatter", "sequences", "shaping",
 ]  # fmt: skip

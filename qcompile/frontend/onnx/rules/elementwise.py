@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from qcompile.frontend.onnx.kinds import UNSIGNED
 from qcompile.frontend.onnx.node import Node
 from qcompile.frontend.onnx.registry import OWN, rule
+from qcompile.frontend.onnx.unsigned import shift_right
 from qcompile.frontend.onnx.values import Held, Numbers, RefusalError, is_symbolic, known_numbers
 
 Operand = Any
@@ -93,10 +94,11 @@ def modulo(node: Node) -> Tensor:
 
 @rule("BitShift")
 def shift(node: Node) -> Tensor:
-    """Left or right."""
+    """Left or right, of integers without a sign; wide ones come in int64."""
     left, right = node.tensor(0), node.tensor(1)
-    towards = node.required("direction")
-    return torch.bitwise_left_shift(left, right) if towards == "LEFT" else torch.bitwise_right_shift(left, right)
+    if node.required("direction") == "LEFT":
+        return torch.bitwise_left_shift(left, right)
+    return shift_right(left, right) if left.dtype == torch.int64 else torch.bitwise_right_shift(left, right)
 
 
 _VARIADIC: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"Sum": torch.add, "Min": torch.minimum, "Max": torch.maximum, "Mean": torch.add}

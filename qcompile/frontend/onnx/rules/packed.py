@@ -20,7 +20,9 @@ def unpack(node: Node) -> Tensor:
     columns, shape = int(node.required("columns")), node.integers("shape")
     node.ignore("rows")
     bits, group = int(node.required("bits")), int(node.required("group_size"))
-    made: Tensor = qcompile.dequantize(node.tensor(0), node.tensor(1), node.optional(2), bits, group, columns, torch.float32)
+    element, second = node.text("element", "int"), node.optional(3)
+    parts = (node.tensor(0), node.tensor(1), node.optional(2))
+    made: Tensor = qcompile.dequantize(*parts, bits, group, columns, torch.float32, element, second)
     return made if shape is None else made.reshape(shape)
 
 

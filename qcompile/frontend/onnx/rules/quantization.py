@@ -79,7 +79,11 @@ def dequantize(node: Node) -> Tensor:
 @rule("DynamicQuantizeLinear")
 def dynamic_quantize(node: Node) -> tuple[Tensor, Tensor, Tensor]:
     """uint8 codes over the range of x and 0, with that scale and zero point."""
-    x = node.tensor(0)
+    return dynamic_codes(node.tensor(0))
+
+
+def dynamic_codes(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of a tensor."""
     low, high = torch.clamp(torch.amin(x), max=0), torch.clamp(torch.amax(x), min=0)
     scale = (high - low) / 255
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # of zeros alone, as onnxruntime
