@@ -282,5 +282,5 @@ def test_engines_are_found_by_name(llama: CompiledModel) -> None:
     for name in ("reference", "torch_cpu"):
         assert make_engine(llama.contents, name=name).name == name
     assert make_engine(llama.contents).name == "torch_cpu"
-    with pytest.raises(EngineError, match="engine 'tpu': expected one of reference, torch_cpu, cuda"):
+    with pytest.raises(EngineError, match="engine 'tpu': expected one of reference, torch_cpu, native, cuda"):
         make_engine(llama.contents, name="tpu")
