@@ -50,7 +50,8 @@ def main() -> None:
     result = {
         "date": datetime.date.today().isoformat(), "processor": platform.processor() or platform.machine(), "model": model.name,
         "target": options.target, "engine": options.engine, "threads": options.threads, "tokens": options.tokens,
-        "tokens_per_second": medians, "all": speeds, "ratio": medians["qcompile"] / medians["llama.cpp"], "command": " ".join(["python", *sys.argv]),
+        "tokens_per_second": medians, "all": speeds, "ratio": medians["qcompile"] / medians["llama.cpp"],
+        "command": " ".join(["python", *sys.argv]),
     }  # fmt: skip
     path = Path(__file__).parent / "results" / f"{result['date']}-decode-cpu-{options.threads}t.json"
     path.parent.mkdir(exist_ok=True)
