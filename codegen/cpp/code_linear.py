@@ -174,7 +174,9 @@ def product_function(product: Product) -> Lines:
     ]
     parameters = ["const CodeRows& x", "const int32_t* codes", *weight.scale_parameters, "int64_t columns"]
     head = f"template <int ROWS, int TILES>\nstatic inline void {product.name}_product"
-    return function(head, [*parameters, "Floats (&total)[ROWS][TILES][PARTS]"], f"ROWS rows of codes times TILES tiles of {weight.text}.", body)
+    return function(
+        head, [*parameters, "Floats (&total)[ROWS][TILES][PARTS]"], f"ROWS rows of codes times TILES tiles of {weight.text}.", body
+    )
 
 
 def _every_part(lines: Lines) -> Lines:

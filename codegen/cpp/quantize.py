@@ -118,7 +118,9 @@ def _quantize(spec: KernelSpec) -> Lines:
                 "const int64_t first = group * group_columns, last = std::min(columns, first + group_columns);",
                 "// Every range holds 0, which changes neither the longer end nor an asymmetric range.",
                 "Floats high{}, low{};",
-                *vectors([f"const Floats value = {value};", "high = largest(high, value);", "low = -largest(-low, -value);"], "first", "last"),
+                *vectors(
+                    [f"const Floats value = {value};", "high = largest(high, value);", "low = -largest(-low, -value);"], "first", "last"
+                ),
                 "float greatest = largest(high), least = -largest(-low);",
                 *_range(spec),
                 *vectors([f"store_codes(codes_row + column, {_codes(spec, value, zero)}, count);"], "first", "last"),

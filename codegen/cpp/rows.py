@@ -120,7 +120,12 @@ def _source(spec: KernelSpec) -> Lines:
         return [array, *pointers, *vectors([f"store(numbers + column, {value});"]), *_filled("numbers")]
     if spec.option("eps") is not None:
         return [array, *_norm(spec), *_filled("numbers")]
-    return [array, "const float* from = x.row<float>(row);", *vectors(["store(numbers + column, load(from + column, count));"]), *_filled("numbers")]
+    return [
+        array,
+        "const float* from = x.row<float>(row);",
+        *vectors(["store(numbers + column, load(from + column, count));"]),
+        *_filled("numbers"),
+    ]
 
 
 def _filled(name: str) -> Lines:

@@ -162,7 +162,9 @@ def test_codes_are_the_definitions_bit_for_bit(columns: int, bits: int, group: i
     x, made = awkward(columns), quantized("", columns, bits, group, clip=clip, asym=asym)
     given = code_results(made, columns)
     library(instruction_set)(made, {"x": x, **given})
-    expected = qcompile.quantize_activation_asym(x, bits, group, clip) if asym else qcompile.quantize_activation(x, bits, group, "int", clip)
+    expected = (
+        qcompile.quantize_activation_asym(x, bits, group, clip) if asym else qcompile.quantize_activation(x, bits, group, "int", clip)
+    )
     for exact, got in zip(expected, given.values(), strict=True):
         assert torch.equal(got, exact)
 
