@@ -1,82 +1,128 @@
-"""Products of integer codes: words of a weight in parts, words of x that meet them, and the sum of four products a lane.
+"""Products of integer codes: words of a weight in parts, words of x that meet them, and the sum of their products in each lane.
 
-A part of a word of b-bit codes has one code in each byte: byte j of part s is column `j · 8/b + s` of the word. AVX2 multiplies bytes only
-with sums that saturate: where 8 bits could reach that, a part has two codes in halves of 16 bits instead, columns s and s + 2.
+A part of a word of b-bit codes has codes side by side that are multiplied at once with as many of x: four in bytes where the instruction
+set sums products of bytes without saturating (VNNI always; AVX2 where codes have less than 8 bits), else two in halves of 16 bits.
+With P parts in a word, place i of part s is column `P·i + s` of the word.
 """
 
 from __future__ import annotations
 
-from qcompile.codegen.cpp.source import Lines, function
-
-_PAIRS = "#if defined(__AVX2__) && !defined(__AVX512F__)"
-_DOT = [
-    "#if defined(__AVX512F__)",
-    "return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(",
-    "    reinterpret_cast<__m512i>(total), reinterpret_cast<__m512i>(codes), reinterpret_cast<__m512i>(x)));",
-    "#else",
-    "UNROLL for (int byte = 0; byte < 4; byte++) total += (codes >> 8 * byte & 0xff) * (x << (24 - 8 * byte) >> 24);",
-    "return total;",
-    "#endif",
-]
+from qcompile.codegen.cpp.source import Lines, block, function
 
 
-def dot_helpers(bits: int) -> list[Lines]:
-    """`INTb_PARTS`, `intb_part` and `intb_dot` for codes of b bits."""
-    parts, mask = 8 // bits, ((1 << bits) - 1) * 0x01010101
-    plain = f"constexpr int INT{bits}_PARTS = {parts};"
-    count = [f"// Parts of a word of {bits}-bit codes."]
-    shift = f"codes >> {bits} * s" if bits < 8 else "codes"
-    take = [f"return {shift} & 0x{mask:08x};"] if bits < 8 else ["return codes;"]
-    pairs = "#if defined(__AVX2__) && !defined(__AVX512F__)"
-    if bits == 8:
-        count += [pairs, "constexpr int INT8_PARTS = 2;", "#else", plain, "#endif"]
-        take = [pairs, "return codes >> 8 * s & 0x00ff00ff;", "#else", *take, "#endif"]
-        fast = ["const __m256i products = _mm256_madd_epi16(reinterpret_cast<__m256i>(codes), reinterpret_cast<__m256i>(x));"]
-    else:
-        count += [plain]
-        fast = [
-            "// At most 2 · 15 · 128 in a half of 16 bits.",
-            "const __m256i halves = _mm256_maddubs_epi16(reinterpret_cast<__m256i>(codes), reinterpret_cast<__m256i>(x));",
-            "const __m256i products = _mm256_madd_epi16(halves, _mm256_set1_epi16(1));",
-        ]
-    dot = [_PAIRS, *fast, "return total + reinterpret_cast<Ints>(products);", "#else", *_nested(), "#endif"]
-    part = f"static inline Ints int{bits}_part"
-    head = f"static inline Ints int{bits}_dot"
+def parts_comment(bits: int) -> Lines:
+    """`INTb_PARTS` of a word, `INTb_PLACES` in a part, and `IntbPlace`, what a place of x is stored in."""
     return [
-        count,
-        function(part, ["Ints codes", "int s"], f"Part `s` of words of {bits}-bit codes, unsigned.", take),
-        function(head, ["Ints codes", "Ints x", "Ints total"], "`total` and the products of each lane's codes.", dot),
+        f"// Parts of a word of {bits}-bit codes, places in each, and a number of x at a place.",
+        f"#if {_bytes(bits)}",
+        f"constexpr int INT{bits}_PARTS = {8 // bits}, INT{bits}_PLACES = 4;",
+        f"typedef int8_t Int{bits}Place;",
+        "#else",
+        f"constexpr int INT{bits}_PARTS = {16 // bits}, INT{bits}_PLACES = 2;",
+        f"typedef int16_t __attribute__((may_alias)) Int{bits}Place;",
+        "#endif",
     ]
 
 
-def _nested() -> Lines:
-    return list(_DOT)
+def _bytes(bits: int) -> str:
+    """The condition for products of bytes."""
+    return "defined(__AVX512F__)" if bits == 8 else "defined(__AVX2__)"
 
 
-def plain_words(bits: int) -> Lines:
-    """Columns of x in words that meet the parts of the weight's, and their sum."""
-    per, parts = 32 // bits, 8 // bits
-    plain = [f"words[s * 4 + place] = piece[place * {parts} + s];"]
+def dot_helpers(bits: int) -> list[Lines]:
+    """`INTb_PARTS`, `intb_part`, `intb_dot` and `intb_words` for codes of b bits."""
+    return [parts_comment(bits), _PAIRS, _part(bits), *([] if bits == 8 else [_BYTES]), _dot(bits), _words(bits)]
+
+
+def _part(bits: int) -> Lines:
+    mask = (1 << bits) - 1
+    take = [
+        f"#if {_bytes(bits)}",
+        f"return codes >> {bits} * s & 0x{mask * 0x01010101:08x};" if bits < 8 else "return codes;",
+        "#else",
+        f"return codes >> {bits} * s & 0x{mask * 0x00010001:08x};",
+        "#endif",
+    ]
+    head = f"static inline Ints int{bits}_part"
+    return function(head, ["Ints codes", "int s"], f"Part `s` of words of {bits}-bit codes, unsigned.", take)
+
+
+_PAIRS = function(
+    "static inline Ints dot_pairs", ["Ints a", "Ints b", "Ints total"],
+    "`total` and the products of each lane's halves of 16 bits.",
+    [
+        "#if defined(__AVX512F__)",
+        "return total + reinterpret_cast<Ints>(_mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));",
+        "#elif defined(__AVX2__)",
+        "return total + reinterpret_cast<Ints>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));",
+        "#elif defined(__SSE2__)",
+        "return total + reinterpret_cast<Ints>(_mm_madd_epi16(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));",
+        "#else",
+        "return total + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);",
+        "#endif",
+    ],
+)  # fmt: skip
+_BYTES = [
+    "#if defined(__AVX2__)",
+    *function(
+        "static inline Ints dot_few", ["Ints codes", "Ints x", "Ints total"],
+        "`total` and the products of each lane's bytes, codes below 16: two of them stay within 16 bits.",
+        [
+            "#if defined(__AVX512F__)",
+            "return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(",
+            "    reinterpret_cast<__m512i>(total), reinterpret_cast<__m512i>(codes), reinterpret_cast<__m512i>(x)));",
+            "#else",
+            "const __m256i halves = _mm256_maddubs_epi16(reinterpret_cast<__m256i>(codes), reinterpret_cast<__m256i>(x));",
+            "return total + reinterpret_cast<Ints>(_mm256_madd_epi16(halves, _mm256_set1_epi16(1)));",
+            "#endif",
+        ],
+    ),
+    "#endif",
+]  # fmt: skip
+
+
+def _dot(bits: int) -> Lines:
+    fast = ["return dot_few(codes, x, total);"]
+    if bits == 8:
+        fast = [
+            "return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(",
+            "    reinterpret_cast<__m512i>(total), reinterpret_cast<__m512i>(codes), reinterpret_cast<__m512i>(x)));",
+        ]
+    body = [f"#if {_bytes(bits)}", *fast, "#else", "return dot_pairs(codes, x, total);", "#endif"]
+    head = f"static inline Ints int{bits}_dot"
+    return function(head, ["Ints codes", "Ints x", "Ints total"], "`total` and the products of a part with what it meets.", body)
+
+
+def _words(bits: int) -> Lines:
+    """Columns of x as the parts of a weight's words meet them, and their sum."""
+    per = 32 // bits
+    edge = [
+        f"const int64_t column = word * {per} + place * INT{bits}_PARTS + s;",
+        f"piece[(word - begin) * INT{bits}_PLACES + place] = column < first || column >= last ? 0 : from ? from[column] : 1;",
+    ]
+    each = [
+        f"auto* piece = reinterpret_cast<Int{bits}Place*>(to + s * plane);",
+        *block("const auto edge = [&](int64_t word)", block(f"for (int place = 0; place < INT{bits}_PLACES; place++)", edge))[:-1],
+        "};",
+        "if (begin < whole) edge(begin);",
+        f"auto* inside = piece + (whole - begin) * INT{bits}_PLACES;",
+        f"const int64_t count = (rest - whole) * INT{bits}_PLACES;",
+        "if (!from) for (int64_t at = 0; at < count; at++) inside[at] = 1;",
+        f"else for (int64_t at = 0; at < count; at++) inside[at] = from[whole * {per} + at * INT{bits}_PARTS + s];",
+        "if (rest < end && rest >= whole) edge(rest);",
+    ]
     body = [
+        f"const int64_t begin = first / {per}, end = (last + {per - 1}) / {per};",
+        "// Words that lie inside as a whole.",
+        f"const int64_t whole = (first + {per - 1}) / {per}, rest = last / {per};",
+        *block(f"for (int s = 0; s < INT{bits}_PARTS; s++)", each),
         "int32_t total = 0;",
-        f"for (int64_t start = first / {per} * {per}; start < last; start += {per}, to += INT{bits}_PARTS) {{",
-        f"    int8_t piece[{per}] = {{}};",
-        f"    const int64_t low = std::max<int64_t>(first - start, 0), high = std::min<int64_t>(last - start, {per});",
-        f"    if (!from) std::fill(piece + low, piece + high, 1);",
-        f"    else if (high - low == {per}) std::memcpy(piece, from + start, {per});",
-        "    else std::memcpy(piece + low, from + start + low, high - low);",
-        f"    for (int place = 0; place < {per}; place++) total += piece[place];",
-        *(["#if defined(__AVX2__) && !defined(__AVX512F__)",
-           "    const int16_t words[4] = {piece[0], piece[2], piece[1], piece[3]};",
-           "#else"] if bits == 8 else []),
-        f"    int8_t words[{per}];",
-        f"    for (int s = 0; s < {parts}; s++)",
-        f"        for (int place = 0; place < 4; place++) {plain[0]}",
-        *(["#endif"] if bits == 8 else []),
-        "    std::memcpy(to, words, sizeof words);",
-        "}",
+        "if (from) for (int64_t column = first; column < last; column++) total += from[column];",
         "return total;",
-    ]  # fmt: skip
-    head = f"static inline int32_t int{bits}_words"
-    comment = "Columns `first` to `last` of a row of codes, or of ones, in words; other columns of these are 0. Returns their sum."
-    return function(head, ["const int8_t* from", "int64_t first", "int64_t last", "int32_t* to"], comment, body)
+    ]
+    comment = (
+        "Columns `first` to `last` of a row of codes, or of ones, in words, part s of them `s * plane` further; other columns are 0.\n"
+        "// Returns their sum."
+    )
+    parameters = ["const int8_t* from", "int64_t first", "int64_t last", "int32_t* to", "int64_t plane"]
+    return function(f"static inline int32_t int{bits}_words", parameters, comment, body)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from qcompile.codegen.contract import FLOATS
-from qcompile.codegen.cpp.code_dot import dot_helpers, plain_words
+from qcompile.codegen.cpp.code_dot import dot_helpers
 from qcompile.codegen.cpp.contract import Operator, kernel, type_of
 from qcompile.codegen.cpp.source import Lines, block, call, constants, function, when
 from qcompile.codegen.cpp.weights import Weight, refuses_weight, weight_of
@@ -89,16 +89,15 @@ def _each_run(product: Product, lines: Lines) -> Lines:
 
 def prepare_function(product: Product) -> Lines:
     """Rows of x as products want them: words of codes, their sums, scales and zero points."""
-    size, bits = product.group or product.columns, product.weight.bits
+    size, bits, per = product.group or product.columns, product.weight.bits, product.weight.per_word
     group = "0" if product.static or not product.group else f"first / {size}"
     row = [
         f"const int8_t* from = {'r == ROWS ? nullptr : ' if product.zero else ''}codes.row<int8_t>(row + r);",
         *_each_run(
             product,
             [
-                f"const int32_t total = int{bits}_words(from, first, last, x.words + r * x.held + place);",
-                f"place += (last + {product.weight.per_word - 1}) / {product.weight.per_word} * INT{bits}_PARTS"
-                f" - first / {product.weight.per_word} * INT{bits}_PARTS;",
+                f"const int32_t total = int{bits}_words(from, first, last, x.words + r * x.held + place, x.plane);",
+                f"place += (last + {per - 1}) / {per} - first / {per};",
                 *when(product.zero, [f"if (r == ROWS) {'return' if product.whole else 'continue'};"]),
                 f"x.scales[r * runs + run] = load({_own(product, 'scale', product.scale)} + {group}, 1)[0];",
                 *_sum_of(product, group),
@@ -151,7 +150,7 @@ def product_function(product: Product) -> Lines:
                 *block(
                     f"UNROLL for (int r = 0; r < {product.rows}; r++)",
                     [
-                        "const Ints value = x.words[r * x.held + place + s] - Ints{};",
+                        "const Ints value = x.words[r * x.held + s * x.plane + place] - Ints{};",
                         *_every_part([f"part[r][t][p] = int{bits}_dot(code[t][p], value, part[r][t][p]);"]),
                     ],
                 ),
@@ -161,10 +160,7 @@ def product_function(product: Product) -> Lines:
     run = [
         f"Ints part[{product.rows}][TILES][PARTS];",
         *_every_part(_start(product)),
-        *block(
-            f"for (int64_t word_at = first / {per}; word_at * {per} < last; word_at++, place += INT{bits}_PARTS)",
-            word,
-        ),
+        *block(f"for (int64_t word_at = first / {per}; word_at * {per} < last; word_at++, place++)", word),
         *_every_part(_finish(product)),
     ]
     body = [
@@ -192,17 +188,20 @@ def _start(product: Product) -> Lines:
     weight = product.weight
     lines = [f"UNROLL for (int r = 0; r < ROWS; r++) part[r][t][p] = -{weight.middle} * x.sums[r * runs + run] - Ints{{}};"]
     if weight.zero:
+        # Sums of so few columns fit into 16 bits, whose products are one instruction.
+        few = not product.whole and product.run * 255 < 1 << 15
+        taken = "dot_pairs(offset, (-x.sums[r * runs + run] & 0xffff) - Ints{}, Ints{})" if few else "offset * -x.sums[r * runs + run]"
         at = f"zero + (t * {weight.zero_stride} + {_group(product)}) * TILE + p * LANES"
         lines = [
             f"const Ints offset = __builtin_convertvector(load_bits<Bytes>({at}), Ints);",
-            "UNROLL for (int r = 0; r < ROWS; r++) part[r][t][p] = offset * -x.sums[r * runs + run];",
+            f"UNROLL for (int r = 0; r < ROWS; r++) part[r][t][p] = {taken};",
         ]
     return [*lines, *when(product.zero, ["part[ROWS][t][p] = Ints{};"])]
 
 
 def _finish(product: Product) -> Lines:
     """The run's sums join the totals, times its scales."""
-    moved = [f"part[r][t][p] -= x.zeros[r * runs + run] * part[ROWS][t][p];"] * product.zero
+    moved = ["part[r][t][p] -= x.zeros[r * runs + run] * part[ROWS][t][p];"] * product.zero
     return [
         f"const Floats factor = load(scale + (t * groups + {_group(product)}) * TILE + p * LANES);",
         *block(
@@ -259,23 +258,26 @@ def emit_integer_linear(spec: KernelSpec) -> Kernel:
     body = [
         *constants({"rows": (spec.size("N"), "of the weight"), "columns": (spec.size("K"), "of the weight and of x")}),
         *constants({"most": (most, "rows of x at once"), "runs": (product.runs, "of columns that share their scales")}),
-        f"constexpr int64_t held = {product.words} * INT{weight.bits}_PARTS;",
+        f"constexpr int64_t plane = {product.words}, held = plane * INT{weight.bits}_PARTS;",
         f"int32_t words[held * (most{' + 1' if product.zero else ''})], sums[runs * most]{', zeros[runs * most]' if product.zero else ''};",
         "float scales[runs * most];",
-        f"const CodeRows some{{words, sums, {'zeros' if product.zero else 'nullptr'}, scales, held}};",
+        f"const CodeRows some{{words, sums, {'zeros' if product.zero else 'nullptr'}, scales, held, plane}};",
         "const Range mine = team.share((rows + TILE - 1) / TILE);",
         *(_one_row(product, pointers) if single else _many_rows(product, pointers)),
     ]
     layouts = {"w_codes": f"tiles-int{weight.bits}", "w_scale": "tiles", "w_zero": weight.zero_layout}
     names = INTEGER_LINEAR.present(spec)
-    helpers = [*dot_helpers(weight.bits), plain_words(weight.bits), _CODE_ROWS, prepare_function(product)]
+    helpers = [*dot_helpers(weight.bits), _CODE_ROWS, prepare_function(product)]
     helpers += [product_function(product), rows_function(product)]
     return kernel(spec, names, body, helpers, [(name, layouts[name]) for name in names if name in layouts])
 
 
 _CODE_ROWS = [
-    "// Rows of codes as products want them: words, `held` a row, and by row and run the sums, zero points and scales.",
-    *block("struct CodeRows", ["int32_t *words, *sums, *zeros;", "float* scales;", "int64_t held;"])[:-1],
+    "// Rows of codes as products want them: words, `held` a row and `plane` a part, and by row and run the sums, zero points and scales.",
+    "struct CodeRows {",
+    "    int32_t *words, *sums, *zeros;",
+    "    float* scales;",
+    "    int64_t held, plane;",
     "};",
 ]
 

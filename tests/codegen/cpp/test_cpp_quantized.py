@@ -37,12 +37,13 @@ SIZES = ((64, 64), (576, 576), (96, 48), (72, 36), (74, 37), (256, 8), (1536, 15
 """Columns, and those that are rotated together: 36 x 16, 12 x 4, one odd number, many powers of two, fewer than a vector."""
 FUSED = [(576, 576, 8, -1), (96, 48, 4, 32), (37, 0, 8, -1), (64, 8, 8, 16)]
 """Columns, rotation, bits, group."""
-LINEARS = list(
-    product(
-        ("int8 channel sym fp32", "int4 g64 sym fp16", "int4 g36 asym fp16", "int8 g16 asym bf16", "int2 channel asym fp32", "int4 g18 sym fp16"),
-        ("row", "moved", "static"),
-    )
-) + [("int8 channel sym fp32", "groups"), ("int4 g36 sym fp16", "groups"), ("int4 g72 asym fp16", "moved groups")]  # fmt: skip
+FORMS = (
+    "int8 channel sym fp32", "int4 g64 sym fp16", "int4 g36 asym fp16", "int8 g16 asym bf16", "int2 channel asym fp32", "int4 g18 sym fp16",
+)  # fmt: skip
+LINEARS = [
+    *product(FORMS, ("row", "moved", "static")),
+    ("int8 channel sym fp32", "groups"), ("int4 g36 sym fp16", "groups"), ("int4 g72 asym fp16", "moved groups"),
+]  # fmt: skip
 SHAPES = ((48, 128), (33, 100), (17, 71), (70, 576))
 COUNTS = (1, 2, 13)
 
@@ -263,7 +264,8 @@ def _operands(form: str, kind: str, count: int, columns: int, rows: int, bias: b
     zero = torch.randint(-128, 128, shape, generator=draw, dtype=torch.int32) if moved else None
     shift = randn(count, seed=5) if bias else None
     given = {
-        "codes": codes, "scale": scale, "zero": zero, "w_codes": packed.codes, "w_scale": packed.scale, "w_zero": packed.zero, "bias": shift,
+        "codes": codes, "scale": scale, "zero": zero, "bias": shift,
+        "w_codes": packed.codes, "w_scale": packed.scale, "w_zero": packed.zero,
     }  # fmt: skip
     group = 36 if "groups" in kind else -1
     bits, size = stored.element.bits, stored.granularity.group_size
@@ -296,6 +298,15 @@ def test_the_best_products_as_users_get_them(threads: int) -> None:
         out = empty(rows, count)
         run(one, {**given, "codes": wide[:, 1, :columns], "out": out}, threads)
         assert torch.equal(out, exact)
+
+
+@pytest.mark.parametrize("form", ["int8 channel sym fp32", "int4 g36 asym fp16"])
+def test_products_without_any_instruction_of_x86(form: str) -> None:
+    made = linear(form, "moved", 17, 71, 2)
+    given, exact = _operands(form, "moved", 17, 71, 2, bias=True)
+    out = empty(2, 17)
+    library_of([made], "portable", "-U__SSE2__")(made, {**given, "out": out})
+    assert torch.equal(out, exact)
 
 
 @each_set
