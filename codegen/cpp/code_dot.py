@@ -31,7 +31,7 @@ def _bytes(bits: int) -> str:
 
 def dot_helpers(bits: int) -> list[Lines]:
     """`INTb_PARTS`, `intb_part`, `intb_dot` and `intb_words` for codes of b bits."""
-    return [parts_comment(bits), _PAIRS, _part(bits), *([] if bits == 8 else [_BYTES]), _dot(bits), _words(bits)]
+    return [parts_comment(bits), _PAIRS, _part(bits), *([] if bits == 8 else [_BYTES]), _dot(bits), _words(bits), _SUM]
 
 
 def _part(bits: int) -> Lines:
@@ -81,6 +81,24 @@ _BYTES = [
 ]  # fmt: skip
 
 
+_SUM = function(
+    "static inline int32_t sum_codes", ["const int8_t* from", "int64_t count"], "The sum of codes.",
+    [
+        "#if defined(__AVX512F__)",
+        "__m512i total = _mm512_setzero_si512();",
+        "const __m512i ones = _mm512_set1_epi8(1);",
+        "for (; count >= 64; count -= 64, from += 64) total = _mm512_dpbusd_epi32(total, ones, _mm512_loadu_si512(from));",
+        "const __m512i rest = _mm512_maskz_loadu_epi8((uint64_t{1} << count) - 1, from);",
+        "return _mm512_reduce_add_epi32(_mm512_dpbusd_epi32(total, ones, rest));",
+        "#else",
+        "int32_t total = 0;",
+        "for (int64_t place = 0; place < count; place++) total += from[place];",
+        "return total;",
+        "#endif",
+    ],
+)  # fmt: skip
+
+
 def _dot(bits: int) -> Lines:
     fast = ["return dot_few(codes, x, total);"]
     if bits == 8:
@@ -94,7 +112,7 @@ def _dot(bits: int) -> Lines:
 
 
 def _words(bits: int) -> Lines:
-    """Columns of x as the parts of a weight's words meet them, and their sum."""
+    """Columns of x as the parts of a weight's words meet them."""
     per = 32 // bits
     edge = [
         f"const int64_t column = word * {per} + place * INT{bits}_PARTS + s;",
@@ -116,13 +134,7 @@ def _words(bits: int) -> Lines:
         "// Words that lie inside as a whole.",
         f"const int64_t whole = (first + {per - 1}) / {per}, rest = last / {per};",
         *block(f"for (int s = 0; s < INT{bits}_PARTS; s++)", each),
-        "int32_t total = 0;",
-        "if (from) for (int64_t column = first; column < last; column++) total += from[column];",
-        "return total;",
     ]
-    comment = (
-        "Columns `first` to `last` of a row of codes, or of ones, in words, part s of them `s * plane` further; other columns are 0.\n"
-        "// Returns their sum."
-    )
+    comment = "Columns `first` to `last` of a row of codes, or of ones, in words, part s `s * plane` further; other columns are 0."
     parameters = ["const int8_t* from", "int64_t first", "int64_t last", "int32_t* to", "int64_t plane"]
-    return function(f"static inline int32_t int{bits}_words", parameters, comment, body)
+    return function(f"static void int{bits}_words", parameters, comment, body)

@@ -89,25 +89,33 @@ def _each_run(product: Product, lines: Lines) -> Lines:
 
 def prepare_function(product: Product) -> Lines:
     """Rows of x as products want them: words of codes, their sums, scales and zero points."""
-    size, bits, per = product.group or product.columns, product.weight.bits, product.weight.per_word
-    group = "0" if product.static or not product.group else f"first / {size}"
+    bits, per = product.weight.bits, product.weight.per_word
+    # Runs of whole words lie in words as the row does; others have words of their own at their borders.
+    aligned = product.whole or product.run % per == 0
+    fill = [f"int{bits}_words(from, {{}}, x.words + r * x.held + {{}}, x.plane);"]
+    rest = [
+        f"x.scales[r * runs + run] = load({_own(product, 'scale', product.scale)} + {_x_group(product)}, 1)[0];",
+        *_sum_of(product),
+    ]
     row = [
         f"const int8_t* from = {'r == ROWS ? nullptr : ' if product.zero else ''}codes.row<int8_t>(row + r);",
-        *_each_run(
-            product,
-            [
-                f"const int32_t total = int{bits}_words(from, first, last, x.words + r * x.held + place, x.plane);",
-                f"place += (last + {per - 1}) / {per} - first / {per};",
-                *when(product.zero, [f"if (r == ROWS) {'return' if product.whole else 'continue'};"]),
-                f"x.scales[r * runs + run] = load({_own(product, 'scale', product.scale)} + {group}, 1)[0];",
-                *_sum_of(product, group),
-            ],
-        ),
+        *([fill[0].format("0, columns", "0")] if aligned else _each_run(product, _filled_run(fill[0], per))),
+        *when(product.zero, ["if (r == ROWS) return;"]),
+        *(_each_run(product, rest) if aligned else block("", _each_run(product, rest))),
     ]
     head = f"template <int ROWS>\nstatic void {_prepare_name(product)}"
     parameters = ["const Tensor& codes", "const Tensor& scale", *["const Tensor& zero"] * product.zero, "int64_t row", "int64_t columns"]
     body = block(f"for (int r = 0; r < {product.rows}; r++)", row)
     return function(head, [*parameters, "const CodeRows& x"], "Rows of x in words, and what belongs to each run of them.", body)
+
+
+def _filled_run(fill: str, per: int) -> Lines:
+    return [fill.format("first, last", "place"), f"place += (last + {per - 1}) / {per} - first / {per};"]
+
+
+def _x_group(product: Product) -> str:
+    """The group of x that a run lies in."""
+    return f"first / {product.group}" if product.group else "0"
 
 
 def _prepare_name(product: Product) -> str:
@@ -120,13 +128,14 @@ def _own(product: Product, operand: str, kind: str) -> str:
     return f"{operand}.at<{kind}>()" if product.static else f"{operand}.row<{kind}>(row + r)"
 
 
-def _sum_of(product: Product, group: str) -> Lines:
+def _sum_of(product: Product) -> Lines:
+    total = "sum_codes(from + first, last - first)"
     if not product.zero:
-        return ["x.sums[r * runs + run] = total;"]
+        return [f"x.sums[r * runs + run] = {total};"]
     return [
-        f"const int32_t middle = {_own(product, 'zero', 'int32_t')}[{group}];",
+        f"const int32_t middle = {_own(product, 'zero', 'int32_t')}[{_x_group(product)}];",
         "x.zeros[r * runs + run] = middle;",
-        "x.sums[r * runs + run] = total - middle * static_cast<int32_t>(last - first);",
+        f"x.sums[r * runs + run] = {total} - middle * static_cast<int32_t>(last - first);",
     ]
 
 
