@@ -142,15 +142,10 @@ def _sum_of(product: Product) -> Lines:
 def product_function(product: Product) -> Lines:
     """`total` = ROWS rows of x times TILES tiles of a weight of this format."""
     weight, bits = product.weight, product.weight.bits
-    per, signs = weight.per_word, f"0x{sum(weight.middle << place for place in range(0, 32, bits)):08x}u"
+    per = weight.per_word
     word = [
         "Ints word[TILES][PARTS];",
-        *_every_part(
-            [
-                "word[t][p] = load_bits<Ints>(codes + (t * words + word_at) * TILE + p * LANES);",
-                f"word[t][p] ^= static_cast<int32_t>({signs});",
-            ]
-        ),
+        *_every_part(["word[t][p] = load_bits<Ints>(codes + (t * words + word_at) * TILE + p * LANES);"]),
         *block(
             f"UNROLL for (int s = 0; s < INT{bits}_PARTS; s++)",
             [
@@ -274,7 +269,7 @@ def emit_integer_linear(spec: KernelSpec) -> Kernel:
         "const Range mine = team.share((rows + TILE - 1) / TILE);",
         *(_one_row(product, pointers) if single else _many_rows(product, pointers)),
     ]
-    layouts = {"w_codes": f"tiles-int{weight.bits}", "w_scale": "tiles", "w_zero": weight.zero_layout}
+    layouts = {"w_codes": "tiles-codes", "w_scale": "tiles", "w_zero": weight.zero_layout}
     names = INTEGER_LINEAR.present(spec)
     helpers = [*dot_helpers(weight.bits), _CODE_ROWS, prepare_function(product)]
     helpers += [product_function(product), rows_function(product)]
