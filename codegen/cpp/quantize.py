@@ -5,6 +5,8 @@ Scales, zero points and codes are those of `qcompile.quant.activations` bit for 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from qcompile.codegen.cpp.contract import Operator, kernel
 from qcompile.codegen.cpp.elementwise import BODIES
 from qcompile.codegen.cpp.norm import every_row
@@ -179,7 +181,7 @@ _SCALES = ("fp32", "fp16")
 _MATRIX = {"matrix": _FLOAT}
 
 
-def _rows(sources: dict[str, tuple[str, ...]], options: tuple[str, ...], required: tuple[str, ...], zero: bool) -> Operator:
+def _rows(sources: Mapping[str, tuple[str, ...]], options: tuple[str, ...], required: tuple[str, ...], zero: bool) -> Operator:
     """An operator that quantizes rows: what it reads, its options beside the range's, and whether codes have zero points."""
     kinds = [*([_FLOAT] if "residual" in sources else []), ("i8",), _SCALES, *([("i32",)] if zero else [])]
     return Operator(

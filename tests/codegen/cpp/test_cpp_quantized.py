@@ -23,6 +23,7 @@ from qcompile.quant.format import parse_format
 from qcompile.quant.hadamard import hadamard_factors, mixing_matrix
 from qcompile.quant.reference import quantize
 from qcompile.runtime.engines import make_engine
+from qcompile.runtime.engines.native import NativeEngine
 from tests.codegen.cpp.harness import RUNNABLE, Kernels, library_of, randn
 from tests.codegen.triton.specs import rms_norm, spec, with_option
 from tests.models import tiny
@@ -45,7 +46,7 @@ FORMS = (
     "int8 channel sym fp32", "int4 g64 sym fp16", "int4 g36 asym fp16", "int8 g16 asym bf16", "int2 channel asym fp32", "int4 g18 sym fp16",
 )  # fmt: skip
 LINEARS = [
-    *product(FORMS, ("row", "moved", "static")),
+    *product(FORMS, ("row", "moved")), ("int8 channel sym fp32", "static"), ("int4 g36 asym fp16", "static"),
     ("int8 channel sym fp32", "groups"), ("int4 g36 sym fp16", "groups"), ("int4 g72 asym fp16", "moved groups"),
 ]  # fmt: skip
 SHAPES = ((33, 100), (17, 71), (48, 576))
@@ -101,6 +102,12 @@ def layer_norm(columns: int, affine: bool) -> KernelSpec:
     return spec("layer_norm", sizes={"K": columns}, formats=formats, eps=1e-5)
 
 
+def gather(columns: int, kind: str) -> KernelSpec:
+    """The last row of each sequence."""
+    return spec("gather_last", sizes={"K": columns}, formats={"x": kind, "positions": "i64", "out": kind})
+
+
+GATHERED = {"i8": torch.int8, "i32": torch.int32, "fp16": torch.float16, FLOAT: torch.float32}
 PRODUCERS = ("norm", "add_norm", "gated", "hadamard")
 
 
@@ -120,7 +127,12 @@ def _fused_specs() -> list[KernelSpec]:
 def library(instruction_set: str) -> Kernels:
     """The kernels of this file but the linear ones."""
     ranges = [quantized("", *case[:3], clip=case[3], asym=asym) for case in RANGES for asym in (False, True)]
-    others = [*(static(53, bits, zero) for bits in (4, 8) for zero in (False, True)), layer_norm(100, True), layer_norm(33, False)]
+    others = [
+        *(gather(9, kind) for kind in GATHERED),
+        *(static(53, bits, zero) for bits in (4, 8) for zero in (False, True)),
+        layer_norm(100, True),
+        layer_norm(33, False),
+    ]
     return library_of([*ranges, *others, *(hadamard(*case) for case in SIZES), *_fused_specs()], instruction_set, "-O0")
 
 
@@ -140,13 +152,21 @@ def code_results(made: KernelSpec, columns: int, rows: int = ROWS) -> dict[str, 
     """Tensors for the results of a kernel that makes codes, by operand."""
     group = int(made.option("group_size"))
     groups = 1 if group == -1 else -(-columns // group)
-    kinds = {"i8": torch.int8, "i32": torch.int32, "fp16": torch.float16, FLOAT: torch.float32}
     found = {}
     for name, kind in made.formats:
         if name.startswith("out"):
             wide = kind == "i8" or (name == "out" and "add" in made.operator)
-            found[name] = empty(rows, columns if wide else groups, dtype=kinds[kind])
+            found[name] = empty(rows, columns if wide else groups, dtype=GATHERED[kind])
     return found
+
+
+@each_set
+@pytest.mark.parametrize(("kind", "dtype"), GATHERED.items())
+def test_rows_of_codes_are_gathered(kind: str, dtype: torch.dtype, instruction_set: str) -> None:
+    x, positions = (50 * randn(3, 4, 9)).to(dtype), torch.tensor([[-1, 0, 1, 2], [5, 6, -1, -1], [0, 1, 2, 3]])
+    out = empty(3, 1, 9, dtype=dtype)
+    library(instruction_set)(gather(9, kind), {"x": x, "positions": positions, "out": out})
+    assert torch.equal(out[:, 0], torch.stack([x[0, 3], x[1, 1], x[2, 3]]))
 
 
 def awkward(columns: int, seed: int = 0) -> Tensor:
@@ -353,6 +373,7 @@ def test_a_llama_runs_wholly_native(target: str, recipe: str, monkeypatch: pytes
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-O0"))
     model = compile_model(tiny("llama"), target, recipe=recipe, engine="native", max_batch=3, max_context=32)
     native, reference = (make_engine(model.contents, name=name, max_batch=3, max_context=32) for name in ("native", "reference"))
+    assert isinstance(native, NativeEngine)
     assert {name: len(runs) for name, runs in native._runs.items()} == {"forward": 1, "prefill": 1, "decode": 1}
     prompts = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3], [11]]
     made, exact = native.prefill(prompts), reference.prefill(prompts)
