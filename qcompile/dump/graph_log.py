@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,12 @@ def base_name(name: str) -> str:
     return base if part in ("codes", "scale", "scale2", "zero") else name
 
 
-def node_records(graph: Graph, lines: Sequence[Line]) -> list[dict[str, Any]]:
+def node_records(graph: Graph, lines: Sequence[Line]) -> Iterator[dict[str, Any]]:
     """Each node as JSON values, in order; `docs/dumps.md` says what each key holds."""
     homes: dict[fx.Node, str] = {}
-    records = []
     for node, line in zip(graph.fx.nodes, lines, strict=True):
         homes[node] = _home(node, homes)
-        records.append(_record(graph, node, line, homes[node]))
-    return records
+        yield _record(graph, node, line, homes[node])
 
 
 def _record(graph: Graph, node: fx.Node, line: Line, home: str) -> dict[str, Any]:
