@@ -49,7 +49,7 @@ LINEARS = [
     *product(FORMS, ("row", "moved")), ("int8 channel sym fp32", "static"), ("int4 g36 asym fp16", "static"),
     ("int8 channel sym fp32", "groups"), ("int4 g36 sym fp16", "groups"), ("int4 g72 asym fp16", "moved groups"),
 ]  # fmt: skip
-SHAPES = ((33, 100), (17, 71), (48, 576))
+SHAPES = ((33, 71), (48, 576))
 COUNTS = (1, 2, 13)
 
 
