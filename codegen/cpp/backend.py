@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from qcompile.codegen.cpp import cache, elementwise, embedding, linear, norm, rotary
+from qcompile.codegen.cpp import cache, code_linear, elementwise, embedding, linear, norm, quantize, rotary
 from qcompile.codegen.cpp.contract import Operator
 from qcompile.errors import CoverageError
 from qcompile.ir.lowered import Kernel, KernelSpec
@@ -14,8 +14,11 @@ OPERATORS: Mapping[str, Operator] = MappingProxyType(
     {
         "linear": linear.LINEAR,
         "quantized_linear": linear.QUANTIZED_LINEAR,
+        "integer_linear": code_linear.INTEGER_LINEAR,
+        **quantize.OPERATORS,
         "rms_norm": norm.RMS_NORM,
         "add_rms_norm": norm.ADD_RMS_NORM,
+        "layer_norm": norm.LAYER_NORM,
         "rotary_table": rotary.ROTARY_TABLE,
         "rope": rotary.ROPE,
         "gated_activation": elementwise.GATED_ACTIVATION,

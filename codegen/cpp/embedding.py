@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from qcompile.codegen.cpp.contract import Operator, kernel
+from qcompile.codegen.contract import same_storage
+from qcompile.codegen.cpp.contract import Operator, kernel, type_of
 from qcompile.codegen.cpp.norm import every_row
 from qcompile.codegen.cpp.source import block, constants
 from qcompile.ir.lowered import Kernel, KernelSpec
@@ -27,13 +28,15 @@ def emit_embedding(spec: KernelSpec) -> Kernel:
 
 def emit_gather_last(spec: KernelSpec) -> Kernel:
     """The row of x at each sequence's greatest position, the first of several."""
+    kind = type_of(spec, "x")
+    move = f"std::memcpy(out.row<{kind}>(row), x.at<{kind}>(row, last), columns * sizeof({kind}));"
     body = [
         *constants({"columns": (spec.size("K"), "of a row")}),
         *every_row(
             [
                 "const int64_t* places = positions.row<int64_t>(row);",
                 "const int64_t last = std::max_element(places, places + positions.size[1]) - places;",
-                *block("if (columns > 0)", ["std::memcpy(out.row<float>(row), x.at<float>(row, last), columns * sizeof(float));"]),
+                *block("if (columns > 0)", [move]),
             ],
             "x.size[0]",
         ),
@@ -43,4 +46,9 @@ def emit_gather_last(spec: KernelSpec) -> Kernel:
 
 _FLOAT = ("fp32",)
 EMBEDDING = Operator(emit=emit_embedding, operands={"weight": _FLOAT, "indices": ("i64",), "out": _FLOAT}, sizes=("N", "K"))
-GATHER_LAST = Operator(emit=emit_gather_last, operands={"x": _FLOAT, "positions": ("i64",), "out": _FLOAT}, sizes=("K",))
+_MOVED = ("fp32", "fp16", "i8", "i32")
+"""Rows, and what quantized rows are: codes, scales, zero points."""
+GATHER_LAST = Operator(
+    emit=emit_gather_last, operands={"x": _MOVED, "positions": ("i64",), "out": _MOVED}, sizes=("K",),
+    refuses=lambda spec: same_storage(spec, "x", "out"),
+)  # fmt: skip

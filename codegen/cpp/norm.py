@@ -62,6 +62,39 @@ def emit_norm(spec: KernelSpec) -> Kernel:
     return kernel(spec, names, body)
 
 
+def emit_layer_norm(spec: KernelSpec) -> Kernel:
+    """`(x - mean) / sqrt(variance + eps) · weight + bias`: the variance is summed from what is left without the mean."""
+    value = f"({_load('from')} - mean) * factor"
+    value = f"{value} * {_load('gain')}" if spec.format("weight") else value
+    value = f"{value} + {_load('shift')}" if spec.format("bias") else value
+    body = [
+        *constants({"columns": (spec.size("K"), "of a row")}),
+        *when(spec.format("weight"), ["const float* gain = weight.at<float>();"]),
+        *when(spec.format("bias"), ["const float* shift = bias.at<float>();"]),
+        *every_row(
+            [
+                "const float* from = x.row<float>(row);",
+                "float* to = out.row<float>(row);",
+                "const Floats mean = splat(sum(from, columns) / columns);",
+                "float squares = 0.0f;",
+                *block(
+                    LANES_LOOP,
+                    [
+                        COUNT,
+                        f"const Floats rest = {_load('from')} - mean;",
+                        "float lanes[LANES];",
+                        "store(lanes, rest * rest);",
+                        "squares += sum(load(lanes, count));",
+                    ],
+                ),
+                f"const Floats factor = splat(1.0f / std::sqrt(squares / columns + {number(spec.option('eps'))}));",
+                *block(LANES_LOOP, [COUNT, f"store(to + column, {value}, count);"]),
+            ]
+        ),
+    ]
+    return kernel(spec, LAYER_NORM.present(spec), body)
+
+
 _FLOAT = ("fp32",)
 _NORM = {"x": _FLOAT, "weight": _FLOAT, "out": _FLOAT}
 
@@ -74,5 +107,13 @@ ADD_RMS_NORM = Operator(
     optional=frozenset({"weight"}),
     sizes=("K",),
     options=("eps", "offset"),
+    required=("eps",),
+)
+LAYER_NORM = Operator(
+    emit=emit_layer_norm,
+    operands={"x": _FLOAT, "weight": _FLOAT, "bias": _FLOAT, "out": _FLOAT},
+    optional=frozenset({"weight", "bias"}),
+    sizes=("K",),
+    options=("eps",),
     required=("eps",),
 )

@@ -117,6 +117,11 @@ def tiles_int2(codes: Tensor) -> Tensor:
     return _word_tiles(codes, 0xAA)
 
 
+def tiles_codes(codes: Tensor) -> Tensor:
+    """Packed codes uint8 [N, B] as they are to int32 [ceil(N/16), ceil(B/4), 16]: the words of `tiles_int4` and others, unsigned."""
+    return _word_tiles(codes, 0)
+
+
 def tiles_zero4(zero: Tensor) -> Tensor:
     """Packed zero points uint8 [N, ceil(G/2)] to bytes [ceil(N/16), 2·ceil(G/2), 16]."""
     return tiles(unpack(zero, 4, 2 * zero.shape[1]))
@@ -139,6 +144,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "tiles-int8": tiles_int8,
     "tiles-int4": tiles_int4,
     "tiles-int2": tiles_int2,
+    "tiles-codes": tiles_codes,
     "tiles-zero4": tiles_zero4,
     "tiles-zero2": tiles_zero2,
 }

@@ -1,0 +1,224 @@
+"""Activations to codes and scales, alone or in one kernel with what makes and rotates the row: threads share the rows.
+
+Scales, zero points and codes are those of `qcompile.quant.activations` bit for bit, given the same row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from qcompile.codegen.cpp.contract import Operator, kernel
+from qcompile.codegen.cpp.elementwise import BODIES
+from qcompile.codegen.cpp.norm import every_row
+from qcompile.codegen.cpp.rows import EVERY_VECTOR, refuses_row, row_constants, row_helpers, row_lines, row_of, vectors
+from qcompile.codegen.cpp.source import Lines, block, constants, function, number, when
+from qcompile.ir.lowered import Kernel, KernelSpec
+from qcompile.quant.activations import HALF_LEAST, HALF_MAX
+
+_FAR = 1 << 20
+"""Codes are rounded within it before a zero point is added: far beyond any range, and every sum exact."""
+_ROUNDED = function(
+    "static inline Ints rounded", ["Floats x", "float low", "float high"],
+    "The whole numbers nearest to x within bounds below 2^22; ties go to the even one.",
+    [
+        "x = choose(x > splat(low), x, splat(low));",
+        "x = choose(x < splat(high), x, splat(high));",
+        "// What is added to 1.5 * 2^23 has no fraction left, and its low bits are the number.",
+        "const Floats magic = splat(0x1.8p23f);",
+        "return reinterpret_cast<Ints>(x + magic) - reinterpret_cast<Ints>(magic);",
+    ],
+)  # fmt: skip
+_SHIFTED = function(
+    "static inline Ints shifted", ["Ints codes", "int zero", "int low", "int high"], "Codes moved by a zero point, within bounds.",
+    [
+        "codes += zero;",
+        "const Ints below = codes < low, above = codes > high;",
+        "return (below & low) | (above & high) | (~below & ~above & codes);",
+    ],
+)  # fmt: skip
+_STORE = function(
+    "static inline void store_codes", ["int8_t* to", "Ints codes", "int64_t count"], "Codes as bytes.",
+    [
+        "typedef int8_t Narrow __attribute__((vector_size(LANES)));",
+        "const Narrow bytes = __builtin_convertvector(codes, Narrow);",
+        "std::memcpy(to, &bytes, count);",
+    ],
+)  # fmt: skip
+_HALF = function(
+    "static inline float stored_half", ["float scale"], "A scale as 16 bits hold it: to nearest, moved into their range.",
+    [
+        f"const float size = std::min(std::max(std::abs(scale), {number(HALF_LEAST)}), {number(HALF_MAX)});",
+        "fp16 bits[LANES];",
+        "store(bits, splat(std::copysign(size, scale)));",
+        "return load(bits)[0];",
+    ],
+)  # fmt: skip
+
+
+def asymmetric(spec: KernelSpec) -> bool:
+    """Whether codes have zero points."""
+    return spec.operator.endswith("_asym")
+
+
+def results(spec: KernelSpec) -> dict[str, str]:
+    """What each result is -> its operand."""
+    names = ["sum"] * (spec.format("residual") is not None) + ["codes", "scale"] + ["zero"] * asymmetric(spec)
+    return {name: f"out{place or ''}" for place, name in enumerate(names)}
+
+
+def refuses_quantize(spec: KernelSpec) -> str | None:
+    """Codes of another element, scales of another storage, activations that have no function, rows that do not fit."""
+    bits, element, group = int(spec.option("bits")), spec.option("element", "int"), int(spec.option("group_size", -1))
+    if element != "int" or not 2 <= bits <= 8:
+        return f"codes are {element} of {bits} bits: expected int of 2 to 8"
+    if group < 1 and group != -1:
+        return f"group_size={group}: expected a positive number, or -1 for the row"
+    scale, wanted = spec.format(results(spec)["scale"]), "fp32" if group == -1 else "fp16"
+    if spec.operator != "quantize_static" and scale != wanted:
+        return f"{results(spec)['scale']} is {scale}: expected {wanted} for the scale of {'a row' if group == -1 else 'groups'}"
+    if spec.format("gate") and spec.option("activation") not in BODIES:
+        return f"activation {spec.option('activation')!r}: expected one of {', '.join(BODIES)}"
+    return refuses_row(spec)
+
+
+def _range(spec: KernelSpec) -> Lines:
+    """`spread`, the scale of a group from `greatest` and `least`; for asymmetric codes also `middle`, the zero point."""
+    bits, clip = int(spec.option("bits")), float(spec.option("clip", 1.0))
+    half, whole = 1 << (bits - 1), int(spec.option("group_size")) == -1
+    store = ["if (spread == 0.0f) spread = 1.0f;", *when(not whole, ["spread = stored_half(spread);"])]
+    if not asymmetric(spec):
+        # The end of larger magnitude becomes the lowest code, its sign kept in the scale: one level more for the longer tail.
+        return [f"float spread = (greatest > -least ? greatest : least) * {number(-clip / half)};", *store]
+    return [
+        *when(clip != 1.0, [f"greatest *= {number(clip)};", f"least *= {number(clip)};"]),
+        f"float spread = (greatest - least) / {number(2 * half - 1)};",
+        *store,
+        f"const int middle = rounded(splat(-least / spread), 0.0f, {number(2 * half - 1)})[0] - {half};",
+    ]
+
+
+def _codes(spec: KernelSpec, value: str, zero: bool) -> str:
+    """The codes of a vector, by `spread` and `middle`."""
+    half = 1 << (int(spec.option("bits")) - 1)
+    if not zero:
+        return f"rounded({value} / splat(spread), {number(-half)}, {number(half - 1)})"
+    return f"shifted(rounded({value} / splat(spread), {number(-_FAR)}, {number(_FAR)}), middle, {-half}, {half - 1})"
+
+
+def _quantize(spec: KernelSpec) -> Lines:
+    """Codes, scales and zero points of the finished row, stored."""
+    name, places = row_of(spec).name, results(spec)
+    value, whole = f"load({name} + column, count)", int(spec.option("group_size")) == -1
+    zero = asymmetric(spec)
+    return [
+        f"int8_t* codes_row = {places['codes']}.row<int8_t>(row);",
+        f"{'float' if whole else 'fp16'}* scale_row = {places['scale']}.row<{'float' if whole else 'fp16'}>(row);",
+        *when(zero, [f"int32_t* zero_row = {places.get('zero')}.row<int32_t>(row);"]),
+        *block(
+            "for (int64_t group = 0; group < groups; group++)",
+            [
+                "const int64_t first = group * group_columns, last = std::min(columns, first + group_columns);",
+                "// Every range holds 0, which changes neither the longer end nor an asymmetric range.",
+                "Floats high{}, low{};",
+                *vectors(
+                    [f"const Floats value = {value};", "high = largest(high, value);", "low = -largest(-low, -value);"], "first", "last"
+                ),
+                "float greatest = largest(high), least = -largest(-low);",
+                *_range(spec),
+                *vectors([f"store_codes(codes_row + column, {_codes(spec, value, zero)}, count);"], "first", "last"),
+                "store(scale_row + group, splat(spread), 1);",
+                *when(zero, ["zero_row[group] = middle;"]),
+            ],
+        ),
+    ]
+
+
+def emit_rows(spec: KernelSpec) -> Kernel:
+    """Rows from their source over their rotation to codes."""
+    group = int(spec.option("group_size"))
+    size = spec.size("K") if group == -1 else min(group, spec.size("K"))
+    numbers = {"group_columns": (size, "that share a scale"), "groups": (-(-spec.size("K") // size), "of a row")}
+    body = [
+        *row_constants(row_of(spec)),
+        *constants(numbers),
+        *every_row([*row_lines(spec), *_quantize(spec)], f"{results(spec)['codes']}.rows()"),
+    ]
+    helpers = [*row_helpers(spec), _ROUNDED, *([_SHIFTED] if asymmetric(spec) else []), _STORE, *([] if group == -1 else [_HALF])]
+    return kernel(spec, OPERATORS[spec.operator].present(spec), body, helpers)
+
+
+def emit_hadamard(spec: KernelSpec) -> Kernel:
+    """Rotated rows."""
+    row = row_of(spec)
+    copy = vectors([f"store(to + column, load({row.name} + column), count);"])
+    body = [*row_constants(row), *every_row([*row_lines(spec), "float* to = out.row<float>(row);", *copy])]
+    return kernel(spec, OPERATORS[spec.operator].present(spec), body, row_helpers(spec))
+
+
+def emit_static(spec: KernelSpec) -> Kernel:
+    """Codes by one scale and zero point for the whole tensor."""
+    zero = spec.format("zero") is not None
+    body = [
+        *constants({"columns": (spec.size("K"), "of a row")}),
+        "const float spread = *scale.at<float>();",
+        *when(zero, ["const int middle = *zero.at<int32_t>();"]),
+        *every_row(
+            [
+                "const float* from = x.row<float>(row);",
+                "int8_t* codes_row = out.row<int8_t>(row);",
+                *vectors([f"store_codes(codes_row + column, {_codes(spec, 'load(from + column, count)', zero)}, count);"]),
+            ]
+        ),
+    ]
+    helpers = [EVERY_VECTOR, _ROUNDED, *([_SHIFTED] if zero else []), _STORE]
+    return kernel(spec, OPERATORS[spec.operator].present(spec), body, helpers)
+
+
+_FLOAT = ("fp32",)
+_RANGE = ("bits", "clip", "element", "group_size")
+_NORM = ("eps", "offset")
+_SCALES = ("fp32", "fp16")
+_MATRIX = {"matrix": _FLOAT}
+
+
+def _rows(sources: Mapping[str, tuple[str, ...]], options: tuple[str, ...], required: tuple[str, ...], zero: bool) -> Operator:
+    """An operator that quantizes rows: what it reads, its options beside the range's, and whether codes have zero points."""
+    kinds = [*([_FLOAT] if "residual" in sources else []), ("i8",), _SCALES, *([("i32",)] if zero else [])]
+    return Operator(
+        emit=emit_rows,
+        operands={**sources, **{f"out{place or ''}": kind for place, kind in enumerate(kinds)}},
+        optional=frozenset({"weight", "matrix"}),
+        sizes=("K",),
+        options=(*_RANGE, *options),
+        required=("bits", "group_size", *required),
+        refuses=refuses_quantize,
+    )
+
+
+def _producers() -> dict[str, Operator]:
+    x, normed = {"x": _FLOAT}, {"x": _FLOAT, "weight": _FLOAT, **_MATRIX}
+    summed = {"x": _FLOAT, "residual": _FLOAT, "weight": _FLOAT, **_MATRIX}
+    gated = {"gate": _FLOAT, "up": _FLOAT, **_MATRIX}
+    rotated = ("hadamard_size",)
+    made = {}
+    for ending in ("", "_asym"):
+        zero = bool(ending)
+        made[f"quantize_activation{ending}"] = _rows(x, (), (), zero)
+        made[f"hadamard_quantize{ending}"] = _rows({**x, **_MATRIX}, rotated, rotated, zero)
+        made[f"norm_quantize{ending}"] = _rows(normed, (*rotated, *_NORM), ("eps",), zero)
+        made[f"add_norm_quantize{ending}"] = _rows(summed, (*rotated, *_NORM), ("eps",), zero)
+        made[f"gated_quantize{ending}"] = _rows(gated, (*rotated, "activation"), ("activation",), zero)
+    return made
+
+
+OPERATORS: dict[str, Operator] = {
+    **_producers(),
+    "hadamard": Operator(
+        emit=emit_hadamard, operands={"x": _FLOAT, **_MATRIX, "out": _FLOAT}, optional=frozenset({"matrix"}), sizes=("K",),
+        options=("hadamard_size",), required=("hadamard_size",), refuses=refuses_row,
+    ),
+    "quantize_static": Operator(
+        emit=emit_static, operands={"x": _FLOAT, "scale": _FLOAT, "zero": ("i32",), "out": ("i8",)}, optional=frozenset({"zero"}),
+        sizes=("K",), options=("bits", "element"), required=("bits",), refuses=refuses_quantize,
+    ),
+}  # fmt: skip
