@@ -12,9 +12,21 @@ STRETCH = 64
 """Keys whose scores are computed before they are weighed: their sums of weights and values join what came before."""
 
 
+_FLOAT_COPY = block(
+    "for (int64_t dim = 0; dim < dims; dim += LANES)",
+    [
+        "const int64_t count = std::min<int64_t>(LANES, dims - dim);",
+        "store(key_place + dim, load(key + dim, count), count);",
+        "store(value_place + dim, load(value + dim, count), count);",
+    ],
+)
+_PACKED_COPY = ["std::copy_n(key, k.size[3], key_place);", "std::copy_n(value, v.size[3], value_place);"]
+"""Vectors that are packed already, keys and values each as wide as they are."""
+
+
 def emit_append(spec: KernelSpec) -> Kernel:
     """Store k, v [B, L, S, D] at `positions` [B, S] of keys, values [P, L, R, D]; a thread takes heads of tokens."""
-    kind = type_of(spec, "keys")
+    kind, given = type_of(spec, "keys"), type_of(spec, "k")
     body = [
         *constants({"heads": (spec.size("L"), "of keys and values"), "dims": (spec.size("D"), "of a head")}),
         "const int64_t tokens = positions.size[1], page_tokens = keys.size[2];",
@@ -25,17 +37,10 @@ def emit_append(spec: KernelSpec) -> Kernel:
                 "// -1 is padding; a place beyond the table would be another sequence's page.",
                 "if (position < 0 || position / page_tokens >= page_table.size[1]) continue;",
                 "const int64_t page = *page_table.at<int32_t>(batch, position / page_tokens);",
-                "const float *key = k.at<float>(batch, head, token), *value = v.at<float>(batch, head, token);",
+                f"const {given} *key = k.at<{given}>(batch, head, token), *value = v.at<{given}>(batch, head, token);",
                 f"{kind}* key_place = keys.at<{kind}>(page, head, position % page_tokens);",
                 f"{kind}* value_place = values.at<{kind}>(page, head, position % page_tokens);",
-                *block(
-                    "for (int64_t dim = 0; dim < dims; dim += LANES)",
-                    [
-                        "const int64_t count = std::min<int64_t>(LANES, dims - dim);",
-                        "store(key_place + dim, load(key + dim, count), count);",
-                        "store(value_place + dim, load(value + dim, count), count);",
-                    ],
-                ),
+                *(_PACKED_COPY if kind == "uint8_t" else _FLOAT_COPY),
             ],
             "k.size[0] * heads * tokens",
         ),
@@ -144,19 +149,30 @@ def _any_bucket(spec: KernelSpec) -> KernelSpec:
 
 
 def refuses_cache(spec: KernelSpec) -> str | None:
-    """Keys and values of different types, heads that do not divide."""
+    """Keys and values of different types, heads that do not divide, bytes that do not come as bytes."""
     if spec.operator == "cache_attend" and spec.size("H") % spec.size("L"):
         return f"H={spec.size('H')}, L={spec.size('L')}: expected whole groups of query heads"
+    wanted = "uint8" if _is_packed(spec) else "fp32"
+    wrong = [name for name in ("k", "v") if spec.operator == "cache_append_" and spec.format(name) != wanted]
+    if wrong:
+        return f"{wrong[0]} is {spec.format(wrong[0])}: expected {wanted} for keys of {spec.format('keys')}"
     return same_storage(spec, "keys", "values")
+
+
+def _is_packed(spec: KernelSpec) -> bool:
+    return spec.format("keys") == "uint8"
 
 
 _FLOAT, _STORED = ("fp32",), ("fp32", "fp16", "bf16")
 APPEND = Operator(
     emit=emit_append,
-    operands={"keys": _STORED, "values": _STORED, "k": _FLOAT, "v": _FLOAT, "page_table": ("i32",), "positions": ("i64",)},
+    operands={
+        "keys": (*_STORED, "uint8"), "values": (*_STORED, "uint8"), "k": (*_FLOAT, "uint8"), "v": (*_FLOAT, "uint8"),
+        "page_table": ("i32",), "positions": ("i64",),
+    },
     sizes=("L", "D"),
     refuses=refuses_cache,
-)
+)  # fmt: skip
 ATTEND = Operator(
     emit=emit_attend,
     operands={
