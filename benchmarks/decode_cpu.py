@@ -49,8 +49,9 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     result = {
         "date": datetime.date.today().isoformat(), "processor": platform.processor() or platform.machine(), "model": model.name,
-        "target": options.target, "engine": options.engine, "threads": options.threads, "tokens": options.tokens, "tokens_per_second": medians,
-        "all": speeds, "ratio": medians["qcompile"] / medians["llama.cpp"], "command": " ".join(["python", *sys.argv]),
+        "target": options.target, "engine": options.engine, "threads": options.threads, "tokens": options.tokens,
+        "tokens_per_second": medians, "all": speeds, "ratio": medians["qcompile"] / medians["llama.cpp"],
+        "command": " ".join(["python", *sys.argv]),
     }  # fmt: skip
     path = Path(__file__).parent / "results" / f"{result['date']}-decode-cpu-{options.threads}t.json"
     path.parent.mkdir(exist_ok=True)

@@ -44,7 +44,8 @@ def main() -> None:
     if chosen.out is not None:
         written = {name: value for name, value in plan.to_dict().items() if name not in ("coverage", "cache", "model")}
         measured = {
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "command": " ".join(["python -m benchmarks.plan_70b", *sys.argv[1:]]), "machine": platform.machine(),
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "machine": platform.machine(),
+            "command": " ".join(["python -m benchmarks.plan_70b", *sys.argv[1:]]),
             "seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1), "load": os.getloadavg(), "peak_memory_bytes": peak,
             "shape": SHAPE, "recipe": chosen.recipe, "left_alone": len(plan.left_alone), "operators": len(plan.coverage),
         }  # fmt: skip

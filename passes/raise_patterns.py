@@ -88,6 +88,14 @@ def _rms_norm(graph: Graph, node: fx.Node, bound: Bindings) -> fx.Node | None:
     )
 
 
+def _fused_rms_norm(graph: Graph, node: fx.Node, bound: Bindings) -> fx.Node | None:
+    """Torch's own operator, such as `torch.nn.RMSNorm` calls; the front end has given it an epsilon."""
+    x, axes, weight, eps = (*bound["node"].args, None, None)[:4]
+    if len(axes) != 1 or eps is None:
+        return None
+    return graph.insert(node, qcompile.rms_norm.default, (x, weight, float(eps), 0.0), source=node)
+
+
 _HALF_TURN = call(
     aten.cat.default,
     [
@@ -258,6 +266,7 @@ RULES: tuple[Rule, ...] = (
     # With a gain before without: the bare norm is inside the other.
     Rule((_MUL,), call(_MUL, _NORMED, _GAIN, commutes=True), _rms_norm),
     Rule((_MUL,), _NORMED, _rms_norm),
+    Rule((aten.rms_norm.default,), Var("node"), _fused_rms_norm),
     Rule((_ADD,), _ROPE, _rope),
     Rule((_MUL,), _table_pattern(aten.cos.default), _rotary_table(0)),
     Rule((_MUL,), _table_pattern(aten.sin.default), _rotary_table(1)),

@@ -119,7 +119,8 @@ class Converter:
         if node.target in IDENTITIES:
             return args[0]
         target = counterpart(node) if writes(node) else self._plain(node)
-        copied = self._place(self.nodes.create_node("call_function", target, tuple(args), dict(kwargs), node.name), node)  # type: ignore[arg-type]
+        args = _with_epsilon(node, tuple(args))
+        copied = self._place(self.nodes.create_node("call_function", target, args, dict(kwargs), node.name), node)  # type: ignore[arg-type]
         if writes(node):
             self.mapping[node.args[0]] = copied  # type: ignore[index]  # later users of what was written see the new value
         return copied
@@ -176,6 +177,13 @@ class Converter:
                 f"in the trace {[node.name for node in order]}; use tuples, lists and dicts"
             )
         return template
+
+
+def _with_epsilon(node: fx.Node, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The epsilon of a norm that leaves it to the dtype, which passes may change: that of the dtype it was traced in."""
+    if node.target is not torch.ops.aten.rms_norm.default or (len(args) > 3 and args[3] is not None):
+        return args
+    return (*(*args, None)[:3], torch.finfo(node.meta["val"].dtype).eps)
 
 
 def identity(tensor: Tensor) -> object:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from qcompile.ir.allowed import ALLOWED
 from qcompile.ir.lowered import BUCKETS, Entry, Kernel, Plan, Step
-from qcompile.ir.memory import buffers_in
+from qcompile.ir.memory import buffers_in, undecided_sizes
 from qcompile.ir.operands import bind_arguments, output_name
 
 INSTRUCTION_SETS: dict[str, frozenset[str]] = {
@@ -70,7 +70,9 @@ class Segment:
 
 
 def segments(entry: Entry, kernels: Mapping[str, Kernel]) -> list[Segment]:
-    """The longest runs of steps that have C++ kernels."""
+    """The longest runs of steps that have C++ kernels; none in an entry with sizes that values decide, which is bound as it runs."""
+    if undecided_sizes(entry):
+        return []
     found: list[Segment] = []
     calls: list[NativeCall] = []
     table: dict[tuple[str, str], int] = {}

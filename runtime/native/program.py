@@ -29,13 +29,13 @@ class NativeProgram(Program):
         self._runs = {call.place: run for run in runs for call in run.calls}
         super().__init__(entry, sizes, constants, states, arena, kernels)
 
-    def _bind(self, step: Step, kernels: Kernels) -> None:
+    def _bind(self, step: Step, kernels: Kernels) -> Call | None:
         place, self._number = self._number, self._number + 1
         run = self._runs.get(place)
         if run is None:
-            super()._bind(step, kernels)
-        elif place == run.calls[-1].place:  # by then every view inside the run is made
-            self.calls.append(self._call(run))
+            return super()._bind(step, kernels)
+        # By the last step of a run every view inside it is made.
+        return self._call(run) if place == run.calls[-1].place else None
 
     def _call(self, run: Segment) -> Call:
         tensors = [self._operand(run, name, layout) for name, layout in run.table]

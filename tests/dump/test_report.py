@@ -112,6 +112,7 @@ def test_the_script_makes_no_markup_and_asks_for_nothing() -> None:
     assert set(re.findall(r"https?://[^\"'\s]+", text + asset("report.css"))) == {"http://www.w3.org/2000/svg"}
     assert "</script" not in text
     assert max(len(asset(f"{name}.js").splitlines()) for name in SCRIPTS) <= 400
+    assert max(map(len, text.splitlines())) <= 140
 
 
 def test_every_node_is_sent_once(reported: Path) -> None:

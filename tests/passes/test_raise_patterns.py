@@ -31,6 +31,16 @@ def test_rms_norm_with_either_gain(offset: bool) -> None:
     assert norm.args[2:] == (1e-5, 1.0 if offset else 0.0)
 
 
+@pytest.mark.parametrize("eps", [None, 1e-5])
+@pytest.mark.parametrize("gain", [True, False])
+def test_the_norm_of_torch_is_raised_too(eps: float | None, gain: bool) -> None:
+    graph = raised(nn.RMSNorm(16, eps=eps, elementwise_affine=gain), torch.randn(2, 5, 16))
+    assert names(graph) == ["rms_norm"]
+    (norm,) = graph.calls(torch.ops.qcompile.rms_norm.default)
+    assert (norm.args[1] is not None) == gain
+    assert norm.args[2:] == (eps or torch.finfo(torch.float32).eps, 0.0)
+
+
 def test_a_norm_over_another_axis_is_left_alone() -> None:
     class Wrong(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ function align(before, after) {
   let [i, j] = [0, 0];
   for (const [from, to] of [...increasing(common), [before.length, after.length]]) {
     rows.push(...gap(before.slice(i, from), after.slice(j, to)));
-    if (from < before.length) rows.push({ kind: sideText(before[from]) === sideText(after[to]) ? "same" : "changed", a: before[from], b: after[to] });
+    if (from < before.length)
+      rows.push({ kind: sideText(before[from]) === sideText(after[to]) ? "same" : "changed", a: before[from], b: after[to] });
     [i, j] = [from + 1, to + 1];
   }
   return markMoved(rows);
@@ -18,9 +19,11 @@ function align(before, after) {
 
 /** The longest run of pairs that rises on both sides: patience sorting, n log n. */
 function increasing(pairs) {
-  const tails = [], previous = [];
+  const tails = [],
+    previous = [];
   pairs.forEach(([, value], index) => {
-    let low = 0, high = tails.length;
+    let low = 0,
+      high = tails.length;
     while (low < high) {
       const middle = (low + high) >> 1;
       if (pairs[tails[middle]][1] < value) low = middle + 1;

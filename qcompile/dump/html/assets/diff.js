@@ -16,7 +16,9 @@ class DiffView {
   /** Show what lies between the listings after passes `from` and `to`, with a node chosen. */
   show(from, to, name) {
     if (this.model.listings.length < 2) {
-      return this.root.replaceChildren(empty("A diff needs a dump: an artifact holds the last graph only.", "qcompile compile MODEL --target T -o OUT --dump DIR"));
+      return this.root.replaceChildren(
+        empty("A diff needs a dump: an artifact holds the last graph only.", "qcompile compile MODEL --target T -o OUT --dump DIR"),
+      );
     }
     const [before, after] = this.pair(from, to);
     if (before !== this.before || after !== this.after) this.draw(before, after);
@@ -32,14 +34,25 @@ class DiffView {
     [this.before, this.after] = [before, after];
     const sections = compareListings(before, after);
     const changed = sections.filter((section) => section.rows.some((row) => row.kind !== "same"));
-    const groups = this.folded ? foldAlike(changed, (section) => alikeRows(section.rows)) : changed.map((section) => ({ sections: [section], title: section.key }));
+    const groups = this.folded
+      ? foldAlike(changed, (section) => alikeRows(section.rows))
+      : changed.map((section) => ({ sections: [section], title: section.key }));
     const total = groups.reduce((sum, group) => sum + group.sections[0].rows.filter((row) => row.kind !== "same").length, 0);
     this.blocks = groups.map((group) => this.block(group, total < 1500 || groups.length === 1));
     const unchanged = sections.length - changed.length;
     this.root.replaceChildren(
       this.tools(countKinds(sections)),
-      h("div", { class: "heads", "aria-hidden": "true" }, h("span", {}, `${before.number} ${before.label}`), h("span", {}, `${after.number} ${after.label}`)),
-      h("div", { class: "hunks" }, this.blocks.map((block) => block.element)),
+      h(
+        "div",
+        { class: "heads", "aria-hidden": "true" },
+        h("span", {}, `${before.number} ${before.label}`),
+        h("span", {}, `${after.number} ${after.label}`),
+      ),
+      h(
+        "div",
+        { class: "hunks" },
+        this.blocks.map((block) => block.element),
+      ),
       !groups.length && h("p", { class: "empty" }, "These two are the same."),
       unchanged > 0 && groups.length > 0 && h("p", { class: "caption" }, `${unchanged} more sections are the same on both sides.`),
     );
@@ -49,22 +62,36 @@ class DiffView {
   tools(counts) {
     const options = this.model.listings.map((item) => [item.number, `${item.number} ${item.label}`]);
     const goTo = (from, to) => go(`#diff/${from}..${to}`);
-    const redraw = (folded) => { this.folded = folded; this.draw(this.before, this.after); };
-    return h("div", { class: "tools" },
+    const redraw = (folded) => {
+      this.folded = folded;
+      this.draw(this.before, this.after);
+    };
+    return h(
+      "div",
+      { class: "tools" },
       choice("from", options, this.before.number, (number) => goTo(number, this.after.number)),
       choice("to", options, this.after.number, (number) => goTo(this.before.number, number)),
       h("span", { class: "steps" }, this.step("[", "the pass before", -1), this.step("]", "the pass after", 1)),
       toggle("fold alike layers", this.folded, redraw),
-      h("span", { class: "sum", role: "status" },
-        h("span", { class: "added" }, `+${counts.added}`), h("span", { class: "removed" }, `−${counts.removed}`),
-        h("span", { class: "changed" }, `~${counts.changed + counts.replaced}`), h("span", {}, `${counts.same.toLocaleString("en")} the same`)),
+      h(
+        "span",
+        { class: "sum", role: "status" },
+        h("span", { class: "added" }, `+${counts.added}`),
+        h("span", { class: "removed" }, `−${counts.removed}`),
+        h("span", { class: "changed" }, `~${counts.changed + counts.replaced}`),
+        h("span", {}, `${counts.same.toLocaleString("en")} the same`),
+      ),
     );
   }
 
   /** One pass on or back: the listing and the one before it. */
   step(key, label, by) {
     const to = this.neighbour(by);
-    return h("button", { type: "button", "aria-label": label, title: `${label} (${key})`, disabled: !to, onclick: () => this.move(by) }, by < 0 ? "‹" : "›");
+    return h(
+      "button",
+      { type: "button", "aria-label": label, title: `${label} (${key})`, disabled: !to, onclick: () => this.move(by) },
+      by < 0 ? "‹" : "›",
+    );
   }
 
   neighbour(by) {
@@ -78,15 +105,29 @@ class DiffView {
   }
 
   block(group, open) {
-    const rows = group.sections[0].rows, several = group.sections.length > 1;
+    const rows = group.sections[0].rows,
+      several = group.sections.length > 1;
     const counts = countKinds([group.sections[0]]);
     const body = h("div", { class: "rows" });
-    const element = h("details", { class: `section${several ? " folded" : ""}`, open },
-      h("summary", { tabindex: "-1" }, h("b", {}, group.title), several && h("span", { class: "times" }, `${group.sections.length} alike`),
-        h("span", { class: "sum" },
-          counts.added > 0 && h("span", { class: "added" }, `+${counts.added}`), counts.removed > 0 && h("span", { class: "removed" }, `−${counts.removed}`),
-          counts.changed + counts.replaced > 0 && h("span", { class: "changed" }, `~${counts.changed + counts.replaced}`), several && h("span", {}, "each"))),
-      body);
+    const element = h(
+      "details",
+      { class: `section${several ? " folded" : ""}`, open },
+      h(
+        "summary",
+        { tabindex: "-1" },
+        h("b", {}, group.title),
+        several && h("span", { class: "times" }, `${group.sections.length} alike`),
+        h(
+          "span",
+          { class: "sum" },
+          counts.added > 0 && h("span", { class: "added" }, `+${counts.added}`),
+          counts.removed > 0 && h("span", { class: "removed" }, `−${counts.removed}`),
+          counts.changed + counts.replaced > 0 && h("span", { class: "changed" }, `~${counts.changed + counts.replaced}`),
+          several && h("span", {}, "each"),
+        ),
+      ),
+      body,
+    );
     const pager = new Pager(body, this.hunks(rows));
     const block = { group, element, pager, fill: once(() => pager.next()) };
     element.addEventListener("toggle", () => element.open && block.fill());
@@ -114,11 +155,20 @@ class DiffView {
   }
 
   more(run) {
-    const button = h("button", { class: "more", type: "button", tabindex: "-1", onclick: () => {
-      const rows = run.map((row) => this.row(row));
-      button.replaceWith(...rows);
-      rows[0].querySelector("a").focus();
-    } }, `${run.length} the same`);
+    const button = h(
+      "button",
+      {
+        class: "more",
+        type: "button",
+        tabindex: "-1",
+        onclick: () => {
+          const rows = run.map((row) => this.row(row));
+          button.replaceWith(...rows);
+          rows[0].querySelector("a").focus();
+        },
+      },
+      `${run.length} the same`,
+    );
     return button;
   }
 
@@ -126,13 +176,23 @@ class DiffView {
     const [before, after] = [row.a && shownText(row.a, row.b), row.b && shownText(row.b, row.a)];
     const [left, right] = row.a && row.b ? wordSpans(before, after) : [before, after];
     const [minus, plus] = GLYPHS[row.kind];
-    return h("div", { class: `pair ${row.kind}${row.moved ? " moved" : ""}` }, this.side(row.a, left, minus, this.before), this.side(row.b, right, plus, this.after));
+    return h(
+      "div",
+      { class: `pair ${row.kind}${row.moved ? " moved" : ""}` },
+      this.side(row.a, left, minus, this.before),
+      this.side(row.b, right, plus, this.after),
+    );
   }
 
   side(node, text, glyph, listing) {
     if (!node) return h("span", { class: "side none" });
     const href = `#diff/${this.before.number}..${this.after.number}?node=${encodeURIComponent(node.name)}@${listing.number}`;
-    return h("a", { class: "side", href, "data-name": node.name, tabindex: "-1" }, h("span", { class: "glyph" }, glyph), h("span", { class: "text" }, text));
+    return h(
+      "a",
+      { class: "side", href, "data-name": node.name, tabindex: "-1" },
+      h("span", { class: "glyph" }, glyph),
+      h("span", { class: "text" }, text),
+    );
   }
 
   /** Mark both sides of a node; a section in which it stands is unfolded. */
@@ -190,5 +250,10 @@ class Pager {
 
 function once(action) {
   let done = false;
-  return () => { if (!done) { done = true; action(); } };
+  return () => {
+    if (!done) {
+      done = true;
+      action();
+    }
+  };
 }

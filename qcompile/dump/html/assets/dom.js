@@ -32,15 +32,39 @@ function breakable(name) {
 /** A table of rows of cells; `numbers` are the columns aligned right. */
 function table(headers, rows, numbers = [], name = "") {
   const side = (index) => (numbers.includes(index) ? "number" : undefined);
-  return h("table", { class: name || undefined },
-    h("thead", {}, h("tr", {}, headers.map((text, index) => h("th", { scope: "col", class: side(index) }, text)))),
-    h("tbody", {}, rows.map((cells) => h("tr", {}, cells.map((cell, index) => h("td", { class: side(index) }, cell))))),
+  return h(
+    "table",
+    { class: name || undefined },
+    h(
+      "thead",
+      {},
+      h(
+        "tr",
+        {},
+        headers.map((text, index) => h("th", { scope: "col", class: side(index) }, text)),
+      ),
+    ),
+    h(
+      "tbody",
+      {},
+      rows.map((cells) =>
+        h(
+          "tr",
+          {},
+          cells.map((cell, index) => h("td", { class: side(index) }, cell)),
+        ),
+      ),
+    ),
   );
 }
 
 /** A labelled drop-down of [value, text] pairs. */
 function choice(label, options, chosen, onchange) {
-  const select = h("select", { onchange: () => onchange(select.value) }, options.map(([value, text]) => h("option", { value }, text)));
+  const select = h(
+    "select",
+    { onchange: () => onchange(select.value) },
+    options.map(([value, text]) => h("option", { value }, text)),
+  );
   select.value = chosen;
   return h("label", { class: "choice" }, h("span", {}, label), select);
 }
@@ -63,7 +87,8 @@ function roving(container, selector) {
     list[Math.min(Math.max(to, 0), list.length - 1)]?.focus();
   };
   container.addEventListener("keydown", (event) => {
-    const list = items(), at = list.indexOf(document.activeElement);
+    const list = items(),
+      at = list.indexOf(document.activeElement);
     if (at >= 0) step(event, list, at);
   });
   container.addEventListener("focusin", (event) => {
@@ -78,7 +103,8 @@ function roving(container, selector) {
 function bringIntoView(element) {
   if (!element) return;
   if (document.activeElement === document.body && element.matches("a")) element.focus({ preventScroll: true });
-  const box = element.getBoundingClientRect(), room = byId("main").getBoundingClientRect();
+  const box = element.getBoundingClientRect(),
+    room = byId("main").getBoundingClientRect();
   if (box.top < room.top + 56 || box.bottom > room.bottom) element.scrollIntoView({ block: "center" });
 }
 

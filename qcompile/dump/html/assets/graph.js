@@ -26,14 +26,26 @@ class GraphView {
     const layers = sections.filter((section) => section.key.startsWith("layer ")).length;
     this.groups = this.folded ? foldAlike(sections, alikeNodes) : sections.map((section) => ({ sections: [section], title: section.key }));
     this.blocks = this.groups.map((group, index) => this.block(group, index));
-    this.root.replaceChildren(this.tools(listing, layers), h("div", { class: "listing", role: "region", "aria-label": `graph after ${listing.name}` }, this.blocks.map((block) => block.element)));
+    this.root.replaceChildren(
+      this.tools(listing, layers),
+      h(
+        "div",
+        { class: "listing", role: "region", "aria-label": `graph after ${listing.name}` },
+        this.blocks.map((block) => block.element),
+      ),
+    );
     this.root.querySelector("summary")?.setAttribute("tabindex", "0");
   }
 
   tools(listing, layers) {
     const options = this.model.listings.map((item) => [item.number, `${item.number} ${item.label}`]);
-    const redraw = (folded) => { this.folded = folded; this.draw(this.listing); };
-    return h("div", { class: "tools" },
+    const redraw = (folded) => {
+      this.folded = folded;
+      this.draw(this.listing);
+    };
+    return h(
+      "div",
+      { class: "tools" },
       choice("after", options, listing.number, (number) => go(`#graph/${number}`)),
       layers > 1 && toggle("fold alike layers", this.folded, redraw),
       h("span", { class: "sum" }, `${nodesText(listing.nodes.length)}${layers ? `, ${layers} layers` : ""}`),
@@ -43,8 +55,14 @@ class GraphView {
   block(group, index) {
     const body = h("div", { class: "nodes" });
     const several = group.sections.length > 1;
-    const open = !["inputs", "shared constants"].includes(group.title) && (this.folded ? index < 6 || group.title === "after the layers" : false);
-    const element = h("details", { class: `section${several ? " folded" : ""}`, open: open || this.groups.length === 1 }, this.summary(group), body);
+    const open =
+      !["inputs", "shared constants"].includes(group.title) && (this.folded ? index < 6 || group.title === "after the layers" : false);
+    const element = h(
+      "details",
+      { class: `section${several ? " folded" : ""}`, open: open || this.groups.length === 1 },
+      this.summary(group),
+      body,
+    );
     const block = { group, element, body, filled: false };
     element.addEventListener("toggle", () => element.open && this.fill(block));
     if (element.open) this.fill(block);
@@ -52,10 +70,13 @@ class GraphView {
   }
 
   summary(group) {
-    const section = group.sections[0], count = group.sections.length;
-    const bytes = section.nodes.reduce((sum, node) => sum + (node.op === "constant" ? node.bytes ?? 0 : 0), 0);
+    const section = group.sections[0],
+      count = group.sections.length;
+    const bytes = section.nodes.reduce((sum, node) => sum + (node.op === "constant" ? (node.bytes ?? 0) : 0), 0);
     const differing = differencesIn(group).size;
-    return h("summary", { tabindex: "-1" },
+    return h(
+      "summary",
+      { tabindex: "-1" },
       h("b", {}, group.title),
       count > 1 && h("span", { class: "times" }, `${count} alike`),
       h("span", { class: "sum" }, `${nodesText(section.nodes.length)}${bytes ? `, ${bytesText(bytes)}` : ""}${count > 1 ? " each" : ""}`),
@@ -69,14 +90,26 @@ class GraphView {
     const section = this.section(block);
     const differences = differencesIn(block.group);
     const rows = section.nodes.map((node, position) => [node, this.row(node, differences.get(position))]);
-    const constants = rows.filter(([node]) => node.op === "constant"), others = rows.filter(([node]) => node.op !== "constant");
+    const constants = rows.filter(([node]) => node.op === "constant"),
+      others = rows.filter(([node]) => node.op !== "constant");
     const inner = others.length && constants.length > 1;
     const bytes = constants.reduce((sum, [node]) => sum + (node.bytes ?? 0), 0);
-    block.body.replaceChildren(...[
-      block.group.sections.length > 1 && this.picker(block),
-      inner ? h("details", { class: "constants" }, h("summary", { tabindex: "-1" }, `${constants.length} constants, ${bytesText(bytes)}`), constants.map(([, row]) => row)) : constants.map(([, row]) => row),
-      others.map(([, row]) => row),
-    ].flat().filter(Boolean));
+    block.body.replaceChildren(
+      ...[
+        block.group.sections.length > 1 && this.picker(block),
+        inner
+          ? h(
+              "details",
+              { class: "constants" },
+              h("summary", { tabindex: "-1" }, `${constants.length} constants, ${bytesText(bytes)}`),
+              constants.map(([, row]) => row),
+            )
+          : constants.map(([, row]) => row),
+        others.map(([, row]) => row),
+      ]
+        .flat()
+        .filter(Boolean),
+    );
   }
 
   section(block) {
@@ -95,11 +128,20 @@ class GraphView {
   }
 
   row(node, differing) {
-    const why = differing?.map(({ field, values }) => `${field}: ${[...values].map(([value, layers]) => `${value} in ${rangesText(layers)}`).join("; ")}`).join("\n");
-    return h("a", { class: `node ${node.op}`, href: nodeHref(node.name, this.listing.number), "data-name": node.name, tabindex: "-1" },
+    const why = differing
+      ?.map(({ field, values }) => `${field}: ${[...values].map(([value, layers]) => `${value} in ${rangesText(layers)}`).join("; ")}`)
+      .join("\n");
+    return h(
+      "a",
+      { class: `node ${node.op}`, href: nodeHref(node.name, this.listing.number), "data-name": node.name, tabindex: "-1" },
       h("span", { class: "call", title: node.call }, callSpans(node)),
       h("span", { class: "type" }, node.type),
-      h("span", { class: "form" }, node.format && h("span", { class: "format" }, node.format), why && h("span", { class: "differs", title: why }, "≠")),
+      h(
+        "span",
+        { class: "form" },
+        node.format && h("span", { class: "format" }, node.format),
+        why && h("span", { class: "differs", title: why }, "≠"),
+      ),
     );
   }
 

@@ -18,7 +18,9 @@ function sectionsOf(listing) {
 
 /** Each node with its layer or the name of another section; a call of no layer between two of a layer belongs to the one before it. */
 function layersOf(listing) {
-  const layered = listing.nodes.map((node, index) => (node.op === "call" && node.layer !== null ? index : -1)).filter((index) => index >= 0);
+  const layered = listing.nodes
+    .map((node, index) => (node.op === "call" && node.layer !== null ? index : -1))
+    .filter((index) => index >= 0);
   const last = layered.at(-1) ?? -1;
   let current = layered.length ? "before the layers" : "operators";
   return listing.nodes.map((node, index) => {

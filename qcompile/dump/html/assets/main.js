@@ -21,7 +21,9 @@ class Page {
     this.inspector = byId("inspector");
     roving(byId("view-pipeline"), "a.row-link");
     roving(byId("view-kernels"), "a.row-link");
-    byId("view-pipeline").querySelectorAll("tbody tr").forEach((row) => row.addEventListener("click", () => go(passHref(row.dataset.number))));
+    byId("view-pipeline")
+      .querySelectorAll("tbody tr")
+      .forEach((row) => row.addEventListener("click", () => go(passHref(row.dataset.number))));
     drawFormats(model, byId("weights-by-format"));
     window.addEventListener("hashchange", () => this.route());
     document.addEventListener("keydown", (event) => this.key(event));
@@ -32,7 +34,9 @@ class Page {
     const { view, argument, node, pass, kernel } = parse(location.hash, this.model);
     this.view = view;
     for (const name of VIEWS) byId(`view-${name}`).hidden = name !== view;
-    document.querySelectorAll("nav a").forEach((link) => (link.dataset.view === view ? link.setAttribute("aria-current", "page") : link.removeAttribute("aria-current")));
+    document
+      .querySelectorAll("nav a")
+      .forEach((link) => (link.dataset.view === view ? link.setAttribute("aria-current", "page") : link.removeAttribute("aria-current")));
     // The panel first: what it takes of the width is known when the view scrolls to its place.
     this.inspect(node, pass, kernel);
     this.draw(view, argument, node, pass, kernel);
@@ -49,7 +53,13 @@ class Page {
   }
 
   inspect(node, pass, kernel) {
-    const content = node ? nodeDetails(this.model, node.name, node.number) : kernel ? kernelDetails(this.model, kernel) : pass ? passDetails(this.model, pass) : undefined;
+    const content = node
+      ? nodeDetails(this.model, node.name, node.number)
+      : kernel
+        ? kernelDetails(this.model, kernel)
+        : pass
+          ? passDetails(this.model, pass)
+          : undefined;
     this.inspector.hidden = !content;
     this.inspector.classList.toggle("wide", Boolean(kernel));
     this.inspector.replaceChildren(...(content ?? []).flat(Infinity).filter(Boolean));
@@ -70,7 +80,14 @@ class Page {
 
   actions() {
     const views = Object.fromEntries(VIEWS.map((view, index) => [String(index + 1), () => go(`#${view}`)]));
-    return { ...views, "/": () => byId("search").select(), "?": () => byId("keys").showModal(), t: nextTheme, "[": () => this.step(-1), "]": () => this.step(1) };
+    return {
+      ...views,
+      "/": () => byId("search").select(),
+      "?": () => byId("keys").showModal(),
+      t: nextTheme,
+      "[": () => this.step(-1),
+      "]": () => this.step(1),
+    };
   }
 
   escape() {
@@ -125,15 +142,17 @@ function resolved(address, model) {
 }
 
 function markPass(number) {
-  byId("view-pipeline").querySelectorAll("tbody tr").forEach((row) => {
-    const chosen = row.dataset.number === number;
-    if (chosen) row.setAttribute("aria-current", "true");
-    else row.removeAttribute("aria-current");
-    const link = row.querySelector("a.row-link");
-    link.setAttribute("tabindex", chosen || (!number && row.dataset.number === "000") ? "0" : "-1");
-    if (chosen) row.scrollIntoView({ block: "nearest" });
-    if (chosen && link.closest("tbody").contains(document.activeElement)) link.focus();
-  });
+  byId("view-pipeline")
+    .querySelectorAll("tbody tr")
+    .forEach((row) => {
+      const chosen = row.dataset.number === number;
+      if (chosen) row.setAttribute("aria-current", "true");
+      else row.removeAttribute("aria-current");
+      const link = row.querySelector("a.row-link");
+      link.setAttribute("tabindex", chosen || (!number && row.dataset.number === "000") ? "0" : "-1");
+      if (chosen) row.scrollIntoView({ block: "nearest" });
+      if (chosen && link.closest("tbody").contains(document.activeElement)) link.focus();
+    });
 }
 
 /** Close the panel: the address without what it showed. */
@@ -155,12 +174,37 @@ function drawFormats(model, root) {
   const order = [...sizes].sort((a, b) => b[1] - a[1]);
   let x = 0;
   const bars = order.map(([form, bytes], index) => {
-    const width = (bytes / total) * 1000, bar = s("rect", { class: `format-${Math.min(index, 5)}`, x, y: 0, width: Math.max(width - 2, 1), height: 18 }, s("title", {}, `${form}: ${bytesText(bytes)}`));
+    const width = (bytes / total) * 1000,
+      bar = s(
+        "rect",
+        { class: `format-${Math.min(index, 5)}`, x, y: 0, width: Math.max(width - 2, 1), height: 18 },
+        s("title", {}, `${form}: ${bytesText(bytes)}`),
+      );
     x += width;
     return bar;
   });
-  root.replaceChildren(h("h2", {}, "Constants by format"), s("svg", { class: "formats", viewBox: "0 0 1000 18", preserveAspectRatio: "none", role: "img", "aria-label": "bytes of constants by format" }, bars),
-    h("p", { class: "keyed" }, order.map(([form, bytes], index) => h("span", {}, h("i", { class: `swatch format-${Math.min(index, 5)}` }), `${form} `, h("b", {}, bytesText(bytes)), ` ${((100 * bytes) / total).toFixed(1)} %`))));
+  root.replaceChildren(
+    h("h2", {}, "Constants by format"),
+    s(
+      "svg",
+      { class: "formats", viewBox: "0 0 1000 18", preserveAspectRatio: "none", role: "img", "aria-label": "bytes of constants by format" },
+      bars,
+    ),
+    h(
+      "p",
+      { class: "keyed" },
+      order.map(([form, bytes], index) =>
+        h(
+          "span",
+          {},
+          h("i", { class: `swatch format-${Math.min(index, 5)}` }),
+          `${form} `,
+          h("b", {}, bytesText(bytes)),
+          ` ${((100 * bytes) / total).toFixed(1)} %`,
+        ),
+      ),
+    ),
+  );
 }
 
 function setTheme(theme) {
@@ -174,7 +218,9 @@ function nextTheme() {
   setTheme(theme);
   try {
     localStorage.setItem("qcompile-theme", theme);
-  } catch { /* a browser that keeps nothing for files */ }
+  } catch {
+    /* a browser that keeps nothing for files */
+  }
 }
 
 function storedTheme() {

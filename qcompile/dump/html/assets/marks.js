@@ -13,7 +13,12 @@ function callSpans(node) {
   if (!parts) return [h("span", { class: "arguments" }, node.call)];
   const [, name, operator, rest] = parts;
   if (node.op === "constant") return [h("span", { class: "result" }, rest)];
-  return [h("span", { class: "result" }, name), " = ", h("span", { class: "operator" }, operator), h("span", { class: "arguments" }, `(${rest})`)];
+  return [
+    h("span", { class: "result" }, name),
+    " = ",
+    h("span", { class: "operator" }, operator),
+    h("span", { class: "arguments" }, `(${rest})`),
+  ];
 }
 
 /** The call with every node that it reads as a link into the same listing. */
@@ -38,12 +43,17 @@ function wordSpans(before, after) {
 function commonWords(a, b) {
   const best = Array.from({ length: a.length + 1 }, () => new Uint16Array(b.length + 1));
   for (let i = a.length - 1; i >= 0; i -= 1) {
-    for (let j = b.length - 1; j >= 0; j -= 1) best[i][j] = a[i] === b[j] ? best[i + 1][j + 1] + 1 : Math.max(best[i + 1][j], best[i][j + 1]);
+    for (let j = b.length - 1; j >= 0; j -= 1)
+      best[i][j] = a[i] === b[j] ? best[i + 1][j + 1] + 1 : Math.max(best[i + 1][j], best[i][j + 1]);
   }
   const [keepA, keepB] = [new Set(), new Set()];
   for (let i = 0, j = 0; i < a.length && j < b.length;) {
-    if (a[i] === b[j]) { keepA.add(i); keepB.add(j); i += 1; j += 1; }
-    else if (best[i + 1][j] >= best[i][j + 1]) i += 1;
+    if (a[i] === b[j]) {
+      keepA.add(i);
+      keepB.add(j);
+      i += 1;
+      j += 1;
+    } else if (best[i + 1][j] >= best[i][j + 1]) i += 1;
     else j += 1;
   }
   return [keepA, keepB];
@@ -52,14 +62,19 @@ function commonWords(a, b) {
 function spans(list, kept) {
   const runs = [];
   list.forEach((word, index) => {
-    const same = kept.has(index), run = runs.at(-1);
+    const same = kept.has(index),
+      run = runs.at(-1);
     if (run && run.same === same) run.text += word;
     else runs.push({ same, text: word });
   });
   return runs.map(({ same, text }) => (same ? text : h("mark", {}, text)));
 }
 
-const PYTHON = /(#[^\n]*)|("""[\s\S]*?"""|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')|\b(def|return|for|in|if|else|elif|import|from|as|while|and|or|not|None|True|False|with|class|lambda)\b/g;
+const COMMENT = /(#[^\n]*)/;
+const STRING = /("""[\s\S]*?"""|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')/;
+const KEYWORD =
+  /\b(def|return|for|in|if|else|elif|import|from|as|while|and|or|not|None|True|False|with|class|lambda)\b/;
+const PYTHON = new RegExp([COMMENT, STRING, KEYWORD].map((part) => part.source).join("|"), "g");
 
 /** Source code with comments, strings and keywords set off. */
 function sourceSpans(source) {

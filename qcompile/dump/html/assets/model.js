@@ -87,7 +87,8 @@ class Model {
     let known;
     for (const listing of this.listings) {
       const node = listing.byName.get(name);
-      if (node !== known) events.push({ listing, node, event: !known ? "appears" : node ? "changes" : "goes", changed: fieldsThatDiffer(known, node) });
+      if (node !== known)
+        events.push({ listing, node, event: !known ? "appears" : node ? "changes" : "goes", changed: fieldsThatDiffer(known, node) });
       known = node;
     }
     return events;
@@ -95,9 +96,15 @@ class Model {
 
   /** Distributions that have to do with a node: of a constant, of the weight that a call multiplies with, of what it reads. */
   distributionsOf(node, listing) {
-    const weights = new Set([node.name, weightName(constantName(node)), ...node.inputs.map((name) => weightName(listing.byName.get(name)?.constant))]);
+    const weights = new Set([
+      node.name,
+      weightName(constantName(node)),
+      ...node.inputs.map((name) => weightName(listing.byName.get(name)?.constant)),
+    ]);
     const kinds = node.op === "constant" ? ["weights"] : ["activations", "weights"];
-    return kinds.flatMap((kind) => (this.distributions[kind] ?? []).filter((item) => weights.has(item.name)).map((item) => ({ kind, item })));
+    return kinds.flatMap((kind) =>
+      (this.distributions[kind] ?? []).filter((item) => weights.has(item.name)).map((item) => ({ kind, item })),
+    );
   }
 }
 
@@ -117,7 +124,8 @@ const weightName = (name) => name?.replace(/\.(codes|scale|scale2|zero)$/, "");
 
 /** `98.3 MB`, as the tables of the terminal have it. */
 function bytesText(count) {
-  let size = count, unit = "B";
+  let size = count,
+    unit = "B";
   for (const larger of ["kB", "MB", "GB", "TB"]) {
     if (size < 999.5) break;
     [size, unit] = [size / 1000, larger];

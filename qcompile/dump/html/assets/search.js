@@ -23,10 +23,18 @@ class Search {
   }
 
   nodeEntry(node, listing) {
-    const kind = node.op === "call" ? "node" : node.op, form = node.format || node.type;
+    const kind = node.op === "call" ? "node" : node.op,
+      form = node.format || node.type;
     const gone = listing === this.model.last ? "" : `until ${listing.number}`;
     const detail = [node.name, node.operator, node.type, node.format ?? "", node.source].join(" ");
-    return entry(kind, constantName(node) ?? node.name, detail, nodeHref(node.name, listing.number), gone || (node.operator === node.name ? form : node.operator || form), Boolean(gone));
+    return entry(
+      kind,
+      constantName(node) ?? node.name,
+      detail,
+      nodeHref(node.name, listing.number),
+      gone || (node.operator === node.name ? form : node.operator || form),
+      Boolean(gone),
+    );
   }
 
   look() {
@@ -44,13 +52,31 @@ class Search {
       const score = title === wanted[0] ? 0 : title.startsWith(wanted[0]) ? 1 : wanted.every((word) => title.includes(word)) ? 2 : 3;
       scored.push([score + (item.gone ? 0.5 : 0), item]);
     }
-    return scored.sort((a, b) => a[0] - b[0] || a[1].title.length - b[1].title.length || (a[1].title < b[1].title ? -1 : 1)).map(([, item]) => item);
+    return scored
+      .sort((a, b) => a[0] - b[0] || a[1].title.length - b[1].title.length || (a[1].title < b[1].title ? -1 : 1))
+      .map(([, item]) => item);
   }
 
   draw(asked) {
-    this.list.replaceChildren(...this.found.map((item, index) => h("li", { role: "option", id: `result-${index}`, onmousedown: (event) => { event.preventDefault(); this.open(index); } },
-      h("span", { class: "kind" }, item.kind), h("span", { class: "title" }, item.title), h("span", { class: "note" }, item.note))),
-      ...(asked && !this.found.length ? [h("li", { class: "none" }, "Nothing is called that.")] : []));
+    this.list.replaceChildren(
+      ...this.found.map((item, index) =>
+        h(
+          "li",
+          {
+            role: "option",
+            id: `result-${index}`,
+            onmousedown: (event) => {
+              event.preventDefault();
+              this.open(index);
+            },
+          },
+          h("span", { class: "kind" }, item.kind),
+          h("span", { class: "title" }, item.title),
+          h("span", { class: "note" }, item.note),
+        ),
+      ),
+      ...(asked && !this.found.length ? [h("li", { class: "none" }, "Nothing is called that.")] : []),
+    );
     this.list.hidden = !asked;
     this.input.setAttribute("aria-expanded", String(asked));
     this.mark();

@@ -1,6 +1,10 @@
 // Where the divergence from the model comes from: layers by kinds of quantizers and the passes that put them there.
 
-const MEASURES = [["share", "mean of both: these add up"], ["off", "vanishes when only this is exact"], ["alone", "there when only this is quantized"]];
+const MEASURES = [
+  ["share", "mean of both: these add up"],
+  ["off", "vanishes when only this is exact"],
+  ["alone", "there when only this is quantized"],
+];
 
 class SensitivityView {
   constructor(model, root) {
@@ -14,18 +18,47 @@ class SensitivityView {
   show() {
     const blame = this.model.blame;
     if (!blame) {
-      return this.root.replaceChildren(empty("Nobody has asked yet where the error comes from. This attributes it to layers, kinds and passes, and adds it to the dump and to this page.", "qcompile blame OUT --reference MODEL --dump DIR"));
+      return this.root.replaceChildren(
+        empty(
+          "Nobody has asked yet where the error comes from. This attributes it to layers, kinds and passes, for the dump and this page.",
+          "qcompile blame OUT --reference MODEL --dump DIR",
+        ),
+      );
     }
-    const cells = this.cells(blame), most = Math.max(...cells.map((cell) => cell.value), 0);
+    const cells = this.cells(blame),
+      most = Math.max(...cells.map((cell) => cell.value), 0);
     const said = h("p", { class: "caption", role: "status" }, "Choose a cell to see what it is made of.");
     this.root.replaceChildren(
-      h("div", { class: "tools" },
-        choice(blame.unit ?? "KL", this.measures, this.measure, (measure) => { this.measure = measure; this.show(); }), heatLegend(most),
-        h("span", { class: "sum" }, `${numberText(blame.total_kl)} in all, ${blame.evaluations} evaluations`)),
-      h("div", { class: "scroll" }, heatMap(unique(cells, "row"), columnsOf(cells), cells, (cell) => said.replaceChildren(...this.explain(cell)))),
+      h(
+        "div",
+        { class: "tools" },
+        choice(blame.unit ?? "KL", this.measures, this.measure, (measure) => {
+          this.measure = measure;
+          this.show();
+        }),
+        heatLegend(most),
+        h("span", { class: "sum" }, `${numberText(blame.total_kl)} in all, ${blame.evaluations} evaluations`),
+      ),
+      h(
+        "div",
+        { class: "scroll" },
+        heatMap(unique(cells, "row"), columnsOf(cells), cells, (cell) => said.replaceChildren(...this.explain(cell))),
+      ),
       said,
       h("h2", {}, "The largest"),
-      table(["", "layer", "kind", "pass", "what", ...this.measures.map(([measure]) => ({ share: "share", off: "vanishes when exact", alone: "alone" })[measure])], this.ranked(blame.cells), [0, 1, 5, 6, 7], "ranked"),
+      table(
+        [
+          "",
+          "layer",
+          "kind",
+          "pass",
+          "what",
+          ...this.measures.map(([measure]) => ({ share: "share", off: "vanishes when exact", alone: "alone" })[measure]),
+        ],
+        this.ranked(blame.cells),
+        [0, 1, 5, 6, 7],
+        "ranked",
+      ),
       ...this.steps(blame.passes ?? []),
     );
     this.root.querySelector("[data-cell]")?.setAttribute("tabindex", "0");
@@ -35,21 +68,43 @@ class SensitivityView {
   cells(blame) {
     const kinds = group(blame.cells, (cell) => cell.kind);
     const rowOf = (cell) => (new Set(kinds.get(cell.kind).map((other) => other.pass)).size > 1 ? `${cell.kind}, ${cell.pass}` : cell.kind);
-    const places = group(blame.cells.map((cell) => ({ ...cell, row: rowOf(cell), column: cell.layer === null ? "others" : String(cell.layer) })), (cell) => `${cell.row}|${cell.column}`);
+    const places = group(
+      blame.cells.map((cell) => ({ ...cell, row: rowOf(cell), column: cell.layer === null ? "others" : String(cell.layer) })),
+      (cell) => `${cell.row}|${cell.column}`,
+    );
     return [...places.values()].map((parts) => {
-      const { row, column } = parts[0], value = parts.reduce((total, part) => total + (part[this.measure] ?? 0), 0);
-      return { row, column, value, parts, title: `${row}, ${column === "others" ? "several layers or none" : `layer ${column}`}: ${numberText(value)}` };
+      const { row, column } = parts[0],
+        value = parts.reduce((total, part) => total + (part[this.measure] ?? 0), 0);
+      return {
+        row,
+        column,
+        value,
+        parts,
+        title: `${row}, ${column === "others" ? "several layers or none" : `layer ${column}`}: ${numberText(value)}`,
+      };
     });
   }
 
   ranked(cells) {
     const order = [...cells].sort((a, b) => (b[this.measure] ?? 0) - (a[this.measure] ?? 0)).slice(0, 24);
-    return order.map((cell, index) => [String(index + 1), cell.layer === null ? "" : String(cell.layer), cell.kind, cell.pass, this.what(cell), ...this.measures.map(([measure]) => numberText(cell[measure]))]);
+    return order.map((cell, index) => [
+      String(index + 1),
+      cell.layer === null ? "" : String(cell.layer),
+      cell.kind,
+      cell.pass,
+      this.what(cell),
+      ...this.measures.map(([measure]) => numberText(cell[measure])),
+    ]);
   }
 
   steps(passes) {
     if (!passes.length) return [];
-    const rows = passes.map((step) => [step.pass, numberText(step.added), step.exact ? "yes" : "no", step.node ? nodeLink(this.model, step.node) : step.place]);
+    const rows = passes.map((step) => [
+      step.pass,
+      numberText(step.added),
+      step.exact ? "yes" : "no",
+      step.node ? nodeLink(this.model, step.node) : step.place,
+    ]);
     return [h("h2", {}, "Passes without quantizers"), table(["pass", "adds", "claims to be exact", "where it goes wrong"], rows, [1])];
   }
 
