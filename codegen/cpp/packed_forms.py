@@ -38,6 +38,11 @@ def refuses_form(text: str, size: int) -> str | None:
     share, per_byte = size // form.groups(size), 8 // form.element.bits
     if form.tokens == 1 and form.groups(size) > 1 and share % per_byte:
         return f"{text}: expected groups of whole bytes, got {share} numbers of {form.element.bits} bits"
+    return refuses_size(size)
+
+
+def refuses_size(size: int) -> str | None:
+    """Heads that do not fit on the stack."""
     return f"D={size}: expected a head size of at most {WIDEST_HEAD}" if size > WIDEST_HEAD else None
 
 

@@ -1,14 +1,19 @@
-"""Attention over a packed cache: queries that read the same head of keys are taken together, so that codes are unpacked once for them."""
+"""Attention over the cache: queries that read the same head of keys are taken together, so that these are loaded and unpacked once.
+
+What a query sees and gathers is the same whichever queries are beside it (`attending.h`): results depend neither on threads nor on rows.
+"""
 
 from __future__ import annotations
 
 from qcompile.codegen.contract import same_storage
 from qcompile.codegen.cpp.contract import Operator, kernel, type_of
-from qcompile.codegen.cpp.packed_forms import form_type, helpers, refuses_forms
+from qcompile.codegen.cpp.packed_forms import form_type, helpers, refuses_forms, refuses_size
 from qcompile.codegen.cpp.retained import POLICY, policy_type, refuses_policy
 from qcompile.codegen.cpp.source import Lines, block, constants, number
 from qcompile.ir.lowered import BUCKETS, Kernel, KernelSpec
 
+PAGES = ("packed", "attending", "packed_pages")
+"""Headers that a walk over packed pages needs."""
 MOST_TOGETHER = 4
 """Queries that are taken together: as many sums as there are registers for."""
 
@@ -84,7 +89,7 @@ def emit_attend_packed(spec: KernelSpec) -> Kernel:
     """Attention of q [B, H, S, D] over keys and values uint8 [P, L, R, W]; a thread takes queries, and each reads its keys in order."""
     ranges = [f"a.low[i] = {_least(spec)};", "a.high[i] = position + 1;"]
     walks = [f"attend_pages<Keys, Values>(a, keys, values, table, head, {_numbers(spec)});", "unfold<Values>(a);"]
-    return _attention(spec, ATTEND_PACKED, [], attend_function(spec, [], ranges, walks), ("packed", "attending"))
+    return _attention(spec, ATTEND_PACKED, _forms(spec), attend_function(spec, [], ranges, walks), PAGES)
 
 
 def emit_attend_settled(spec: KernelSpec) -> Kernel:
@@ -111,15 +116,25 @@ def emit_attend_settled(spec: KernelSpec) -> Kernel:
         *block("for (int i = 0; i < count; i++)", late),
         walk,
     ]
-    types = [policy_type(spec), "Arrivals row{-1, 0, 0, 0};"]
+    types = [*_forms(spec), policy_type(spec), "Arrivals row{-1, 0, 0, 0};"]
     attend = attend_function(spec, before, ranges, walks)
-    return _attention(spec, ATTEND_SETTLED, types, attend, ("packed", "attending", "settled", "kept"))
+    return _attention(spec, ATTEND_SETTLED, types, attend, (*PAGES, "settled", "numbers", "kept"))
+
+
+def emit_attend(spec: KernelSpec) -> Kernel:
+    """Attention of q [B, H, S, D] over keys and values [P, L, R, D] that are numbers."""
+    ranges = [f"a.low[i] = {_least(spec)};", "a.high[i] = position + 1;"]
+    walks = [f"attend_numbers<Keys, {type_of(spec, 'keys')}>(a, keys, values, table, head, {_numbers(spec)});"]
+    types = [f"typedef Plain<{spec.size('D')}> Keys;", "typedef Keys Values;"]
+    return _attention(spec, ATTEND, types, attend_function(spec, [], ranges, walks), ("packed", "attending", "numbers"))
+
+
+def _forms(spec: KernelSpec) -> Lines:
+    return [form_type(spec, "k_form", "Keys"), form_type(spec, "v_form", "Values")]
 
 
 def _attention(spec: KernelSpec, operator: Operator, types: Lines, attend: Lines, files: tuple[str, ...]) -> Kernel:
     body = [
-        form_type(spec, "k_form", "Keys"),
-        form_type(spec, "v_form", "Values"),
         *types,
         *constants(parts_of(spec)),
         "const int64_t tokens = q.size[2], beside = tokens * group;",
@@ -150,6 +165,16 @@ def refuses_attend_settled(spec: KernelSpec) -> str | None:
 
 _FLOAT, _BYTES, _ROWS = ("fp32",), ("uint8",), ("fp16", "bf16", "fp32")
 _PLACES = {"page_table": ("i32",), "positions": ("i64",), "sinks": _FLOAT, "out": _FLOAT}
+ATTEND = Operator(
+    emit=emit_attend,
+    operands={"q": _FLOAT, "keys": _ROWS, "values": _ROWS, **_PLACES},
+    optional=frozenset({"sinks"}),
+    sizes=("H", "L", "D"),
+    options=("scale", "window", "softcap"),
+    required=("scale",),
+    buckets=tuple(BUCKETS),
+    refuses=lambda spec: refuses_heads(spec) or refuses_size(spec.size("D")) or same_storage(spec, "keys", "values"),
+)
 ATTEND_PACKED = Operator(
     emit=emit_attend_packed,
     operands={"q": _FLOAT, "keys": _BYTES, "values": _BYTES, **_PLACES},
