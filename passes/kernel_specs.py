@@ -86,6 +86,7 @@ OPERATORS: dict[Any, tuple[str, tuple[str, ...], Callable[[dict[str, Any]], Size
     qcompile.cache_attend_packed.default: (
         "cache_attend_packed", ("q", "keys", "values", "page_table", "positions", "", "", "", "", "", "sinks"), _attend, True,
     ),
+    qcompile.pack_vectors.default: ("pack_vectors", ("x",), _last("x", "D"), False),
     qcompile.with_recent.default: ("with_recent", ("rows", "x", "slots"), _recent, False),
     qcompile.settle.default: ("settle_", ("pages", "exact", "page_table", "positions"), _exact, False),
     qcompile.retain.default: ("retain_", ("rows", "exact", "slots", "positions"), _exact, False),
@@ -193,6 +194,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "gated_activation": ("activation",),
     "cache_attend": ("scale", "window", "softcap"),
     "cache_attend_packed": ("k_form", "v_form", "scale", "window", "softcap"),
+    "pack_vectors": ("form",),
     "append_packed_": ("k_form", "v_form", "size"),
     "settle_": ("form", *_POLICY),
     "retain_": _POLICY,

@@ -39,7 +39,8 @@ def _expected() -> set[str]:
     behind = {f"qcompile/{path.relative_to(ROOT)}" for room in ROOMS for path in (ROOT / room).rglob("*.py")}
     text = {f"qcompile/data/{name}" for name in ("calibration.txt", "evaluation.txt", "LICENSE-PSF.txt")}
     report = {str(path.relative_to(ROOT)) for folder in ("assets", "templates") for path in (ROOT / REPORT / folder).iterdir()}
-    return modules | behind | text | report | {"qcompile/py.typed", "qcompile/codegen/cpp/support.h"}
+    headers = {f"qcompile/{path.relative_to(ROOT)}" for path in (ROOT / "codegen" / "cpp").glob("*.h")}
+    return modules | behind | text | report | headers | {"qcompile/py.typed"}
 
 
 def test_wheel_holds_everything(built: Path) -> None:

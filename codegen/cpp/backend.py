@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from qcompile.codegen.cpp import cache, code_linear, elementwise, embedding, linear, norm, quantize, rotary
+from qcompile.codegen.cpp import attention, cache, code_linear, elementwise, embedding, linear, norm, pack, quantize, retained, rotary
 from qcompile.codegen.cpp.contract import Operator
 from qcompile.errors import CoverageError
 from qcompile.ir.lowered import Kernel, KernelSpec
@@ -25,7 +25,14 @@ OPERATORS: Mapping[str, Operator] = MappingProxyType(
         "activation": elementwise.ACTIVATION,
         "add": elementwise.ADD,
         "cache_append_": cache.APPEND,
-        "cache_attend": cache.ATTEND,
+        "cache_attend": attention.ATTEND,
+        "pack_vectors": pack.PACK,
+        "append_packed_": pack.APPEND_PACKED,
+        "cache_attend_packed": attention.ATTEND_PACKED,
+        "with_recent": retained.WITH_RECENT,
+        "settle_": retained.SETTLE,
+        "retain_": retained.RETAIN,
+        "attend_settled": attention.ATTEND_SETTLED,
         "embedding": embedding.EMBEDDING,
         "gather_last": embedding.GATHER_LAST,
     }

@@ -154,7 +154,11 @@ def test_the_cache(kind: str, size: int, window: int, softcap: float, sinks: boo
     q, out = randn(3, 4, 4, size, seed=9).transpose(1, 2), empty(3, 4, 4, size).transpose(1, 2)
     extra = randn(4, seed=10) if sinks else None
     attending = {"q": q, "keys": keys, "values": values, "page_table": pages, "positions": positions, "out": out}
-    library(instruction_set)(_attend(kind, size, window, softcap, sinks), attending | ({} if extra is None else {"sinks": extra}))
+    attending |= {} if extra is None else {"sinks": extra}
+    library(instruction_set)(_attend(kind, size, window, softcap, sinks), attending)
+    shared = torch.full_like(out, torch.nan)
+    library(instruction_set)(_attend(kind, size, window, softcap, sinks), attending | {"out": shared}, threads=5)
+    assert torch.equal(out, shared)
     exact = qcompile.cache_attend(
         q.double(), keys, values, pages, positions, size**-0.5, window, softcap, None if extra is None else extra.double()
     )

@@ -1,0 +1,70 @@
+"""Packing vectors of a cache as their form defines them, bit for bit, with or without storing them."""
+
+from __future__ import annotations
+
+from qcompile.codegen.contract import same_storage
+from qcompile.codegen.cpp.contract import Operator, kernel
+from qcompile.codegen.cpp.norm import every_row
+from qcompile.codegen.cpp.packed_forms import form_type, helpers, refuses_forms
+from qcompile.codegen.cpp.source import constants
+from qcompile.ir.lowered import Kernel, KernelSpec
+
+HELPERS = ("packed",)
+
+
+def emit_pack(spec: KernelSpec) -> Kernel:
+    """Pack x [..., D] into out uint8 [..., W]; a thread takes vectors."""
+    body = [
+        form_type(spec, "form", "Form"),
+        *every_row(["encode_token<Form>(x.row<float>(row), out.row<uint8_t>(row));"]),
+    ]
+    return kernel(spec, PACK.present(spec), body, helpers(*HELPERS))
+
+
+def emit_append_packed(spec: KernelSpec) -> Kernel:
+    """Store k, v [B, L, S, D], packed, at `positions` [B, S] of keys, values uint8 [P, L, R, W]; a thread takes heads of tokens."""
+    body = [
+        form_type(spec, "k_form", "Keys"),
+        form_type(spec, "v_form", "Values"),
+        *constants({"heads": (spec.size("L"), "of keys and values")}),
+        "const int64_t tokens = positions.size[1], page_tokens = keys.size[2];",
+        *every_row(
+            [
+                "const int64_t batch = row / heads / tokens, token = row / heads % tokens, head = row % heads;",
+                "const int64_t position = *positions.at<int64_t>(batch, token);",
+                "// -1 is padding; a place beyond the table would be another sequence's page.",
+                "if (position < 0 || position / page_tokens >= page_table.size[1]) continue;",
+                "const int64_t page = *page_table.at<int32_t>(batch, position / page_tokens), cell = position % page_tokens;",
+                "encode_token<Keys>(k.at<float>(batch, head, token), keys.at<uint8_t>(page, head, cell));",
+                "encode_token<Values>(v.at<float>(batch, head, token), values.at<uint8_t>(page, head, cell));",
+            ],
+            "k.size[0] * heads * tokens",
+        ),
+    ]
+    return kernel(spec, APPEND_PACKED.present(spec), body, helpers(*HELPERS))
+
+
+def refuses_append_packed(spec: KernelSpec) -> str | None:
+    """Forms that are not written, and rotations: here a step of their own comes before."""
+    if int(spec.option("hadamard_size", 0)):
+        return f"hadamard_size={spec.option('hadamard_size')}: expected keys that are rotated before"
+    return refuses_forms(spec, "k_form", "v_form", together=False) or same_storage(spec, "keys", "values")
+
+
+_FLOAT, _BYTES = ("fp32",), ("uint8",)
+PACK = Operator(
+    emit=emit_pack,
+    operands={"x": _FLOAT, "out": _BYTES},
+    sizes=("D",),
+    options=("form",),
+    required=("form",),
+    refuses=lambda spec: refuses_forms(spec, "form", together=False),
+)
+APPEND_PACKED = Operator(
+    emit=emit_append_packed,
+    operands={"keys": _BYTES, "values": _BYTES, "k": _FLOAT, "v": _FLOAT, "page_table": ("i32",), "positions": ("i64",)},
+    sizes=("L", "D"),
+    options=("k_form", "v_form", "hadamard_size"),
+    required=("k_form", "v_form"),
+    refuses=refuses_append_packed,
+)

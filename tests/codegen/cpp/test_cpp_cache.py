@@ -1,0 +1,225 @@
+"""Packed caches in C++ against their definitions, for every instruction set that runs here: bytes exactly, attention within rounding."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from qcompile.codegen.cpp.backend import CppBackend
+from qcompile.ir import append_ops as _append_ops  # noqa: F401  registers what packs and stores at once
+from qcompile.ir import retention_ops as _retention_ops  # noqa: F401  registers caches that keep some tokens as they came
+from qcompile.ir.lowered import KernelSpec
+from qcompile.quant.retention import Retention
+from qcompile.quant.vector_format import vector_format
+from tests.codegen.cpp.harness import RUNNABLE, Kernels, library_of, randn
+from tests.codegen.triton.specs import spec
+
+qcompile = torch.ops.qcompile
+UNIT = 2.0**-24
+HEADS, FLOAT, BYTES = 2, "fp32", "uint8"
+PLACES = {"page_table": "i32", "positions": "i64"}
+FORMS = [
+    ("int8 g64 sym", 64), ("int4 g64 sym", 64), ("int4 g32 asym", 96), ("int2 g16 sym", 32), ("int4 asym", 5), ("int8 asym", 20),
+    ("int2 asym", 7), ("int4 g8 sym", 40),
+]  # fmt: skip
+
+
+class Case(NamedTuple):
+    """One attention; queries of a head of keys are `group`."""
+
+    keys: str
+    values: str
+    size: int
+    group: int = 2
+    window: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
+    policy: Retention = Retention()
+
+    @property
+    def specs(self) -> dict[str, KernelSpec]:
+        """Every kernel that a layer of it calls, by operator and, where there are two, form."""
+        forms = {"k_form": self.keys, "v_form": self.values}
+        heads, sizes = {"H": HEADS * self.group, "L": HEADS, "D": self.size}, {"L": HEADS, "D": self.size}
+        formats = {"q": FLOAT, "keys": BYTES, "values": BYTES, "out": FLOAT, "sinks": FLOAT if self.sinks else None, **PLACES}
+        options: dict[str, Any] = {"scale": self.size**-0.5, "window": self.window, "softcap": self.softcap, **forms}
+        if not self.policy.rows:
+            stored = {"keys": BYTES, "values": BYTES, "k": FLOAT, "v": FLOAT, **PLACES}
+            return {
+                "attend": spec("cache_attend_packed", "m1", sizes=heads, formats=formats, **options),
+                "append": spec("append_packed_", sizes=sizes, formats=stored, **forms),
+            }
+        exact = {"exact_keys": "fp16", "exact_values": "fp16"}
+        pages, rows = {"pages": BYTES, "exact": "fp16", **PLACES}, {"rows": "fp16", "slots": "i32"}
+        policy = vars(self.policy)
+        return {
+            "attend": spec("attend_settled", "m1", sizes=heads, formats=formats | exact, **options, **policy),
+            "recent": spec("with_recent", sizes={**sizes, "N": self.policy.rows}, formats={**rows, "x": FLOAT, "out": "fp16"}),
+            "retain": spec("retain_", sizes=sizes, formats={**rows, "exact": "fp16", "positions": "i64"}, **policy),
+            "settle keys": spec("settle_", sizes=sizes, formats=pages, form=self.keys, **policy),
+            "settle values": spec("settle_", sizes=sizes, formats=pages, form=self.values, **policy),
+        }
+
+
+STORED = [
+    Case("int8 g64 sym", "int8 g64 sym", 64, 3),
+    Case("int4 g64 sym", "int4 g32 asym", 96, 1, softcap=3.0),
+    Case("int2 g16 asym", "int4 g8 sym", 40, 4, window=70, sinks=True),
+    Case("int4 asym", "int2 asym", 7, 5, window=9),
+]
+SETTLED = [
+    Case("int4 g64 sym", "int4 g64 sym", 20, 3, policy=Retention(4, 9, 1)),
+    Case("int4 t32 asym", "int4 g32 asym", 64, 2, policy=Retention(4, 16, 32)),
+    Case("int2 t32 asym", "int2 g32 asym", 64, 1, window=50, sinks=True, policy=Retention(0, 5, 32)),
+    Case("int8 t16 sym", "int4 asym", 5, 2, softcap=2.0, policy=Retention(3, 0, 32)),
+]
+
+
+def _pack(form: str, size: int) -> KernelSpec:
+    return spec("pack_vectors", sizes={"D": size}, formats={"x": FLOAT, "out": BYTES}, form=form)
+
+
+def _append_bytes(width: int) -> KernelSpec:
+    given = dict.fromkeys(("keys", "values", "k", "v"), BYTES)
+    return spec("cache_append_", sizes={"L": HEADS, "D": width}, formats={**given, **PLACES})
+
+
+@cache
+def library(instruction_set: str) -> Kernels:
+    """The kernels of this file."""
+    wanted = [*(_pack(*form) for form in FORMS), _append_bytes(7), *(made for case in STORED + SETTLED for made in case.specs.values())]
+    return library_of(wanted, instruction_set)
+
+
+each_set = pytest.mark.parametrize("instruction_set", RUNNABLE)
+
+
+@each_set
+@pytest.mark.parametrize(("form", "size"), FORMS)
+def test_packing_is_the_definition(form: str, size: int, instruction_set: str) -> None:
+    x = randn(3, 4, HEADS, size).transpose(1, 2)
+    x[0, 0] = 0.0  # nothing to scale
+    x[1, 0, 0] = torch.arange(size) / 2.0 - size // 4  # ties, where the scale is a power of two
+    x[2] *= 1e-7  # scales below the normal numbers of 16 bits
+    expected = qcompile.pack_vectors(x, form)
+    out = torch.full_like(expected, 77)
+    library(instruction_set)(_pack(form, size), {"x": x, "out": out})
+    assert torch.equal(out, expected)
+
+
+@each_set
+def test_packed_vectors_are_stored(instruction_set: str) -> None:
+    k, v = (torch.randint(0, 256, (3, HEADS, 4, width), dtype=torch.uint8) for width in (7, 9))
+    pages, positions = torch.tensor([[3, 1], [2, 0], [0, 0]], dtype=torch.int32), torch.tensor([[14, 15, 16, 17], [-1, 3, 4, -1], [-1] * 4])
+    made, expected = ([torch.zeros(4, HEADS, 16, width, dtype=torch.uint8) for width in (7, 9)] for _ in range(2))
+    qcompile.cache_append_(*expected, k, v, pages, positions)
+    given = {"keys": made[0], "values": made[1], "k": k, "v": v, "page_table": pages, "positions": positions}
+    library(instruction_set)(_append_bytes(7), given)
+    assert all(map(torch.equal, made, expected))
+
+
+CALLS = (
+    [[*range(83)], [-1] * 43 + [*range(40)], [*range(7)] + [-1] * 76],
+    [[83, 84, 85], [-1, 40, -1], [7, -1, 8]],
+    [[86], [-1], [9]],
+)
+"""Positions of three sequences in three calls: a prompt with padding before or behind, some tokens with padding inside, a single one."""
+TABLE = torch.tensor([[3, 7, 1], [2, 5, 4], [0, 6, 8]], dtype=torch.int32)
+SLOTS = torch.tensor([2, 0, 3], dtype=torch.int32)
+
+
+@each_set
+@pytest.mark.parametrize("case", STORED, ids=str)
+def test_attention_over_packed_pages(case: Case, instruction_set: str) -> None:
+    kernels, specs = library(instruction_set), case.specs
+    keys, values = (torch.zeros(9, HEADS, 32, vector_format(form).width(case.size), dtype=torch.uint8) for form in case[:2])
+    for call in CALLS:
+        positions, (q, k, v, sinks) = torch.tensor(call), _inputs(case, len(call[0]))
+        expected = keys.clone(), values.clone()
+        qcompile.append_packed_(*expected, k, v, TABLE, positions, *case[:2])
+        places = {"keys": keys, "values": values, "page_table": TABLE, "positions": positions}
+        kernels(specs["append"], {**places, "k": k, "v": v}, threads=2)
+        assert torch.equal(keys, expected[0])
+        assert torch.equal(values, expected[1])
+        options = (case.size**-0.5, case.window, case.softcap, None if sinks is None else sinks.double())
+        exact = qcompile.cache_attend_packed(q.double(), keys, values, TABLE, positions, *case[:2], *options)
+        _require_attention(kernels, case, {**places, "q": q} | ({} if sinks is None else {"sinks": sinks}), exact)
+
+
+@each_set
+@pytest.mark.parametrize("case", SETTLED, ids=str)
+def test_attention_over_what_settles(case: Case, instruction_set: str) -> None:
+    kernels, specs, policy = library(instruction_set), case.specs, list(vars(case.policy).values())
+    pages = [torch.zeros(9, HEADS, 32, vector_format(form).width(case.size), dtype=torch.uint8) for form in case[:2]]
+    rows = [torch.zeros(4, HEADS, case.policy.rows, case.size, dtype=torch.float16) for _ in pages]
+    for call in CALLS:
+        positions, (q, *given, sinks) = torch.tensor(call), _inputs(case, len(call[0]))
+        exact = []
+        for name, page, kept, x, form in zip(("keys", "values"), pages, rows, given, case[:2], strict=True):
+            came = torch.full((3, HEADS, case.policy.rows + len(call[0]), case.size), torch.nan, dtype=torch.float16)
+            kernels(specs["recent"], {"rows": kept, "x": x, "slots": SLOTS, "out": came})
+            assert torch.equal(came, qcompile.with_recent(kept, x, SLOTS))
+            packed = qcompile.settle(page, came, TABLE, positions, form, *policy)
+            kernels(specs[f"settle {name}"], {"pages": page, "exact": came, "page_table": TABLE, "positions": positions}, threads=2)
+            assert torch.equal(page, packed)
+            retained = qcompile.retain(kept, came, SLOTS, positions, *policy)
+            kernels(specs["retain"], {"rows": kept, "exact": came, "slots": SLOTS, "positions": positions}, threads=3)
+            assert torch.equal(kept, retained)
+            exact.append(came)
+        options = (case.size**-0.5, case.window, case.softcap, None if sinks is None else sinks.double())
+        double = qcompile.attend_settled(q.double(), *pages, *exact, TABLE, positions, *case[:2], *policy, *options)
+        places = {"page_table": TABLE, "positions": positions, "q": q} | ({} if sinks is None else {"sinks": sinks})
+        places |= dict(zip(("keys", "values", "exact_keys", "exact_values"), (*pages, *exact), strict=True))
+        _require_attention(kernels, case, places, double)
+
+
+def _inputs(case: Case, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    q = randn(3, tokens, HEADS * case.group, case.size, seed=1).transpose(1, 2)
+    k, v = (randn(3, tokens, HEADS, case.size, seed=seed).transpose(1, 2) for seed in (2, 3))
+    return q, k, v, randn(HEADS * case.group, seed=4) if case.sinks else None
+
+
+def _require_attention(kernels: Kernels, case: Case, operands: dict[str, Tensor], exact: Tensor) -> None:
+    """Within rounding of the exact result, and the same bits whatever threads share it or rows are beside it."""
+    out = [torch.full_like(operands["q"], torch.nan) for _ in range(4)]
+    for result, threads in zip(out, (1, 2, 7), strict=False):
+        kernels(case.specs["attend"], {**operands, "out": result}, threads)
+    per_row = ("q", "page_table", "positions", "exact_keys", "exact_values")
+    for row in range(3):
+        alone = {name: value[row : row + 1] if name in per_row else value for name, value in operands.items()}
+        kernels(case.specs["attend"], {**alone, "out": out[3][row : row + 1]})
+    # A score is at most |q| |k| scale, and a lane adds up a quarter of it; codes without a sign are twice as great as numbers with one.
+    # A weight errs by the errors of two scores, and a quarter of 87 of them is added up in a lane, twice as great again.
+    q, k, v = operands["q"], *(randn(3, 83, HEADS, case.size, seed=seed) for seed in (2, 3))
+    score = float(q.norm(dim=-1).max() * k.norm(dim=-1).max()) * case.size**-0.5
+    bound = (2 * 2 * (case.size / 4 + 8) * score + 2 * (87 / 4 + 16)) * UNIT * float(v.abs().max())
+    assert float((out[0] - exact).abs().max()) < bound
+    for other in out[1:]:
+        assert torch.equal(out[0], other)
+
+
+def test_what_is_refused_says_why() -> None:
+    case = Case("int4 t32 asym", "int4 g32 asym", 64, policy=Retention(4, 16, 32))
+    backend, attend = CppBackend(), case.specs["attend"]
+    assert backend.refuses(attend) is None
+    assert "int2 or int4 or int8" in str(backend.refuses(case._replace(keys="fp8 g64").specs["attend"]))
+    assert "v_form is int4 t32 asym: expected scales of each token" in str(
+        backend.refuses(case._replace(values="int4 t32 asym").specs["attend"])
+    )
+    assert "group=48: expected a multiple of the 32 tokens" in str(
+        backend.refuses(case._replace(policy=Retention(4, 16, 48)).specs["settle keys"])
+    )
+    assert "groups of whole bytes" in str(backend.refuses(_pack("int2 g2 sym", 64)))
+    assert "k is fp32: expected uint8" in str(
+        backend.refuses(
+            spec(
+                "cache_append_",
+                sizes={"L": 1, "D": 8},
+                formats={**dict.fromkeys(("keys", "values"), BYTES), "k": FLOAT, "v": FLOAT, **PLACES},
+            )
+        )
+    )
