@@ -73,7 +73,7 @@ def compile(  # noqa: A001  the name is the product's
         passes: a pipeline as text or a list of passes in place of the default.
         disable: names of passes to leave out.
         strict: make an operator that had to be left alone, or a refused kernel, an error.
-        dump: a directory for the listing after every pass (environment: QCOMPILE_DUMP).
+        dump: a directory for what every pass did, and `report.html`, which shows it (environment: QCOMPILE_DUMP).
         check: run the graph before and after every pass and compare (environment: QCOMPILE_CHECK=1); what a pass did wrong is left as a
             file for `qcompile replay`, in `dump`/reproducers or else QCOMPILE_CACHE/reproducers.
         calibration: what recipes that need data run the model on: token ids [windows, length] (an array or the path of a .npy file),

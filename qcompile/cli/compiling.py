@@ -46,7 +46,7 @@ def compile_model(
     target: Annotated[str, typer.Option("--target", "-t", help="ARCH-SCHEME[-KV], such as cpu-int4; see `qcompile targets`.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the artifact.")],
     recipe: Annotated[str, typer.Option(help="How hard to try at the same bits: best or nearest.")] = "best",
-    dump: Annotated[Path | None, typer.Option(help="Directory for the listing after every pass.")] = None,
+    dump: Annotated[Path | None, typer.Option(help="Directory for what every pass did, and report.html, which shows it.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Run the graph before and after every pass and compare.")] = False,
     group_size: Annotated[int | None, typer.Option(help="Input columns per scale; -1 is one scale per output channel.")] = None,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Weights without a zero point, or with one.")] = None,
