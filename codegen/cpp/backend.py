@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from qcompile.codegen.cpp import attention, cache, code_linear, elementwise, embedding, linear, norm, pack, quantize, retained, rotary
+from qcompile.codegen.cpp import attention, cache, code_linear, elementwise, embedding, exact_linear, linear, norm, pack, quantize, retained, rotary
 from qcompile.codegen.cpp.contract import Operator
 from qcompile.errors import CoverageError
 from qcompile.ir.lowered import Kernel, KernelSpec
@@ -13,7 +13,7 @@ from qcompile.ir.lowered import Kernel, KernelSpec
 OPERATORS: Mapping[str, Operator] = MappingProxyType(
     {
         "linear": linear.LINEAR,
-        "quantized_linear": linear.QUANTIZED_LINEAR,
+        "quantized_linear": exact_linear.QUANTIZED_LINEAR,
         "integer_linear": code_linear.INTEGER_LINEAR,
         **quantize.OPERATORS,
         "rms_norm": norm.RMS_NORM,
@@ -34,6 +34,7 @@ OPERATORS: Mapping[str, Operator] = MappingProxyType(
         "retain_": retained.RETAIN,
         "attend_settled": attention.ATTEND_SETTLED,
         "embedding": embedding.EMBEDDING,
+        "quantized_embedding": embedding.QUANTIZED_EMBEDDING,
         "gather_last": embedding.GATHER_LAST,
     }
 )

@@ -1,28 +1,14 @@
-// Linear layers over floats as exact sums of integers. A run of columns of x shares the exponent of its largest number, so that each is an
-// integer of 24 bits and half a unit is at most 2^-23 of the largest: what a sum of floats loses when it meets that number.
-// Three bytes of such an integer are multiplied with codes by themselves, all sums are exact, and are joined as floats once a run.
+// Linear layers over floats as sums of integers, for codes that are integers: a run of columns of x shares the exponent of its largest
+// number, so that each is an integer of 24 bits. Half a unit is at most 2^-23 of the largest, about what a sum of floats loses when it meets
+// that number. The three bytes of such an integer are multiplied with codes by themselves; these sums are exact, and joined once a run.
 
 // Columns of a run at most, and bytes of an integer.
-constexpr int64_t RUN = 64;
-constexpr int DIGITS = 3;
+constexpr int64_t FIXED_RUN = 64;
+constexpr int FIXED_DIGITS = 3;
 // How far ahead of the words that are multiplied others are asked for.
-constexpr int64_t AHEAD = 1024;
+constexpr int64_t FIXED_AHEAD = 1024;
 // Rows of x and tiles beside each other: as many sums as there are registers for.
 constexpr int FIXED_MANY = LANES == 16 ? 4 : 2, FIXED_WIDE = LANES == 16 ? 2 : 1, FIXED_SINGLE = LANES == 16 ? 2 : 1;
-
-// A weight [rows, columns] in tiles: its codes, and what turns them into numbers, for every `group` columns (0: for all of a row).
-template <class Codes, int64_t group, class Scale, class Zero>
-struct Weight {
-    typedef Codes Kind;
-    static constexpr int64_t GROUP = group;
-    // Blocks of a run where they divide it.
-    static constexpr int64_t BLOCKS = (group ? group : RUN) % Codes::BLOCK ? 0 : std::min(group ? group : RUN, RUN) / Codes::BLOCK;
-    static constexpr bool MOVED = Zero::MOVED, LEAST = Zero::LEAST;
-    const int32_t* codes;
-    Scale scale;
-    Zero zero;
-    int64_t rows, columns;
-};
 
 // Rows of x: by run and byte the words that meet a weight's parts, where sums begin, the unit, and the sum.
 struct FixedRows {
@@ -38,11 +24,11 @@ template <class Kind, class Step>
 static inline void every_run(int64_t columns, Step step) {
     const int64_t group = Kind::GROUP ? Kind::GROUP : columns;
     for (int64_t number = 0, first = 0; first < columns; number++)
-        for (const int64_t end = std::min(columns, first + group); first < end; first = std::min(end, first + RUN))
-            step(number, first, std::min(end, first + RUN));
+        for (const int64_t end = std::min(columns, first + group); first < end; first = std::min(end, first + FIXED_RUN))
+            step(number, first, std::min(end, first + FIXED_RUN));
 }
 
-static inline Ints nearest(Floats vector) {
+static inline Ints nearest_whole(Floats vector) {
 #if defined(__AVX512F__)
     return reinterpret_cast<Ints>(_mm512_cvtps_epi32(vector));
 #elif defined(__AVX2__)
@@ -66,23 +52,23 @@ static inline int32_t largest_lane(Ints vector) {
 #endif
 }
 
-typedef int32_t Quad __attribute__((vector_size(16)));
+typedef int32_t FixedSums __attribute__((vector_size(16)));
 
 // The sums of the lanes that are four apart.
-static inline Quad folded(Ints vector) {
+static inline FixedSums fixed_fold(Ints vector) {
 #if defined(__AVX512F__)
     const __m512i all = reinterpret_cast<__m512i>(vector);
     const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
-    return reinterpret_cast<Quad>(_mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+    return reinterpret_cast<FixedSums>(_mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
 #elif defined(__AVX2__)
     const __m256i all = reinterpret_cast<__m256i>(vector);
-    return reinterpret_cast<Quad>(_mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
+    return reinterpret_cast<FixedSums>(_mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
 #else
     return vector;
 #endif
 }
 
-static inline float float_of(int32_t bits) {
+static inline float float_of_bits(int32_t bits) {
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
@@ -123,12 +109,12 @@ static inline float integers_of(const T* from, int64_t count, int32_t* to) {
     const int32_t peak = largest_lane(most);
     // The largest becomes less than 2^23 - 2^16, so that its upper byte is signed; infinity and what is no number make the unit none.
     const int32_t exponent = std::max(24, (peak + 0x20000) >> 23);
-    const Floats power = splat(float_of(276 - exponent << 23));
-    const auto put = [&](Floats value) { return nearest(value * power) + 0x808080 ^ 0x808080; };
+    const Floats power = splat(float_of_bits(276 - exponent << 23));
+    const auto put = [&](Floats value) { return nearest_whole(value * power) + 0x808080 ^ 0x808080; };
     const auto store_whole = [&](int64_t at, Ints numbers) { std::memcpy(to + at, &numbers, sizeof numbers); };
     for (int64_t at = 0; at < full; at += LANES) store_whole(at, put(load(from + at)));
     if (full < count) store_whole(full, put(load(from + full, count - full)));
-    return peak < 0x7f800000 ? float_of(exponent - 22 << 23) : NAN;
+    return peak < 0x7f800000 ? float_of_bits(exponent - 22 << 23) : NAN;
 }
 
 // One run of a row of x: the words that meet a weight's blocks, zeros where the run ends inside one; returns how many blocks.
@@ -136,7 +122,7 @@ template <class Kind, class T>
 static inline int64_t fixed_run(const T* from, int64_t first, int64_t last, int32_t* words, int32_t* begin, float* unit, float* sum) {
     typedef typename Kind::Kind Codes;
     const int64_t before = first % Codes::BLOCK, blocks = (before + last - first + Codes::BLOCK - 1) / Codes::BLOCK;
-    alignas(64) int32_t numbers[RUN + 2 * Codes::BLOCK + 16];
+    alignas(64) int32_t numbers[FIXED_RUN + 2 * Codes::BLOCK + 16];
     if (blocks * Codes::BLOCK != last - first || blocks * Codes::BLOCK % 16) std::memset(numbers, 0, sizeof numbers);
     const float step = integers_of(from + first, last - first, numbers + before);
     Ints total{};
@@ -144,7 +130,7 @@ static inline int64_t fixed_run(const T* from, int64_t first, int64_t last, int3
         digits_of<Codes>(numbers + at, words + at);
         UNROLL for (int p = 0; p < PARTS; p++) total = dot_bytes<1>(0x01010101 - Ints{}, load_bits<Ints>(words + at + p * LANES), total);
     }
-    const Quad sums = folded(total), start = sums * (Kind::LEAST ? 0 : -Codes::MIDDLE);
+    const FixedSums sums = fixed_fold(total), start = sums * (Kind::LEAST ? 0 : -Codes::MIDDLE);
     std::memcpy(begin, &start, sizeof start);
     *unit = step * Codes::UNIT;
     if (Kind::MOVED || Kind::LEAST) {
@@ -174,16 +160,20 @@ template <class Kind, int ROWS, int TILES>
 static inline void fixed_product(
     const FixedRows& x, const Kind& weight, int64_t tile, int64_t apart, Floats (&total)[ROWS][TILES][PARTS]) {
     typedef typename Kind::Kind Codes;
+    // Blocks of a run where they divide it.
+    constexpr int64_t group = Kind::GROUP ? Kind::GROUP : FIXED_RUN;
+    constexpr int64_t whole = group % Codes::BLOCK ? 0 : std::min(group, FIXED_RUN) / Codes::BLOCK;
     const int64_t span = (weight.columns + Codes::BLOCK - 1) / Codes::BLOCK * Codes::WORDS * TILE;
     const int32_t *codes = weight.codes + tile * span, *words = x.words;
     int64_t run = 0;
-    every_run<Kind>(weight.columns, [&](int64_t group, int64_t first, int64_t last) {
+    every_run<Kind>(weight.columns, [&](int64_t number, int64_t first, int64_t last) {
+        // Two sums beside each other where there are few: the next product need not wait for the last.
         constexpr int CHAINS = ROWS == 1 && TILES * PARTS <= 2 ? 2 : 1;
-        Ints sum[ROWS][TILES][PARTS][DIGITS], other[TILES][PARTS][DIGITS] = {};
+        Ints sum[ROWS][TILES][PARTS][FIXED_DIGITS], other[TILES][PARTS][FIXED_DIGITS] = {};
         UNROLL for (int r = 0; r < ROWS; r++)
             UNROLL for (int t = 0; t < TILES; t++)
                 UNROLL for (int p = 0; p < PARTS; p++)
-                    UNROLL for (int d = 0; d < DIGITS; d++) sum[r][t][p][d] = x.begin[4 * (r * x.runs + run) + d] - Ints{};
+                    UNROLL for (int d = 0; d < FIXED_DIGITS; d++) sum[r][t][p][d] = x.begin[4 * (r * x.runs + run) + d] - Ints{};
         const auto add = [&](int64_t block, const int32_t* words, int b) __attribute__((always_inline)) {
             Ints word[TILES][PARTS][Codes::WORDS];
             UNROLL for (int t = 0; t < TILES; t++)
@@ -191,42 +181,41 @@ static inline void fixed_product(
                     UNROLL for (int w = 0; w < Codes::WORDS; w++) {
                         const int32_t* from = codes + t * apart * span + (block * Codes::WORDS + w) * TILE + p * LANES;
                         word[t][p][w] = load_bits<Ints>(from);
-                        if (ROWS == 1) __builtin_prefetch(from + AHEAD);
+                        if (ROWS == 1) __builtin_prefetch(from + FIXED_AHEAD);
                     }
             UNROLL for (int q = 0; q < Codes::QUADS; q++) {
                 Ints part[TILES][PARTS];
                 UNROLL for (int t = 0; t < TILES; t++)
                     UNROLL for (int p = 0; p < PARTS; p++) part[t][p] = Codes::part(word[t][p], q);
                 UNROLL for (int r = 0; r < ROWS; r++)
-                    UNROLL for (int d = 0; d < DIGITS; d++) {
+                    UNROLL for (int d = 0; d < FIXED_DIGITS; d++) {
                         const Ints value = words[r * x.held + 4 * q + d] - Ints{};
                         UNROLL for (int t = 0; t < TILES; t++)
-                            UNROLL for (int p = 0; p < PARTS; p++)
-                                {
-                                const int chain = (b * Codes::QUADS + q) % CHAINS;
-                                Ints& total = chain ? other[t][p][d] : sum[r][t][p][d];
-                                total = dot_bytes<Codes::MOST>(part[t][p], value, total);
+                            UNROLL for (int p = 0; p < PARTS; p++) {
+                                Ints& to = (b * Codes::QUADS + q) % CHAINS ? other[t][p][d] : sum[r][t][p][d];
+                                to = dot_bytes<Codes::MOST>(part[t][p], value, to);
                             }
                     }
             }
         };
         int64_t block = first / Codes::BLOCK;
-        if (Kind::BLOCKS && last - first == Kind::BLOCKS * Codes::BLOCK) {
-            UNROLL for (int b = 0; b < Kind::BLOCKS; b++) add(block + b, words + b * Codes::BLOCK, b);
-            words += Kind::BLOCKS * Codes::BLOCK;
+        if (whole && last - first == whole * Codes::BLOCK) {
+            UNROLL for (int b = 0; b < whole; b++) add(block + b, words + b * Codes::BLOCK, b);
+            words += whole * Codes::BLOCK;
         } else {
             for (; block * Codes::BLOCK < last; block++, words += Codes::BLOCK) add(block, words, 0);
         }
         if (CHAINS > 1)
             UNROLL for (int t = 0; t < TILES; t++)
                 UNROLL for (int p = 0; p < PARTS; p++)
-                    UNROLL for (int d = 0; d < DIGITS; d++) sum[0][t][p][d] += other[t][p][d];
+                    UNROLL for (int d = 0; d < FIXED_DIGITS; d++) sum[0][t][p][d] += other[t][p][d];
         UNROLL for (int t = 0; t < TILES; t++)
             UNROLL for (int p = 0; p < PARTS; p++) {
-                const Floats scale = weight.scale.at(tile + t * apart, group, p), zero = weight.zero.at(tile + t * apart, group, p);
+                const Floats scale = weight.scale.at(tile + t * apart, number, p), zero = weight.zero.at(tile + t * apart, number, p);
                 UNROLL for (int r = 0; r < ROWS; r++) {
                     const Ints low = sum[r][t][p][0] + (sum[r][t][p][1] << 8);
-                    Floats all = fma(__builtin_convertvector(sum[r][t][p][2], Floats), splat(65536.0f), __builtin_convertvector(low, Floats));
+                    const Floats high = __builtin_convertvector(sum[r][t][p][2], Floats);
+                    Floats all = fma(high, splat(65536.0f), __builtin_convertvector(low, Floats));
                     if (Kind::MOVED) all = fma(zero, splat(x.sum[r * x.runs + run]), all);
                     total[r][t][p] = fma(all, scale * splat(x.unit[r * x.runs + run]), total[r][t][p]);
                     if (Kind::LEAST) total[r][t][p] = fma(zero, splat(x.sum[r * x.runs + run]), total[r][t][p]);
@@ -243,13 +232,7 @@ static void fixed_tiles(const FixedRows& x, const Kind& weight, const T* bias, c
     for (int64_t tile = tiles.first; tile < tiles.first + apart; tile++) {
         Floats total[ROWS][TILES][PARTS] = {};
         fixed_product<Kind, ROWS, TILES>(x, weight, tile, apart, total);
-        UNROLL for (int t = 0; t < TILES; t++)
-            UNROLL for (int p = 0; p < PARTS; p++) {
-                const int64_t first = (tile + t * apart) * TILE + p * LANES, count = std::min<int64_t>(LANES, weight.rows - first);
-                if (count <= 0) continue;
-                if (bias) UNROLL for (int r = 0; r < ROWS; r++) total[r][t][p] += load(bias + first, count);
-                UNROLL for (int r = 0; r < ROWS; r++) store(out.row<T>(row + r) + first, total[r][t][p], count);
-            }
+        put_tiles<ROWS, TILES>(total, weight, bias, out, row, tile, apart);
     }
     if constexpr (TILES > 1) fixed_tiles<ROWS, 1>(x, weight, bias, out, row, {tiles.first + TILES * apart, tiles.last});
 }

@@ -37,7 +37,7 @@ struct Integers : Planes<bits> {
     static constexpr int MIDDLE = 1 << (bits - 1), MOST = (1 << bits) - 1;
     static constexpr float UNIT = 1.0f;
     static inline Ints part(const Ints* words, int q) { return Planes<bits>::part(words, q); }
-    static inline float number(int code) { return code; }
+    static inline float number(int code) { return code - MIDDLE; }
 };
 
 // e2m1: numbers are halves of whole ones from -12 to 12, which stand as 0 to 24 in bytes.

@@ -6,6 +6,8 @@ The artifact stores codes uint8 [N, ceil(K·b/8)], low bits first (`qcompile.qua
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -122,6 +124,41 @@ def tiles_codes(codes: Tensor) -> Tensor:
     return _word_tiles(codes, 0)
 
 
+def tiles_planes(codes: Tensor, bits: int) -> Tensor:
+    """Codes of 3, 5, 6 or 7 bits uint8 [N, ceil(K·b/8)] to int32 [ceil(N/16), C, 16], low bits in planes of 4 or 2, the others after them.
+
+    A block of 32 columns (16 of 6-bit codes) takes the words of its planes one after the other, the widest first. Part q of a block is four
+    columns, `32/w·(q // (8/w)) + 8/w·i + q % (8/w)` for i from 0 to 3, w the width of the widest plane; in a plane of width v these lie in
+    bits `8·i + v·(q % (8/v))` of word `q // (8/v)`.
+    """
+    widths = [width for width in (4, 2, 1) if bits & width]
+    planes = list(zip(accumulate(widths[:-1], initial=0), widths, strict=True))
+    block = 32 // (bits & -bits)
+    columns = unpack(codes, bits, codes.shape[1] * 8 // bits)
+    columns = torch.nn.functional.pad(columns, (0, -columns.shape[1] % block)).view(len(codes), -1, block).to(torch.int64)
+    per = 8 // planes[0][1]
+    parts = [[32 // planes[0][1] * (q // per) + per * i + q % per for i in range(4)] for q in range(block // 4)]
+    parted = columns[:, :, torch.tensor(parts, device=codes.device)]
+    words = []
+    for offset, width in planes:
+        held = 8 // width
+        shifts = torch.tensor([[8 * i + width * s for i in range(4)] for s in range(held)], device=codes.device)
+        field = (parted >> offset & ((1 << width) - 1)).view(*parted.shape[:2], -1, held, 4)
+        words.append((field << shifts).sum((-2, -1)))
+    joined = torch.cat(words, dim=-1).flatten(1)
+    return tiles(torch.where(joined >= 1 << 31, joined - (1 << 32), joined).to(torch.int32))
+
+
+def tiles_bytes(stored: Tensor) -> Tensor:
+    """The bit patterns of an 8-bit type [N, C] as bytes under `tiles`."""
+    return tiles(stored.view(torch.uint8))
+
+
+def tiles_zero(zero: Tensor, bits: int) -> Tensor:
+    """Packed zero points uint8 [N, B] of `bits` bits to bytes [ceil(N/16), 8·B // bits, 16]."""
+    return tiles(unpack(zero, bits, 8 * zero.shape[1] // bits))
+
+
 def tiles_zero4(zero: Tensor) -> Tensor:
     """Packed zero points uint8 [N, ceil(G/2)] to bytes [ceil(N/16), 2·ceil(G/2), 16]."""
     return tiles(unpack(zero, 4, 2 * zero.shape[1]))
@@ -147,6 +184,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "tiles-codes": tiles_codes,
     "tiles-zero4": tiles_zero4,
     "tiles-zero2": tiles_zero2,
+    "tiles-bytes": tiles_bytes,
+    **{f"tiles-planes{bits}": partial(tiles_planes, bits=bits) for bits in (3, 5, 6, 7)},
+    **{f"tiles-zero{bits}": partial(tiles_zero, bits=bits) for bits in (3, 5, 6, 7)},
 }
 
 
