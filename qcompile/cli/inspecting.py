@@ -60,7 +60,14 @@ def _tables(facts: Facts) -> list[RenderableType]:
     tables += cache_tables(facts.cache)
     if any(row["launches"] for row in facts.kernels):
         tables.append(kernel_table(facts.kernels))
-    values = {"model": facts.model, "target": facts.target, **facts.sizes, **facts.figures, "pipeline": facts.pipeline}
+    values = {
+        "model": facts.model,
+        "target": facts.target,
+        "matmul": facts.matmul,
+        **facts.sizes,
+        **facts.figures,
+        "pipeline": facts.pipeline,
+    }
     tables.append(value_table(readable(values)))
     if facts.interruption:
         tables.append(f"[bold red]interrupted[/] {facts.interruption}")

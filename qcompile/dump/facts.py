@@ -14,6 +14,7 @@ from qcompile.dump.reader import Dump, Listing
 from qcompile.dump.rows import record_row
 from qcompile.dump.tables import coverage_rows
 from qcompile.errors import SourceError
+from qcompile.ir.matmuls import matmul_text
 from qcompile.ir.records import Assets, CoverageRow, PassRecord
 from qcompile.ir.text import lines
 from qcompile.runtime.artifact import ArtifactContents
@@ -107,6 +108,11 @@ class Facts:
     listings: Callable[[], Sequence[Listing]] = field(default=list, repr=False)
     blame: Mapping[str, Any] | None = None
 
+    @property
+    def matmul(self) -> str | None:
+        """How linears with quantized weights multiply, in a line."""
+        return matmul_text(self.coverage, self.target)
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, without sources of kernels; of distributions only what tables show."""
         return {
@@ -114,6 +120,7 @@ class Facts:
             "model": self.model,
             "target": self.target,
             "pipeline": self.pipeline,
+            "matmul": self.matmul,
             "complete": not self.interruption,
             **self.sizes,
             "figures": dict(self.figures),
