@@ -39,8 +39,9 @@ struct Numbers<bf16> {
     static Floats high_half(Ints pairs) { return reinterpret_cast<Floats>(pairs & -0x10000); }
 };
 
-// Columns that are summed before they join the total, and rows of x whose totals are kept together.
-constexpr int64_t CHUNK = 256, BESIDE = 64;
+// Columns that are summed before they join the total, as shorter sums round less; columns of a weight that stay near while rows of x
+// pass, and rows whose totals are kept together.
+constexpr int64_t CHUNK = 128, NEAR_COLUMNS = 1024, BESIDE = 64;
 
 // ROWS rows of x times the columns from `first` to `last` of TILES tiles, each of `words` words a row.
 template <class Real, int ROWS, int TILES>
@@ -104,14 +105,16 @@ static inline void add_products(
     for (; left >= ROWS; left -= ROWS, row += ROWS, totals += ROWS * TILES * TILE) {
         const Real* from[ROWS];
         for (int r = 0; r < ROWS; r++) from[r] = x.row<Real>(row + r);
-        Floats part[ROWS][TILES][PARTS] = {};
-        number_product<Real, ROWS, TILES>(from, weight, words, first, last, part);
-        UNROLL for (int r = 0; r < ROWS; r++)
-            UNROLL for (int t = 0; t < TILES; t++)
-                UNROLL for (int p = 0; p < PARTS; p++) {
-                    float* to = totals + (r * TILES + t) * TILE + p * LANES;
-                    store(to, load(to) + part[r][t][p]);
-                }
+        for (int64_t next = first; next < last; next += CHUNK) {
+            Floats part[ROWS][TILES][PARTS] = {};
+            number_product<Real, ROWS, TILES>(from, weight, words, next, std::min(last, next + CHUNK), part);
+            UNROLL for (int r = 0; r < ROWS; r++)
+                UNROLL for (int t = 0; t < TILES; t++)
+                    UNROLL for (int p = 0; p < PARTS; p++) {
+                        float* to = totals + (r * TILES + t) * TILE + p * LANES;
+                        store(to, load(to) + part[r][t][p]);
+                    }
+        }
     }
     if constexpr (ROWS > 1) add_products<Real, ROWS / 2, TILES>(x, row, left, weight, words, first, last, totals);
 }
@@ -127,9 +130,9 @@ static inline void many_rows(
         for (int64_t row = 0; row < count; row += BESIDE) {
             alignas(64) float totals[BESIDE * TILES * TILE] = {};
             const int64_t beside = std::min(BESIDE, count - row);
-            for (int64_t first = 0; first < columns; first += CHUNK)
+            for (int64_t first = 0; first < columns; first += NEAR_COLUMNS)
                 add_products<Real, MANY, TILES>(
-                    x, row, beside, weight + tile * words * TILE, words, first, std::min(columns, first + CHUNK), totals);
+                    x, row, beside, weight + tile * words * TILE, words, first, std::min(columns, first + NEAR_COLUMNS), totals);
             for (int64_t r = 0; r < beside; r++)
                 for (int64_t place = 0; place < TILES * TILE; place += LANES)
                     put_total(load(totals + r * TILES * TILE + place), bias, out.row<Real>(row + r), tile * TILE + place, rows);
