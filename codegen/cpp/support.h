@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -70,9 +71,14 @@ struct Range {
     int64_t first, last;
 };
 
+// What a kernel of several threads may hand around: parts of a sum that is put together in a fixed order.
+constexpr int64_t SHARED_BYTES = 1 << 18;
+
 // The threads that run a kernel together; each calls it with its own number.
 struct Team {
     int64_t thread, threads;
+    // Memory that all of them see, of SHARED_BYTES; none in a team of one.
+    void* shared = nullptr;
 
     // This thread's share of `count` outputs.
     Range share(int64_t count) const { return {count * thread / threads, count * (thread + 1) / threads}; }
@@ -91,8 +97,9 @@ struct Team {
 static void run(int64_t threads, void (*steps)(const Team&, const Tensor*), const Tensor* tensors) {
 #if defined(_OPENMP)
     if (threads > 1) {
+        alignas(64) char shared[SHARED_BYTES];
 #pragma omp parallel num_threads(static_cast<int>(threads))
-        steps(Team{omp_get_thread_num(), omp_get_num_threads()}, tensors);
+        steps(Team{omp_get_thread_num(), omp_get_num_threads(), shared}, tensors);
         return;
     }
 #endif
