@@ -10,7 +10,7 @@ from qcompile.ir.lowered import Entry, Kernel, Plan
 from qcompile.ir.memory import phases
 from qcompile.ir.native import NativeCall, Segment, bucket_conditions, native_kernels, plan_digest, segments
 
-SUPPORT = ("support.h", "team.h")
+SUPPORT = ("support.h", "team.h", "layouts.h")
 """What comes first in the source."""
 HEAD = """\
 // {title}

@@ -41,9 +41,15 @@ static inline void look_again(int looks) {
 #endif
 }
 
+// What a kernel of several threads may hand around: parts of a sum that is put together in a fixed order.
+constexpr int64_t SHARED_BYTES = 1 << 18;
+
 // The threads that run a kernel together; each calls it with its own number.
 struct Team {
     int64_t thread, threads;
+    // Memory that all of them see, of SHARED_BYTES; none in a team of one. A kernel waits before it writes there, since the
+    // step before it may still run, and behind its last reading.
+    void* shared = nullptr;
     Meeting* meeting = nullptr;
 
     // This thread's share of `count` outputs.
@@ -66,15 +72,17 @@ struct Team {
     }
 };
 
-// Call `steps` on every thread of a team; one thread starts no pool.
-static void run(int64_t threads, void (*steps)(const Team&, const Tensor*), const Tensor* tensors) {
+// Call `steps` on every thread of a team with what is `given`; one thread starts no pool.
+template <class Given>
+static void run(int64_t threads, void (*steps)(const Team&, Given), Given given) {
 #if defined(_OPENMP)
     if (threads > 1) {
         Meeting meeting;
+        alignas(64) char shared[SHARED_BYTES];
 #pragma omp parallel num_threads(static_cast<int>(threads))
-        steps(Team{omp_get_thread_num(), omp_get_num_threads(), &meeting}, tensors);
+        steps(Team{omp_get_thread_num(), omp_get_num_threads(), shared, &meeting}, given);
         return;
     }
 #endif
-    steps(Team{0, 1}, tensors);
+    steps(Team{0, 1}, given);
 }

@@ -144,7 +144,7 @@ def undecided_sizes(entry: Entry) -> set[str]:
 
 def size_names(buffer: Buffer) -> set[str]:
     """The names in a buffer's shape."""
-    return {name for size in buffer.shape for name in names_in(size)}
+    return {name for size in buffer.shape if not isinstance(size, int) for name in names_in(size)}
 
 
 def _lifetimes(entry: Entry, limits: Mapping[str, int]) -> dict[str, Lifetime] | None:
