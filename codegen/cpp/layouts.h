@@ -11,38 +11,70 @@ struct Packing {
     int64_t bits;        // of the codes in a word of 4 bytes that are dealt to its bytes in turn; 0 leaves words as they are
 };
 
-// Codes 0, 1, 2 … of a word dealt out: byte i holds codes i, i + 4, i + 8 …, the first of them lowest.
+// 16 words of each of 16 rows turned over: the same word of all rows is one vector. Four times a row joins the one 8 further
+// on, word by word.
 template <class Word>
-static inline Word dealt(Word word, int64_t bits) {
-    if (sizeof(Word) != 4 || bits == 0) return word;
-    uint32_t made = 0;
-    for (int64_t code = 0; code < 32 / bits; code++) {
-        const uint32_t value = static_cast<uint32_t>(word) >> (code * bits) & ((1u << bits) - 1);
-        made |= value << (code % 4 * 8 + code / 4 * bits);
+struct Square {
+    typedef Word Row __attribute__((vector_size(TILE * sizeof(Word))));
+    Row rows[TILE];
+
+    void turn() {
+        UNROLL for (int round = 0; round < 4; round++) {
+            Row joined[TILE];
+            UNROLL for (int row = 0; row < TILE / 2; row++) {
+                const Row one = rows[row], other = rows[row + TILE / 2];
+                joined[2 * row] = Row{one[0], other[0], one[1], other[1], one[2], other[2], one[3], other[3],
+                                      one[4], other[4], one[5], other[5], one[6], other[6], one[7], other[7]};
+                joined[2 * row + 1] = Row{one[8], other[8], one[9], other[9], one[10], other[10], one[11], other[11],
+                                          one[12], other[12], one[13], other[13], one[14], other[14], one[15], other[15]};
+            }
+            UNROLL for (int row = 0; row < TILE; row++) rows[row] = joined[row];
+        }
     }
-    return static_cast<Word>(made);
+};
+
+// Codes 0, 1, 2 … of each word dealt out: byte i holds codes i, i + 4, i + 8 …, the first of them lowest.
+static inline Square<uint32_t>::Row dealt(Square<uint32_t>::Row words, uint32_t bits) {
+    Square<uint32_t>::Row made{};
+    for (uint32_t code = 0; code < 32 / bits; code++)
+        made |= (words >> (code * bits) & ((1u << bits) - 1)) << (code % 4 * 8 + code / 4 * bits);
+    return made;
 }
 
-// Tile `tile` of a weight: blocks of 16 words of its 16 rows are turned over; what is not there is 0.
+// The words of a tile's edge: `rows` rows of `count` bytes; the bytes behind a row's last are 0.
+template <class Word>
+static Square<Word> edge(const Packing& weight, const uint8_t* from, int64_t rows, int64_t count, Word mask) {
+    Square<Word> square{};
+    for (int64_t row = 0; row < rows; row++) {
+        uint8_t bytes[sizeof square.rows[0]] = {};
+        for (int64_t byte = 0; byte < count; byte++) bytes[byte] = from[row * weight.bytes + byte] ^ static_cast<uint8_t>(mask);
+        std::memcpy(&square.rows[row], bytes, sizeof bytes);
+    }
+    return square;
+}
+
+// Tile `tile` of a weight, 16 words of its rows at a time; what is not there is 0.
 template <class Word>
 static void pack_tile(const Packing& weight, int64_t tile) {
-    constexpr int64_t size = sizeof(Word), block = 16;
+    constexpr int64_t size = sizeof(Word), step = TILE * size;
     const int64_t words = (weight.bytes + size - 1) / size, rows = std::min<int64_t>(TILE, weight.rows - tile * TILE);
-    const uint64_t mask = static_cast<uint64_t>(weight.mask) * 0x0101010101010101u;
-    Word* to = reinterpret_cast<Word*>(weight.to) + tile * words * TILE;
-    for (int64_t first = 0; first < words; first += block) {
-        const int64_t count = std::min(block, words - first), taken = std::min(count * size, weight.bytes - first * size);
-        Word held[TILE][block] = {};
-        for (int64_t row = 0; row < rows; row++) {
-            std::memcpy(held[row], weight.from + (tile * TILE + row) * weight.bytes + first * size, taken);
-            for (int64_t word = 0; word < count; word++) held[row][word] ^= static_cast<Word>(mask);
-            // The bytes behind a row's last stay 0.
-            uint8_t* bytes = reinterpret_cast<uint8_t*>(held[row]);
-            for (int64_t byte = taken; byte < count * size; byte++) bytes[byte] = 0;
-            if (weight.bits) for (int64_t word = 0; word < count; word++) held[row][word] = dealt(held[row][word], weight.bits);
+    const Word mask = static_cast<Word>(static_cast<uint64_t>(weight.mask) * 0x0101010101010101u);
+    const uint8_t* from = weight.from + tile * TILE * weight.bytes;
+    uint8_t* to = weight.to + tile * words * step;
+    // The next tile comes meanwhile, in the order in which it lies in memory.
+    for (int64_t byte = TILE * weight.bytes; byte < 2 * TILE * weight.bytes; byte += 64) __builtin_prefetch(from + byte);
+    for (int64_t first = 0; first < weight.bytes; first += step, to += TILE * step) {
+        Square<Word> square;
+        if (rows == TILE && first + step <= weight.bytes) {
+            UNROLL for (int row = 0; row < TILE; row++)
+                square.rows[row] = load_bits<typename Square<Word>::Row>(from + row * weight.bytes + first) ^ mask;
+        } else {
+            square = edge<Word>(weight, from + first, rows, std::min(step, weight.bytes - first), mask);
         }
-        for (int64_t word = 0; word < count; word++)
-            for (int64_t row = 0; row < TILE; row++) to[(first + word) * TILE + row] = held[row][word];
+        if constexpr (size == 4)
+            for (auto& row : square.rows) row = weight.bits ? dealt(row, weight.bits) : row;
+        square.turn();
+        std::memcpy(to, square.rows, std::min<int64_t>(TILE, words - first / size) * step);
     }
 }
 
