@@ -7,15 +7,10 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
-from qcompile.codegen.cpp.backend import CppBackend
 from qcompile.codegen.cpp.build import find_compiler, no_compiler
-from qcompile.codegen.select import build
 from qcompile.errors import EngineError
 from qcompile.ir.native import NATIVE_SOURCE
 from qcompile.ir.records import CoverageRow
-from qcompile.passes.base import PassContext
-from qcompile.passes.lower_to_kernels import LowerToKernels
-from qcompile.passes.plan_memory import PlanMemory
 from qcompile.runtime.artifact import ArtifactContents
 from qcompile.runtime.native.processor import best_library
 from qcompile.runtime.trust import trust
@@ -50,6 +45,13 @@ def native_or_torch(contents: ArtifactContents) -> tuple[ArtifactContents, str]:
 
 def with_native_kernels(contents: ArtifactContents) -> ArtifactContents:
     """The contents lowered again, for C++ kernels, with a library that was built now."""
+    # What compiles is imported where something is compiled: an artifact with its library loads without it.
+    from qcompile.codegen.cpp.backend import CppBackend
+    from qcompile.codegen.select import build
+    from qcompile.passes.base import PassContext
+    from qcompile.passes.lower_to_kernels import LowerToKernels
+    from qcompile.passes.plan_memory import PlanMemory
+
     target, graph = parse_target(contents.target), contents.graph
     entry = contents.plan.entries.get("prefill", contents.plan.entries["forward"])
     batch, tokens = (entry.limits.get(name, 1) for name in ("batch", "sequence"))

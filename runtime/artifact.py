@@ -25,6 +25,7 @@ from qcompile.ir.records import Assets, CoverageRow, PassRecord, Settings
 from qcompile.ir.serialize import check_graph_json, format_of, graph_to_json
 from qcompile.ir.serialize_plan import check_constants, kernels_from_json, kernels_to_json, plan_from_json, plan_to_json
 from qcompile.ir.tensor_file import write_constants
+from qcompile.runtime.collecting import without_collecting
 from qcompile.runtime.manifest import (
     GRAPH,
     KERNELS,
@@ -235,6 +236,7 @@ def manifest(contents: ArtifactContents, files: Mapping[str, bytes], weights: Ma
     }
 
 
+@without_collecting()
 def load_artifact(path: str | os.PathLike[str], *, allow_native: bool = False) -> ArtifactContents:
     """Read an artifact: everything but the weights is verified now, each weight when it is first read. Nothing is unpickled.
 

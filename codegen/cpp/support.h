@@ -1,4 +1,4 @@
-// What every kernel of an artifact stands on: tensors, the team of threads, vectors of floats.
+// What every kernel of an artifact stands on: tensors, vectors of floats.
 //
 // Vectors are as wide as the instruction set that this file is compiled for has them. Every function here gives the same
 // bits whatever the number of threads; products and sums are fused only where `fma` says so.
@@ -13,9 +13,6 @@
 #include <immintrin.h>
 #elif defined(__SSE2__)
 #include <emmintrin.h>
-#endif
-#if defined(_OPENMP)
-#include <omp.h>
 #endif
 
 // Numbers of 16 bits as they are stored.
@@ -66,45 +63,6 @@ struct Tensor {
         return static_cast<T*>(data) + offset;
     }
 };
-
-struct Range {
-    int64_t first, last;
-};
-
-// What a kernel of several threads may hand around: parts of a sum that is put together in a fixed order.
-constexpr int64_t SHARED_BYTES = 1 << 18;
-
-// The threads that run a kernel together; each calls it with its own number.
-struct Team {
-    int64_t thread, threads;
-    // Memory that all of them see, of SHARED_BYTES; none in a team of one.
-    void* shared = nullptr;
-
-    // This thread's share of `count` outputs.
-    Range share(int64_t count) const { return {count * thread / threads, count * (thread + 1) / threads}; }
-
-    // Until every thread is here.
-    void wait() const {
-#if defined(_OPENMP)
-        if (threads > 1) {
-#pragma omp barrier
-        }
-#endif
-    }
-};
-
-// Call `steps` on every thread of a team; one thread starts no pool.
-static void run(int64_t threads, void (*steps)(const Team&, const Tensor*), const Tensor* tensors) {
-#if defined(_OPENMP)
-    if (threads > 1) {
-        alignas(64) char shared[SHARED_BYTES];
-#pragma omp parallel num_threads(static_cast<int>(threads))
-        steps(Team{omp_get_thread_num(), omp_get_num_threads(), shared}, tensors);
-        return;
-    }
-#endif
-    steps(Team{0, 1}, tensors);
-}
 
 // Before a short loop over registers: without it the compiler leaves them in memory.
 #define UNROLL _Pragma("GCC unroll 16")
