@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from qcompile.codegen.cpp import build as compiler
 from qcompile.codegen.cpp.backend import CppBackend
-from qcompile.codegen.cpp.build import chosen_sets, find_compiler, no_compiler
-from qcompile.codegen.cpp.build import instruction_sets as known_sets
 from qcompile.codegen.select import build, instead_of_native, without_native
 from qcompile.errors import ArtifactError, EngineError, KernelBuildError
 from qcompile.ir.graph import Graph
@@ -46,12 +45,12 @@ def named_sets(asked: str | Sequence[str] | None) -> tuple[str, ...] | None:
     Raises:
         OptionError: for a name that this machine's compiler does not know.
     """
-    if asked is None or find_compiler() is None:
+    if asked is None or compiler.find_compiler() is None:
         return None
     names = asked.replace(" ", "").split(",") if isinstance(asked, str) else list(asked)
     if names == [HERE]:
-        return tuple(name for name in known_sets() if runs_here(name))[:1]
-    return chosen_sets(names)
+        return tuple(name for name in compiler.instruction_sets() if runs_here(name))[:1]
+    return compiler.chosen_sets(names)
 
 
 def tell_of_missing(ctx: PassContext) -> None:
@@ -119,8 +118,8 @@ def native_or_torch(contents: ArtifactContents, reason: str, *, asked: bool = Fa
     """
     _require_cpu(contents)
     came = NATIVE_SOURCE in contents.binaries
-    if find_compiler() is None:
-        return _served_by_torch(contents, f"{reason}, and {no_compiler()}")
+    if compiler.find_compiler() is None:
+        return _served_by_torch(contents, f"{reason}, and {compiler.no_compiler()}")
     try:
         made = with_native_kernels(contents, named_sets(HERE))
     except KernelBuildError as error:
@@ -205,7 +204,7 @@ def build_artifact(
     contents = load_artifact(path)
     _require_cpu(contents)
     names = named_sets(instruction_sets)
-    wanted = {library_name(platform.machine(), name) for name in names or known_sets()}
+    wanted = {library_name(platform.machine(), name) for name in compiler.chosen_sets(names)}
     have = wanted <= set(contents.binaries) and not wanted & set(contents.untrusted) and not objection(contents)
     if have and out is None:
         return contents
