@@ -95,16 +95,17 @@ class ArtifactContents:
         """Whether `binaries` may be run: each was built on this machine, or the caller allowed them."""
         return not self.untrusted
 
-    def require_native(self) -> None:
-        """Refuse native code that nobody vouched for.
+    def require_native(self, name: str | None = None) -> None:
+        """Refuse native code that nobody vouched for: the binary called `name`, or any.
 
         Raises:
             UntrustedCodeError: naming a binary and the two remedies.
         """
-        if self.untrusted:
+        found = [item for item in self.untrusted if name in (None, item)]
+        if found:
             raise UntrustedCodeError(
-                f"{self.path}: expected kernels built on this machine, got {len(self.untrusted)} that were not "
-                f"({self.untrusted[0]}); if you trust where the artifact came from, load it with allow_native=True, else "
+                f"{self.path}: expected kernels built on this machine, got {len(found)} that were not "
+                f"({found[0]}); if you trust where the artifact came from, load it with allow_native=True, else "
                 "compile the model here"
             )
 

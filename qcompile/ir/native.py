@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -34,6 +35,12 @@ TENSOR_WORDS = 2 + 2 * RANK
 def library_name(machine: str, instruction_set: str) -> str:
     """The file of an artifact's library: `native-x86_64-avx512.so`."""
     return f"native-{machine}-{instruction_set}.so"
+
+
+def library_parts(name: str) -> tuple[str, str]:
+    """Machine and instruction set of a library's file; ("", "") for any other file."""
+    match = re.fullmatch(r"native-(.+)-([a-z0-9]+)\.so", name)
+    return (match[1], match[2]) if match else ("", "")
 
 
 @dataclass(frozen=True)
