@@ -14,7 +14,6 @@ from qcompile.codegen.cpp.source import Lines, block, call, constants, function,
 from qcompile.codegen.cpp.weights import MOST_GROUPS, Weight, refuses_weight, weight_of
 from qcompile.ir.lowered import BUCKETS, Kernel, KernelSpec
 
-
 MOST_COLUMNS = 1 << 15
 """Of rows in halves: some of them stand on the stack as floats."""
 AS_FLOATS = [
