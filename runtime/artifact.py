@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from qcompile.collecting import without_collecting
 from qcompile.errors import ArtifactError, UntrustedCodeError
 from qcompile.ir.codec import decode, encode
 from qcompile.ir.constants import Constant
@@ -25,7 +26,6 @@ from qcompile.ir.records import Assets, CoverageRow, PassRecord, Settings
 from qcompile.ir.serialize import check_graph_json, format_of, graph_to_json
 from qcompile.ir.serialize_plan import check_constants, kernels_from_json, kernels_to_json, plan_from_json, plan_to_json
 from qcompile.ir.tensor_file import write_constants
-from qcompile.runtime.collecting import without_collecting
 from qcompile.runtime.manifest import (
     GRAPH,
     KERNELS,

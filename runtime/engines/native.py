@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompile.collecting import without_collecting
 from qcompile.errors import EngineError
 from qcompile.ir.lowered import Entry, Plan
 from qcompile.ir.memory import buffers_in
 from qcompile.ir.native import Segment, plan_digest, segments
 from qcompile.runtime.artifact import ArtifactContents
-from qcompile.runtime.collecting import without_collecting
 from qcompile.runtime.engines.program import Call, Kernels, Operands, Program
 from qcompile.runtime.engines.torch_cpu import TorchCpuEngine
 from qcompile.runtime.kv_cache import KVCache

@@ -30,7 +30,7 @@ def packed_constants(library: Library, constants: Mapping[str, Constant], wanted
     that it does not stand beside the packed one.
     """
     items = list(wanted)
-    verify({constants[name].source for name, _ in items}, threads)
+    verify((constants[name].source for name, _ in items), threads)
     places = {item: place for item in items if (place := _place(constants[item[0]], item[1])) is not None}
     memory = _Memory(sum(place.bytes for place in places.values()))
     packed: Packed = {}
