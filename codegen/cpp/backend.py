@@ -15,9 +15,12 @@ from qcompile.codegen.cpp import (
     linear,
     norm,
     pack,
+    pointwise,
     quantize,
     retained,
     rotary,
+    shaping,
+    whole_attention,
 )
 from qcompile.codegen.cpp.contract import Operator
 from qcompile.errors import CoverageError
@@ -48,6 +51,14 @@ OPERATORS: Mapping[str, Operator] = MappingProxyType(
         "attend_settled": attention.ATTEND_SETTLED,
         "embedding": embedding.EMBEDDING,
         "gather_last": embedding.GATHER_LAST,
+        "pointwise": pointwise.POINTWISE,
+        "cat": shaping.CAT,
+        "select_places": shaping.SELECT,
+        "gather_places": shaping.GATHER,
+        "softmax": shaping.SOFTMAX,
+        "row_sum": shaping.SUM,
+        "greatest": shaping.GREATEST,
+        "attention": whole_attention.ATTENTION,
     }
 )
 
