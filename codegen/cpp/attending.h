@@ -49,11 +49,11 @@ static inline void clear(A& a) {
     for (int q = 0; q < A::Q; q++) a.peak[q] = -INFINITY;
 }
 
-template <class Keys, class A>
-static inline void set_query(A& a, int q, const float* from) {
+template <class Keys, class A, class T>
+static inline void set_query(A& a, int q, const T* from) {
     for (int64_t dim = 0; dim < Keys::DIMS; dim++) {
-        a.plain[q][dim] = from[dim];
-        a.query[q][Keys::place(dim)] = from[dim];
+        a.plain[q][dim] = get(from + dim);
+        a.query[q][Keys::place(dim)] = a.plain[q][dim];
     }
     if constexpr (!Keys::BY_CHANNEL)
         for (int64_t group = 0; group < Keys::GROUPS; group++)
@@ -116,8 +116,8 @@ static inline Range seen_by(const A& a) {
 }
 
 // The result of a query; 0 where it saw nothing.
-template <class A>
-static inline void put_result(const A& a, int q, float* to, int64_t dims) {
+template <class A, class T>
+static inline void put_result(const A& a, int q, T* to, int64_t dims) {
     const float share = a.total[q] > 0.0f ? 1.0f / a.total[q] : 0.0f;
-    for (int64_t dim = 0; dim < dims; dim++) to[dim] = a.mixed[q][dim] * share;
+    for (int64_t dim = 0; dim < dims; dim++) put(to + dim, a.mixed[q][dim] * share);
 }

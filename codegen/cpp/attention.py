@@ -5,7 +5,7 @@ What a query sees and gathers is the same whichever queries are beside it (`atte
 
 from __future__ import annotations
 
-from qcompile.codegen.contract import same_storage
+from qcompile.codegen.contract import FLOATS, same_storage
 from qcompile.codegen.cpp.contract import Operator, kernel, type_of
 from qcompile.codegen.cpp.packed_forms import form_type, helpers, refuses_forms, refuses_size
 from qcompile.codegen.cpp.retained import POLICY, policy_type, refuses_policy
@@ -51,17 +51,17 @@ def every_query(spec: KernelSpec) -> Lines:
 
 def attend_function(spec: KernelSpec, before: Lines, ranges: Lines, walks: Lines) -> Lines:
     """`attend`, for `count` queries from number `next` on: `ranges` sets which keys query `i` sees of the pages by its `position`."""
-    sinks = ["a.peak[i] = *sinks.at<float>(at_head);", "a.total[i] = 1.0f;"] if spec.format("sinks") else []
+    sinks = [f"a.peak[i] = get(sinks.at<{type_of(spec, 'sinks')}>(at_head));", "a.total[i] = 1.0f;"] if spec.format("sinks") else []
     begin = [
         "const int64_t pair = (next + i) % beside, token = pair / group, at_head = head * group + pair % group;",
         "const int64_t position = *positions.at<int64_t>(batch, token);",
-        "set_query<Keys>(a, i, q.at<float>(batch, at_head, token));",
+        f"set_query<Keys>(a, i, q.at<{type_of(spec, 'q')}>(batch, at_head, token));",
         *sinks,
         *ranges,
     ]
     end = [
         "const int64_t pair = (next + i) % beside;",
-        "put_result(a, i, out.at<float>(batch, head * group + pair % group, pair / group), dims);",
+        f"put_result(a, i, out.at<{type_of(spec, 'out')}>(batch, head * group + pair % group, pair / group), dims);",
     ]
     body = [
         "Attention<Keys, Values, decltype(most)::value> a;",
@@ -163,11 +163,11 @@ def refuses_attend_settled(spec: KernelSpec) -> str | None:
     return reason or same_storage(spec, "exact_keys", "exact_values")
 
 
-_FLOAT, _BYTES, _ROWS = ("fp32",), ("uint8",), ("fp16", "bf16", "fp32")
-_PLACES = {"page_table": ("i32",), "positions": ("i64",), "sinks": _FLOAT, "out": _FLOAT}
+_BYTES = ("uint8",)
+_PLACES = {"page_table": ("i32",), "positions": ("i64",), "sinks": FLOATS, "out": FLOATS}
 ATTEND = Operator(
     emit=emit_attend,
-    operands={"q": _FLOAT, "keys": _ROWS, "values": _ROWS, **_PLACES},
+    operands={"q": FLOATS, "keys": FLOATS, "values": FLOATS, **_PLACES},
     optional=frozenset({"sinks"}),
     sizes=("H", "L", "D"),
     options=("scale", "window", "softcap"),
@@ -177,7 +177,7 @@ ATTEND = Operator(
 )
 ATTEND_PACKED = Operator(
     emit=emit_attend_packed,
-    operands={"q": _FLOAT, "keys": _BYTES, "values": _BYTES, **_PLACES},
+    operands={"q": FLOATS, "keys": _BYTES, "values": _BYTES, **_PLACES},
     optional=frozenset({"sinks"}),
     sizes=("H", "L", "D"),
     options=("k_form", "v_form", "scale", "window", "softcap"),
@@ -187,7 +187,7 @@ ATTEND_PACKED = Operator(
 )
 ATTEND_SETTLED = Operator(
     emit=emit_attend_settled,
-    operands={"q": _FLOAT, "keys": _BYTES, "values": _BYTES, "exact_keys": _ROWS, "exact_values": _ROWS, **_PLACES},
+    operands={"q": FLOATS, "keys": _BYTES, "values": _BYTES, "exact_keys": FLOATS, "exact_values": FLOATS, **_PLACES},
     optional=frozenset({"sinks"}),
     sizes=("H", "L", "D"),
     options=("k_form", "v_form", *POLICY, "scale", "window", "softcap"),

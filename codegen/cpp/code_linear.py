@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qcompile.codegen.contract import FLOATS
+from qcompile.codegen.contract import FLOATS, same_storage
 from qcompile.codegen.cpp.code_dot import dot_helpers
 from qcompile.codegen.cpp.code_rows import CODE_ROWS, Product, each_run, few_columns, plain, prepare_function, prepare_name, product_of
 from qcompile.codegen.cpp.contract import Operator, kernel, type_of
@@ -146,8 +146,8 @@ def rows_function(product: Product) -> Lines:
     ]
     body = [
         *weight.stride_constants,
-        "float* to[ROWS];",
-        "UNROLL for (int r = 0; r < ROWS; r++) to[r] = out.row<float>(row + r);",
+        "Real* to[ROWS];",
+        "UNROLL for (int r = 0; r < ROWS; r++) to[r] = out.row<Real>(row + r);",
         "int64_t tile = tiles.first;",
         *block(
             "for (; tile + TILES <= tiles.last; tile += TILES)",
@@ -156,10 +156,10 @@ def rows_function(product: Product) -> Lines:
         *block("if constexpr (TILES > 1)", call(f"{product.name}_rows<ROWS, TILES / 2>", rest)),
     ]
     parameters = [
-        "const CodeRows& x", "const int32_t* codes", *weight.scale_parameters, "const float* bias", "const Tensor& out", "int64_t row",
+        "const CodeRows& x", "const int32_t* codes", *weight.scale_parameters, "const Real* bias", "const Tensor& out", "int64_t row",
         "Range tiles", "int64_t rows", "int64_t columns",
     ]  # fmt: skip
-    head = f"template <int ROWS, int TILES>\nstatic void {product.name}_rows"
+    head = f"template <int ROWS, int TILES, class Real>\nstatic void {product.name}_rows"
     return function(head, parameters, f"ROWS rows of codes times a range of tiles of {weight.text}, stored.", body)
 
 
@@ -171,7 +171,8 @@ def emit_integer_linear(spec: KernelSpec) -> Kernel:
     product = product_of(spec)
     weight = product.weight
     pointers = [f"w_{name}.at<{type_of(spec, f'w_{name}')}>()" for name, _ in weight.scale_strides]
-    pointers = ["w_codes.at<int32_t>()", *pointers, "bias.at<float>()" if spec.format("bias") else "nullptr"]
+    real = type_of(spec, "out")
+    pointers = ["w_codes.at<int32_t>()", *pointers, f"bias.at<{real}>()" if spec.format("bias") else f"static_cast<{real}*>(nullptr)"]
     body = [
         *constants({"rows": (spec.size("N"), "of the weight"), "columns": (spec.size("K"), "of the weight and of x")}),
         *_kept(product, 1 if single else product.most),
@@ -251,6 +252,8 @@ def refuses_integer_linear(spec: KernelSpec) -> str | None:
     reason = refuses_weight(plain(spec))
     if reason is not None:
         return f"the weight's {reason}"
+    if (reason := same_storage(spec, "bias", "out")) is not None:
+        return reason
     product = product_of(spec)
     if product.columns > MOST_COLUMNS:
         return f"K={product.columns}: expected at most {MOST_COLUMNS} columns, whose products stay within 32 bits"
@@ -264,7 +267,7 @@ INTEGER_LINEAR = Operator(
     emit=emit_integer_linear,
     operands={
         "codes": ("i8",), "scale": ("fp32", "fp16"), "zero": ("i32",), "w_codes": (), "w_scale": FLOATS, "w_zero": ("uint8",),
-        "bias": ("fp32",), "out": ("fp32",),
+        "bias": FLOATS, "out": FLOATS,
     },
     optional=frozenset({"zero", "w_zero", "bias"}),
     sizes=("K", "N"),

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from qcompile.codegen.contract import FLOATS, same_storage
 from qcompile.codegen.cpp.contract import Operator, kernel
 from qcompile.codegen.cpp.elementwise import BODIES
-from qcompile.codegen.cpp.norm import every_row
-from qcompile.codegen.cpp.rows import EVERY_VECTOR, refuses_row, row_constants, row_helpers, row_lines, row_of, vectors
+from qcompile.codegen.cpp.loops import EVERY_VECTOR, every_row, row_pointer, vectors
+from qcompile.codegen.cpp.rows import kept, refuses_row, row_constants, row_helpers, row_lines, row_of
 from qcompile.codegen.cpp.source import Lines, block, constants, function, number, when
 from qcompile.ir.lowered import Kernel, KernelSpec
 from qcompile.quant.activations import HALF_LEAST, HALF_MAX
@@ -78,7 +79,7 @@ def refuses_quantize(spec: KernelSpec) -> str | None:
         return f"{results(spec)['scale']} is {scale}: expected {wanted} for the scale of {'a row' if group == -1 else 'groups'}"
     if spec.format("gate") and spec.option("activation") not in BODIES:
         return f"activation {spec.option('activation')!r}: expected one of {', '.join(BODIES)}"
-    return refuses_row(spec)
+    return same_storage(spec, "x", "residual", "gate", "up") or refuses_row(spec)
 
 
 def _range(spec: KernelSpec) -> Lines:
@@ -109,6 +110,7 @@ def _quantize(spec: KernelSpec) -> Lines:
     """Codes, scales and zero points of the finished row, stored."""
     name, places = row_of(spec).name, results(spec)
     value, whole = f"load({name} + column, count)", int(spec.option("group_size")) == -1
+    value = kept(spec, value) if row_of(spec).size else value
     zero = asymmetric(spec)
     return [
         f"int8_t* codes_row = {places['codes']}.row<int8_t>(row);",
@@ -151,7 +153,7 @@ def emit_hadamard(spec: KernelSpec) -> Kernel:
     """Rotated rows."""
     row = row_of(spec)
     copy = vectors([f"store(to + column, load({row.name} + column), count);"])
-    body = [*row_constants(row), *every_row([*row_lines(spec), "float* to = out.row<float>(row);", *copy])]
+    body = [*row_constants(row), *every_row([*row_lines(spec), row_pointer(spec, "out", "to"), *copy])]
     return kernel(spec, OPERATORS[spec.operator].present(spec), body, row_helpers(spec))
 
 
@@ -164,7 +166,7 @@ def emit_static(spec: KernelSpec) -> Kernel:
         *when(zero, ["const int middle = *zero.at<int32_t>();"]),
         *every_row(
             [
-                "const float* from = x.row<float>(row);",
+                row_pointer(spec, "x", "from"),
                 "int8_t* codes_row = out.row<int8_t>(row);",
                 *vectors([f"store_codes(codes_row + column, {_codes(spec, 'load(from + column, count)', zero)}, count);"]),
             ]
@@ -174,16 +176,15 @@ def emit_static(spec: KernelSpec) -> Kernel:
     return kernel(spec, OPERATORS[spec.operator].present(spec), body, helpers)
 
 
-_FLOAT = ("fp32",)
 _RANGE = ("bits", "clip", "element", "group_size")
 _NORM = ("eps", "offset")
 _SCALES = ("fp32", "fp16")
-_MATRIX = {"matrix": _FLOAT}
+_MATRIX = {"matrix": ("fp32",)}
 
 
 def _rows(sources: Mapping[str, tuple[str, ...]], options: tuple[str, ...], required: tuple[str, ...], zero: bool) -> Operator:
     """An operator that quantizes rows: what it reads, its options beside the range's, and whether codes have zero points."""
-    kinds = [*([_FLOAT] if "residual" in sources else []), ("i8",), _SCALES, *([("i32",)] if zero else [])]
+    kinds = [*([FLOATS] if "residual" in sources else []), ("i8",), _SCALES, *([("i32",)] if zero else [])]
     return Operator(
         emit=emit_rows,
         operands={**sources, **{f"out{place or ''}": kind for place, kind in enumerate(kinds)}},
@@ -196,9 +197,9 @@ def _rows(sources: Mapping[str, tuple[str, ...]], options: tuple[str, ...], requ
 
 
 def _producers() -> dict[str, Operator]:
-    x, normed = {"x": _FLOAT}, {"x": _FLOAT, "weight": _FLOAT, **_MATRIX}
-    summed = {"x": _FLOAT, "residual": _FLOAT, "weight": _FLOAT, **_MATRIX}
-    gated = {"gate": _FLOAT, "up": _FLOAT, **_MATRIX}
+    x, normed = {"x": FLOATS}, {"x": FLOATS, "weight": FLOATS, **_MATRIX}
+    summed = {"x": FLOATS, "residual": FLOATS, "weight": FLOATS, **_MATRIX}
+    gated = {"gate": FLOATS, "up": FLOATS, **_MATRIX}
     rotated = ("hadamard_size",)
     made = {}
     for ending in ("", "_asym"):
@@ -214,11 +215,11 @@ def _producers() -> dict[str, Operator]:
 OPERATORS: dict[str, Operator] = {
     **_producers(),
     "hadamard": Operator(
-        emit=emit_hadamard, operands={"x": _FLOAT, **_MATRIX, "out": _FLOAT}, optional=frozenset({"matrix"}), sizes=("K",),
+        emit=emit_hadamard, operands={"x": FLOATS, **_MATRIX, "out": FLOATS}, optional=frozenset({"matrix"}), sizes=("K",),
         options=("hadamard_size",), required=("hadamard_size",), refuses=refuses_row,
     ),
     "quantize_static": Operator(
-        emit=emit_static, operands={"x": _FLOAT, "scale": _FLOAT, "zero": ("i32",), "out": ("i8",)}, optional=frozenset({"zero"}),
+        emit=emit_static, operands={"x": FLOATS, "scale": ("fp32",), "zero": ("i32",), "out": ("i8",)}, optional=frozenset({"zero"}),
         sizes=("K",), options=("bits", "element"), required=("bits",), refuses=refuses_quantize,
     ),
 }  # fmt: skip

@@ -220,6 +220,24 @@ static inline void store(T* to, Floats vector, int64_t count) {
     std::memcpy(to, &bits, count * sizeof(T));
 }
 
+// What is left of a vector when it is stored as T.
+template <class T>
+static inline Floats as_stored(Floats vector) {
+    const T* kind = nullptr;
+    return widen(narrow(vector, kind), kind);
+}
+
+// One number.
+template <class T>
+static inline float get(const T* from) { return load(from, 1)[0]; }
+
+static inline float get(const float* from) { return *from; }
+
+template <class T>
+static inline void put(T* to, float value) { store(to, splat(value), 1); }
+
+static inline void put(float* to, float value) { *to = value; }
+
 // a · b + c, rounded once where the instruction set can.
 static inline Floats fma(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
@@ -280,7 +298,8 @@ static inline Floats exp(Floats x) {
 }
 
 // The sum of `count` numbers.
-static inline float sum(const float* from, int64_t count) {
+template <class T>
+static inline float sum(const T* from, int64_t count) {
     Floats total{};
     for (; count >= LANES; count -= LANES, from += LANES) total += load(from);
     return sum(total + load(from, count));

@@ -97,6 +97,11 @@ def tiles(stored: Tensor) -> Tensor:
     return padded.view(-1, TILE, stored.shape[1]).transpose(1, 2).contiguous()
 
 
+def tiles_pairs(stored: Tensor) -> Tensor:
+    """Numbers of 16 bits [N, K] to int32 [ceil(N/16), ceil(K/2), 16]: a word holds 2 columns of a row, low first; what fills up is 0."""
+    return tiles(torch.nn.functional.pad(stored, (0, stored.shape[1] % 2)).contiguous().view(torch.int32))
+
+
 def _word_tiles(codes: Tensor, middle: int) -> Tensor:
     padded = torch.nn.functional.pad(codes ^ middle, (0, -codes.shape[1] % 4))
     return tiles(padded.view(torch.int32))
@@ -160,6 +165,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "float8": float8,
     "bytes": as_bytes,
     "tiles": tiles,
+    "tiles-pairs": tiles_pairs,
     "tiles-int8": tiles_int8,
     "tiles-int4": tiles_int4,
     "tiles-int2": tiles_int2,
