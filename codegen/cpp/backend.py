@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from qcompile.codegen.cpp import attention, cache, code_linear, elementwise, embedding, float_linear, linear, norm, pack, quantize, retained, rotary
+from qcompile.codegen.cpp import (
+    attention,
+    cache,
+    code_linear,
+    elementwise,
+    embedding,
+    float_linear,
+    linear,
+    norm,
+    pack,
+    quantize,
+    retained,
+    rotary,
+)
 from qcompile.codegen.cpp.contract import Operator
 from qcompile.errors import CoverageError
 from qcompile.ir.lowered import Kernel, KernelSpec

@@ -8,6 +8,7 @@ from qcompile.codegen.cpp.loops import EVERY_VECTOR, every_row, pointer, row_poi
 from qcompile.codegen.cpp.source import constants, number, when
 from qcompile.ir.lowered import Kernel, KernelSpec
 
+
 def _load(name: str) -> str:
     """A vector of an operand's row, zeros behind its end."""
     return f"load({name} + column, count)"
