@@ -77,7 +77,7 @@ class Product:
         return "m1" if self.count == 1 else "m2-63" if self.count < 64 else "m64"
 
     def quantized(self) -> KernelSpec:
-        """x to codes and scales."""
+        """Codes and scales of x."""
         formats = {"x": "fp32", "out": "i8", "out1": "fp16"}
         return spec("quantize_activation", {"K": self.columns}, formats, bits=8, group_size=self.group, clip=1.0)
 
@@ -108,7 +108,7 @@ class Ours:
         self._library, self.name = Library(name, code), name
 
     def fast(self, product: Product, case: Case) -> Run:
-        """x to codes and the product of codes, in one call."""
+        """Codes of x and their product, in one call."""
         quantized, kernel = self._kernels[product.quantized()], self._kernels[product.fast()]
         groups = product.columns // product.group
         codes, scale = (
@@ -202,7 +202,7 @@ def _batch(call: Callable[[], object]) -> int:
 
 
 def faster(case: Case) -> tuple[str, Run]:
-    """torch with the faster of its two activations."""
+    """The product of torch with the faster of its two activations."""
     runs = {name: torch_product(Case(case.x, case.weight, 1, case.threads), dtype) for name, dtype in _TORCH.items()}
     speed = {name: min(_seconds(run.call, 1) for _ in range(3)) for name, run in runs.items()}
     name = min(speed, key=lambda key: speed[key])

@@ -42,9 +42,9 @@ class Run:
 
 
 def onnxruntime_product(case: Case) -> Run:
-    """A model of one `MatMulNBits` a copy, accuracy level 4 (int8 activations), inputs and outputs bound; empty is a model of one small sum."""
+    """A model of one `MatMulNBits` a copy, accuracy level 4 (int8 activations), inputs and outputs bound; empty is one small node."""
     rows, columns = case.weight.codes.shape[0], case.x.shape[1]
-    stored = {
+    stored: dict[str, np.ndarray] = {
         "codes": case.weight.codes.view(rows, columns // case.group, case.group * BITS // 8).numpy(),
         "scale": case.weight.scale.float().flatten().numpy(),
     }
@@ -53,7 +53,9 @@ def onnxruntime_product(case: Case) -> Run:
     nodes, constants = [], []
     for copy in range(case.copies):
         names = [f"{name}_{copy}" for name in stored]
-        constants += [numpy_helper.from_array(value, name) for name, value in zip(names, stored.values(), strict=True)]
+        # No two copies are alike, or they could become one.
+        turned = [np.roll(value, copy, axis=-1) for value in stored.values()]
+        constants += [numpy_helper.from_array(value, name) for name, value in zip(names, turned, strict=True)]
         sizes = {"K": columns, "N": rows, "bits": BITS, "block_size": case.group, "accuracy_level": 4}
         nodes.append(helper.make_node("MatMulNBits", ["x", *names], [f"out_{copy}"], domain="com.microsoft", **sizes))
     shape = [case.x.shape[0], rows]
@@ -85,7 +87,7 @@ def _bound(nodes: list[object], constants: list[object], x: np.ndarray, shapes: 
 
 def torch_product(case: Case, dtype: torch.dtype) -> Run:
     """`_weight_int4pack_mm_for_cpu` with activations of a dtype; empty is a sum of one element for each copy."""
-    rows, columns = case.weight.codes.shape[0], case.x.shape[1]
+    columns = case.x.shape[1]
     codes = unpack(case.weight.codes, BITS, columns).to(torch.int32)
     # Its numbers are `(code - 8) · scale + zero`.
     scale = case.weight.scale.float()

@@ -6,19 +6,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from qcompile.codegen.cpp import (
-    attention,
-    cache,
-    code_linear,
-    elementwise,
-    embedding,
-    float_linear,
-    linear,
-    norm,
-    pack,
-    quantize,
-    retained,
-    rotary,
-)
+    attention, cache, code_linear, elementwise, embedding, float_linear, linear, norm, pack, quantize, retained, rotary,
+)  # fmt: skip
 from qcompile.codegen.cpp.contract import Operator
 from qcompile.errors import CoverageError
 from qcompile.ir.lowered import Kernel, KernelSpec

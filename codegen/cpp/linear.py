@@ -14,16 +14,18 @@ from qcompile.codegen.cpp.source import Lines, block, call, constants, function,
 from qcompile.codegen.cpp.weights import MOST_GROUPS, Weight, refuses_weight, weight_of
 from qcompile.ir.lowered import BUCKETS, Kernel, KernelSpec
 
-
 MOST_COLUMNS = 1 << 15
 """Of rows in halves: some of them stand on the stack as floats."""
 AS_FLOATS = [
     *function(
-        "static inline const float* as_floats", ["const float* from", "int64_t", "float*", "int64_t"], "A row of numbers as floats, as it lies.",
+        "static inline const float* as_floats",
+        ["const float* from", "int64_t", "float*", "int64_t"],
+        "A row of numbers as floats, as it lies.",
         ["return from;"],
     ),
     *function(
-        "template <class Real>\nstatic inline const float* as_floats", ["const Real* from", "int64_t columns", "float* room", "int64_t place"],
+        "template <class Real>\nstatic inline const float* as_floats",
+        ["const Real* from", "int64_t columns", "float* room", "int64_t place"],
         "A row of numbers as floats, widened into the room from `place` on.",
         [
             "room += place;",
@@ -33,7 +35,7 @@ AS_FLOATS = [
             "return room;",
         ],
     ),
-]  # fmt: skip
+]
 
 
 def product_function(weight: Weight) -> Lines:
