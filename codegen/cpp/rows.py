@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qcompile.codegen.cpp.elementwise import activation_function
 from qcompile.codegen.cpp.contract import type_of
+from qcompile.codegen.cpp.elementwise import activation_function
 from qcompile.codegen.cpp.loops import EVERY_VECTOR, pointer, row_pointer, vectors
 from qcompile.codegen.cpp.source import Lines, block, constants, function, number, when
 from qcompile.ir.lowered import KernelSpec
