@@ -46,19 +46,16 @@ def product_function(product: Product) -> Lines:
             ],
         ),
     ]
-    place = "" if product.direct else f", place += {product.chunk}"
+    chunk = [
+        f"Ints near[{product.rows}][TILES][PARTS];",
+        *_every_part([f"{rows} {near.format('open(part[r][t][p])')}"]),
+        *block(f"UNROLL for (int w = 0; w < {product.chunk}; w++)", word),
+        *_every_part([f"{rows} part[r][t][p] = int{bits}_close(near[r][t][p], part[r][t][p]);"]),
+    ]
     run = [
         f"Ints part[{product.rows}][TILES][PARTS];",
         *_every_part(_start(product)),
-        *block(
-            f"for (int64_t word_at = first / {per}; word_at * {per} < last; word_at += {product.chunk}{place})",
-            [
-                f"Ints near[{product.rows}][TILES][PARTS];",
-                *_every_part([f"{rows} {near.format('open(part[r][t][p])')}"]),
-                *block(f"UNROLL for (int w = 0; w < {product.chunk}; w++)", word),
-                *_every_part([f"{rows} part[r][t][p] = int{bits}_close(near[r][t][p], part[r][t][p]);"]),
-            ],
-        ),
+        *_every_chunk(product, chunk),
         *_every_part(_finish(product)),
     ]
     body = [
@@ -72,6 +69,16 @@ def product_function(product: Product) -> Lines:
     return function(
         head, [*parameters, "Floats (&total)[ROWS][TILES][PARTS]"], f"ROWS rows of codes times TILES tiles of {weight.text}.", body
     )
+
+
+def _every_chunk(product: Product, lines: Lines) -> Lines:
+    """The lines for every chunk of words of a run, from `word_at` on; `place` counts words of copies of x."""
+    per, step = product.weight.per_word, product.chunk
+    if product.even and product.run == step * per:
+        return [f"const int64_t word_at = first / {per};", *lines]
+    until = f"last / {per}" if product.direct else f"(last + {per - 1}) / {per}"
+    place = "" if product.direct else f", place += {step}"
+    return block(f"for (int64_t word_at = first / {per}, until = {until}; word_at < until; word_at += {step}{place})", lines)
 
 
 def _value(product: Product) -> str:
@@ -134,10 +141,13 @@ def rows_function(product: Product) -> Lines:
         "const int64_t count = std::min<int64_t>(LANES, rows - first);",
         "if (count <= 0) continue;",
         "if (bias) UNROLL for (int r = 0; r < ROWS; r++) total[r][t][p] += load(bias + first, count);",
-        "UNROLL for (int r = 0; r < ROWS; r++) store(out.row<Real>(row + r) + first, total[r][t][p], count);",
+        "if (count == LANES) UNROLL for (int r = 0; r < ROWS; r++) store(to[r] + first, total[r][t][p]);",
+        "else for (int r = 0; r < ROWS; r++) store(to[r] + first, total[r][t][p], count);",
     ]
     body = [
         *weight.stride_constants,
+        "Real* to[ROWS];",
+        "UNROLL for (int r = 0; r < ROWS; r++) to[r] = out.row<Real>(row + r);",
         "int64_t tile = tiles.first;",
         *block(
             "for (; tile + TILES <= tiles.last; tile += TILES)",

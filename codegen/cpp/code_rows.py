@@ -64,6 +64,11 @@ class Product:
         return next(count for count in range(CHUNK, 0, -1) if words % count == 0)
 
     @property
+    def even(self) -> bool:
+        """Whether every run has as many words as any other, a number that the compiler knows."""
+        return self.direct and not self.whole and self.columns % self.run == 0
+
+    @property
     def held(self) -> int:
         """Bytes of a copied row: words that its runs meet, one at a border twice."""
         per = self.weight.per_word
@@ -79,7 +84,7 @@ class Product:
     def name(self) -> str:
         """What functions for this product begin with; those over whole rows serve any number of columns."""
         size = "" if self.whole else f"_run{self.run}"
-        read = f"_by{self.chunk}" if self.direct else "_copied"
+        read = "_even" if self.even else f"_by{self.chunk}" if self.direct else "_copied"
         return f"{self.weight.name}_codes{size}{read}{'_moved' if self.zero else ''}"
 
     @property
@@ -92,7 +97,8 @@ def each_run(product: Product, lines: Lines) -> Lines:
     """The lines for every run, `first` to `last`."""
     if product.whole:
         return ["const int64_t run = 0, runs = 1, first = 0, last = columns;", *lines]
-    body = [f"const int64_t first = run * {product.run}, last = std::min(columns, first + {product.run});", *lines]
+    last = f"first + {product.run}"
+    body = [f"const int64_t first = run * {product.run}, last = {last if product.even else f'std::min(columns, {last})'};", *lines]
     return [
         f"const int64_t runs = (columns + {product.run - 1}) / {product.run};",
         *block("for (int64_t run = 0; run < runs; run++)", body),

@@ -222,7 +222,16 @@ static inline Floats choose(Ints condition, Floats yes, Floats no) {
     return reinterpret_cast<Floats>((condition & reinterpret_cast<Ints>(yes)) | (~condition & reinterpret_cast<Ints>(no)));
 }
 
-static inline Floats largest(Floats a, Floats b) { return choose(a > b, a, b); }
+// The larger lanes, those of b where neither is: as `a > b ? a : b`.
+static inline Floats largest(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+    return _mm256_max_ps(a, b);
+#else
+    return choose(a > b, a, b);
+#endif
+}
 
 // The sum of all lanes, in halves.
 static inline float sum(Floats vector) {
@@ -238,9 +247,17 @@ static inline float sum(Floats vector) {
 }
 
 static inline float largest(Floats vector) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(vector);
+#elif defined(__AVX2__)
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(vector), _mm256_extractf128_ps(vector, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+#else
     float lanes[LANES];
     std::memcpy(lanes, &vector, sizeof lanes);
     return *std::max_element(lanes, lanes + LANES);
+#endif
 }
 
 // e to the power of x, within 2 units in the last place (the polynomial of Cephes); 0 below the normal numbers.
