@@ -8,7 +8,8 @@ constexpr int64_t PART = 256;
 // What queries have gathered: their greatest score, the sum of weights, and of values by weights.
 template <int MANY, int64_t ROOM>
 struct Gathered {
-    float peak[MANY], total[MANY], mixed[MANY][ROOM];
+    alignas(64) float mixed[MANY][ROOM];
+    float peak[MANY], total[MANY];
 };
 
 template <class Keys, class Values, int MANY, int TOGETHER>
@@ -17,11 +18,13 @@ struct Attention {
     typedef Values ValueForm;
     // Queries whose products are computed at once, tokens whose scores are computed before they are weighed.
     static constexpr int Q = MANY, ROWS = TOGETHER;
-    static constexpr int64_t STRETCH = Keys::TOKENS > 64 ? Keys::TOKENS : 64, ROOM = Values::PLAIN;
+    static constexpr int64_t STRETCH = 128, ROOM = Values::PLAIN;
     int64_t count, position[Q];
     // Keys from `low` up to `high` are seen in this walk.
     int64_t low[Q], high[Q];
-    float query[Q][Keys::PLAIN], sums[Q][Keys::GROUPS], scores[Q][STRETCH], shrink[Q];
+    alignas(64) float query[Q][Keys::PLAIN];
+    alignas(64) float scores[Q][STRETCH];
+    float sums[Q][Keys::GROUPS], shrink[Q];
     Gathered<Q, ROOM> found;
 };
 
@@ -35,6 +38,14 @@ static inline Floats highest(Floats a, Floats b) {
     return _mm512_max_ps(a, b);
 #else
     return largest(a, b);
+#endif
+}
+
+static inline float highest(Floats vector) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(vector);
+#else
+    return largest(vector);
 #endif
 }
 
@@ -106,30 +117,38 @@ static inline void set_rest(A& a) {
     }
 }
 
-// Scores become weights, 0 for keys that a query does not see; what was gathered will shrink as the peak grows.
+// The scores that a query sees, scaled, -inf for the others; its greatest so far, and how much what was gathered shrinks as that grows.
+template <class A>
+static inline void scale_scores(A& a, int64_t q, int64_t start, int64_t count, float scale, float softcap) {
+    float* scores = a.scores[q];
+    Floats greatest = splat(-INFINITY);
+    const bool all = a.low[q] <= start && start + count <= a.high[q] && count % LANES == 0;
+    for (int64_t place = 0; place < count; place += LANES) {
+        Floats score = load(scores + place) * splat(scale);
+        if (softcap != 0.0f) score = splat(softcap) * each(score / splat(softcap), [](float x) { return std::tanh(x); });
+        if (!all) {
+            const Ints key = lane_numbers() + static_cast<int>(start + place);
+            const Ints seen = (key >= static_cast<int>(a.low[q])) & (key < static_cast<int>(a.high[q]));
+            score = choose(seen, score, splat(-INFINITY));
+        }
+        store(scores + place, score);
+        greatest = highest(greatest, score);
+    }
+    const float before = a.found.peak[q], peak = std::max(before, highest(greatest));
+    a.shrink[q] = peak == before || before == -INFINITY ? 1.0f : weight_of(before - peak);
+    a.found.peak[q] = peak;
+}
+
+// Scores become weights, 0 for keys that a query does not see.
 template <class A>
 static inline void weigh(A& a, int64_t start, int64_t count, float scale, float softcap) {
+    for (int64_t q = 0; q < a.count; q++) scale_scores(a, q, start, count, scale, softcap);
     for (int64_t q = 0; q < a.count; q++) {
-        float* scores = a.scores[q];
-        Floats greatest = splat(-INFINITY), total{};
-        const bool all = a.low[q] <= start && start + count <= a.high[q] && count % LANES == 0;
+        const Floats base = splat(a.found.peak[q] == -INFINITY ? 0.0f : a.found.peak[q]);
+        Floats total{};
         for (int64_t place = 0; place < count; place += LANES) {
-            Floats score = load(scores + place) * splat(scale);
-            if (softcap != 0.0f) score = splat(softcap) * each(score / splat(softcap), [](float x) { return std::tanh(x); });
-            if (!all) {
-                const Ints key = lane_numbers() + static_cast<int>(start + place);
-                const Ints seen = (key >= static_cast<int>(a.low[q])) & (key < static_cast<int>(a.high[q]));
-                score = choose(seen, score, splat(-INFINITY));
-            }
-            store(scores + place, score);
-            greatest = highest(greatest, score);
-        }
-        const float peak = std::max(a.found.peak[q], largest(greatest)), base = peak == -INFINITY ? 0.0f : peak;
-        a.shrink[q] = weight_of(a.found.peak[q] - base);
-        a.found.peak[q] = peak;
-        for (int64_t place = 0; place < count; place += LANES) {
-            const Floats weight = weight_of(load(scores + place) - splat(base));
-            store(scores + place, weight);
+            const Floats weight = weight_of(load(a.scores[q] + place) - base);
+            store(a.scores[q] + place, weight);
             total += weight;
         }
         a.found.total[q] = a.found.total[q] * a.shrink[q] + sum(total);

@@ -42,14 +42,7 @@ static inline Floats low_codes(Ints words) {
 
 // Code number `place` of the word in each lane, as a number.
 template <class Form>
-static inline Floats word_code(Ints words, int place) {
-    const typename Form::Cell* kind = nullptr;
-    if constexpr (Form::SCALED) return low_codes<Form::BITS>(words >> (place * Form::BITS));
-    else if constexpr (std::is_same<typename Form::Cell, float>::value) return reinterpret_cast<Floats>(words);
-    else if constexpr (std::is_same<typename Form::Cell, bf16>::value)
-        return reinterpret_cast<Floats>(place ? words & static_cast<int>(0xffff0000) : words << 16);
-    else return widen(__builtin_convertvector((words >> (16 * place)) & 0xffff, Halves), kind);
-}
+static inline Floats word_code(Ints words, int place) { return low_codes<Form::BITS>(words >> (place * Form::BITS)); }
 
 // Bytes that hold as many codes as a vector has lanes.
 template <class Form>

@@ -14,11 +14,8 @@ template <class Policy, class Kept, class A>
 static inline void attend_kept(
     A& a, const Tensor& keys, const Tensor& values, const Tensor& positions, const Arrivals& row, int64_t head, float scale,
     float softcap) {
-    const Range seen = seen_by(a);
-    for (int64_t start = seen.first / A::STRETCH * A::STRETCH; start < seen.last; start += A::STRETCH) {
-        const int64_t count = std::min(A::STRETCH, seen.last - start);
-        stretch<Kept, Kept>(a, keys, values, start, count, scale, softcap, [&](const Tensor& exact, auto** cells) {
-            find_kept<Policy, A>(exact, positions, row, head, start, count, seen.first, cells);
-        });
-    }
+    const int64_t least = seen_by(a).first;
+    attend_stretches<Kept, Kept>(a, keys, values, scale, softcap, [&](auto& exact, int64_t start, int64_t count, auto** cells) {
+        find_kept<Policy, A>(exact, positions, row, head, start, count, least, cells);
+    });
 }

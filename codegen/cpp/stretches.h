@@ -25,39 +25,77 @@ static inline void find_cells(
     for (int64_t place = count; place < A::STRETCH; place++) cells[place] = cells[count - 1];
 }
 
-// Numbers of 16 bits at an offset in each cell, as floats.
-template <int64_t STRETCH, class T>
-static inline void read_halves(const T* const* cells, int64_t offset, float* to) {
-    fp16 halves[STRETCH];
-    for (int64_t place = 0; place < STRETCH; place++)
-        std::memcpy(halves + place, reinterpret_cast<const uint8_t*>(cells[place]) + offset, 2);
-    for (int64_t place = 0; place < STRETCH; place += LANES) store(to + place, load(halves + place));
+// Numbers of 16 bits at an offset in each cell, as floats. Those of four cells are one number first: what is stored in small pieces is
+// slow to load at once.
+template <class T>
+static inline void read_halves(const T* const* cells, int64_t count, int64_t offset, float* to) {
+    const fp16* kind = nullptr;
+    for (int64_t place = 0; place < count; place += LANES) {
+        typedef uint64_t Fours __attribute__((vector_size(2 * LANES)));
+        Fours fours;
+        UNROLL for (int four = 0; four < LANES / 4; four++) {
+            uint16_t halves[4];
+            UNROLL for (int token = 0; token < 4; token++)
+                std::memcpy(halves + token, reinterpret_cast<const uint8_t*>(cells[place + 4 * four + token]) + offset, 2);
+            fours[four] = halves[0] | uint64_t(halves[1]) << 16 | uint64_t(halves[2]) << 32 | uint64_t(halves[3]) << 48;
+        }
+        store(to + place, widen(reinterpret_cast<Halves>(fours), kind));
+    }
 }
 
 // The scales of tokens that have their own, and what their numbers begin at.
 template <class Form, int64_t STRETCH>
-static inline void read_scales(const typename Form::Cell* const* cells, float (*scale)[STRETCH], float (*least)[STRETCH]) {
-    if constexpr (Form::SCALED && !Form::BY_CHANNEL)
+static inline void read_scales(
+    const typename Form::Cell* const* cells, int64_t count, float (*scale)[STRETCH], float (*least)[STRETCH]) {
+    if constexpr (Form::SCALED)
         for (int64_t group = 0; group < Form::GROUPS; group++) {
-            read_halves<STRETCH>(cells, Form::BODY + 2 * group, scale[group]);
-            if (!Form::SIGNED) read_halves<STRETCH>(cells, Form::BODY + 2 * (Form::GROUPS + group), least[group]);
+            read_halves(cells, count, Form::BODY + 2 * group, scale[group]);
+            if (!Form::SIGNED) read_halves(cells, count, Form::BODY + 2 * (Form::GROUPS + group), least[group]);
         }
 }
 
 // Words from number `FIRST` on.
 template <class Form, int64_t STRETCH, int64_t FIRST = 0>
-static inline void read_words(const typename Form::Cell* const* cells, Tile<Form, STRETCH>& tile) {
+static inline void read_words(const typename Form::Cell* const* cells, int64_t count, Tile<Form, STRETCH>& tile) {
     constexpr int64_t left = (Form::BODY + 3) / 4 - FIRST, bytes = Form::BODY - 4 * FIRST;
     constexpr int many = left > 8 && LANES > 8 ? 16 : left > 4 && LANES > 4 ? 8 : 4;
     const uint8_t* const* from = reinterpret_cast<const uint8_t* const*>(cells);
-    for (int64_t place = 0; place < STRETCH; place += LANES) {
+    for (int64_t place = 0; place < count; place += LANES) {
         Ints rows[many];
         UNROLL for (int row = 0; row < many; row++) rows[row] = side_by_side<many, bytes>(from + place, row, 4 * FIRST);
         transpose<many>(rows);
         UNROLL for (int row = 0; row < many; row++)
             if (row < left) tile.words[FIRST + row][place / LANES] = rows[row];
     }
-    if constexpr (left > many) read_words<Form, STRETCH, FIRST + many>(cells, tile);
+    if constexpr (left > many) read_words<Form, STRETCH, FIRST + many>(cells, count, tile);
+}
+
+// The lanes' pairs added: first those of a, then those of b.
+static inline Floats pairs(Floats a, Floats b) {
+    const Ints even = lane_numbers() * 2;
+    return shuffled(a, b, even) + shuffled(a, b, even + 1);
+}
+
+// The sum of each of so many vectors as a vector has lanes.
+static inline Floats sums_of(Floats* vectors) {
+    UNROLL for (int count = LANES / 2; count > 0; count /= 2)
+        UNROLL for (int place = 0; place < count; place++) vectors[place] = pairs(vectors[2 * place], vectors[2 * place + 1]);
+    return vectors[0];
+}
+
+// Scores of keys that are numbers, for queries from `row` on: a lane sums every so many channels, and lanes are added in pairs.
+template <class Keys, class A>
+static inline void number_scores(A& a, const typename Keys::Cell* const* cells, int64_t place, int64_t row) {
+    Floats products[A::ROWS][LANES];
+    for (int64_t key = 0; key < LANES; key++) {
+        Floats product[A::ROWS] = {};
+        UNROLL for (int64_t dim = 0; dim < Keys::DIMS; dim += LANES) {
+            const Floats numbers = load(cells[place + key] + dim, std::min<int64_t>(LANES, Keys::DIMS - dim));
+            UNROLL for (int q = 0; q < A::ROWS; q++) product[q] = fma(load(a.query[row + q] + dim), numbers, product[q]);
+        }
+        UNROLL for (int q = 0; q < A::ROWS; q++) products[q][key] = product[q];
+    }
+    UNROLL for (int q = 0; q < A::ROWS; q++) store(a.scores[row + q] + place, sums_of(products[q]));
 }
 
 // Scores of tokens that each have scales of their own, for queries from `row` on: products are summed in the order of channels.
@@ -79,12 +117,9 @@ static inline void token_scores(A& a, const Tile<Keys, A::STRETCH>& tile, int64_
             }
         UNROLL for (int q = 0; q < A::ROWS; q++)
             UNROLL for (int v = 0; v < WIDEST; v++) {
-                if constexpr (!Keys::SCALED) scores[q][v] = sums[q][v];
-                else {
-                    const Floats total = splat(a.sums[row + q][group]), scale = load(tile.scale[group] + (vector + v) * LANES);
-                    if (Keys::SIGNED) scores[q][v] += scale * fma(total, splat(Keys::LOW), sums[q][v]);
-                    else scores[q][v] += fma(scale, sums[q][v], load(tile.least[group] + (vector + v) * LANES) * total);
-                }
+                const Floats total = splat(a.sums[row + q][group]), scale = load(tile.scale[group] + (vector + v) * LANES);
+                if (Keys::SIGNED) scores[q][v] += scale * fma(total, splat(Keys::LOW), sums[q][v]);
+                else scores[q][v] += fma(scale, sums[q][v], load(tile.least[group] + (vector + v) * LANES) * total);
             }
     }
     UNROLL for (int q = 0; q < A::ROWS; q++)
@@ -113,7 +148,7 @@ static inline void channel_scores(A& a, const uint8_t* const* cells, int64_t cou
         }
         for (int q = 0; q < A::ROWS; q++) rest[group][q] = sum(sums[q]);
     }
-    for (int64_t vector = 0; vector < A::STRETCH / LANES; vector += WIDEST) {
+    for (int64_t vector = 0; vector * LANES < count; vector += WIDEST) {
         Floats sums[A::ROWS][WIDEST] = {};
         const uint8_t* codes_of[WIDEST];
         const float* query_of[WIDEST][A::ROWS];
@@ -166,7 +201,7 @@ static inline void group_values(
 template <class Values, class A>
 static inline void token_values(A& a, const typename Values::Cell* const* cells, int64_t count) {
     float scale[Values::GROUPS][A::STRETCH], least[Values::GROUPS][A::STRETCH], scaled[A::ROWS][A::STRETCH], rest[A::ROWS] = {};
-    read_scales<Values, A::STRETCH>(cells, scale, least);
+    read_scales<Values, A::STRETCH>(cells, count, scale, least);
     for (int64_t row = 0; row < a.count; row += A::ROWS)
         for (int64_t group = 0; group < Values::GROUPS; group++) {
             const float* shares[A::ROWS];
@@ -186,36 +221,61 @@ static inline void token_values(A& a, const typename Values::Cell* const* cells,
         }
 }
 
-// One stretch of keys and values from token `start` on; `find(state, cells)` says where its tokens lie.
-template <class Keys, class Values, class A, class Find>
-static inline void stretch(
-    A& a, const Tensor& keys, const Tensor& values, int64_t start, int64_t count, float scale, float softcap, Find find) {
-    const typename Keys::Cell* key_cells[A::STRETCH];
-    find(keys, key_cells);
+// The lines of memory where tokens lie, on their way to the processor before they are needed.
+template <class Form, int64_t STRETCH>
+static inline void fetch(const typename Form::Cell* const* cells) {
+    constexpr int64_t bytes = Form::BY_CHANNEL ? Form::BODY : Form::RUN * Form::GROUPS;
+    for (int64_t place = 0; place < STRETCH; place += Form::TOKENS)
+        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(reinterpret_cast<const char*>(cells[place]) + byte);
+}
+
+// Scores of a stretch of keys for all queries.
+template <class Keys, class A>
+static inline void scores_of(A& a, const typename Keys::Cell* const* cells, int64_t count) {
     if constexpr (Keys::BY_CHANNEL)
-        for (int64_t row = 0; row < a.count; row += A::ROWS) channel_scores<Keys>(a, key_cells, count, row);
+        for (int64_t row = 0; row < a.count; row += A::ROWS) channel_scores<Keys>(a, cells, count, row);
+    else if constexpr (!Keys::SCALED)
+        for (int64_t row = 0; row < a.count; row += A::ROWS)
+            for (int64_t place = 0; place < count; place += LANES) number_scores<Keys>(a, cells, place, row);
     else {
         Tile<Keys, A::STRETCH> tile;
-        read_scales<Keys, A::STRETCH>(key_cells, tile.scale, tile.least);
-        read_words(key_cells, tile);
+        read_scales<Keys, A::STRETCH>(cells, count, tile.scale, tile.least);
+        read_words(cells, count, tile);
         for (int64_t row = 0; row < a.count; row += A::ROWS)
             for (int64_t vector = 0; vector * LANES < count; vector += WIDEST) token_scores(a, tile, row, vector);
     }
-    weigh(a, start, count, scale, softcap);
+}
+
+// Walk what queries see, a stretch after the other; `find(state, start, count, cells)` says where tokens lie. While keys are met with
+// queries values are on their way, then the keys behind them.
+template <class Keys, class Values, class A, class Find>
+static inline void attend_stretches(A& a, const Tensor& keys, const Tensor& values, float scale, float softcap, Find find) {
+    const Range seen = seen_by(a);
+    const typename Keys::Cell* key_cells[A::STRETCH];
     const typename Values::Cell* value_cells[A::STRETCH];
-    find(values, value_cells);
-    token_values<Values>(a, value_cells, count);
+    int64_t start = seen.first / A::STRETCH * A::STRETCH, count = std::min(A::STRETCH, seen.last - start);
+    if (seen.first < seen.last) find(keys, start, count, key_cells);
+    while (count > 0) {
+        find(values, start, count, value_cells);
+        fetch<Values, A::STRETCH>(value_cells);
+        scores_of<Keys>(a, key_cells, count);
+        const int64_t behind = std::min(A::STRETCH, seen.last - start - count);
+        if (behind > 0) {
+            find(keys, start + count, behind, key_cells);
+            fetch<Keys, A::STRETCH>(key_cells);
+        }
+        weigh(a, start, count, scale, softcap);
+        token_values<Values>(a, value_cells, count);
+        start += count;
+        count = behind;
+    }
 }
 
 // Walk the pages of a sequence as far as any query sees them.
 template <class Keys, class Values, class A>
 static inline void attend_pages(
     A& a, const Tensor& keys, const Tensor& values, const int32_t* table, int64_t head, float scale, float softcap) {
-    const Range seen = seen_by(a);
-    for (int64_t start = seen.first / A::STRETCH * A::STRETCH; start < seen.last; start += A::STRETCH) {
-        const int64_t count = std::min(A::STRETCH, seen.last - start);
-        stretch<Keys, Values>(a, keys, values, start, count, scale, softcap, [&](const Tensor& pages, auto** cells) {
-            find_cells<A>(pages, table, head, start, count, cells);
-        });
-    }
+    attend_stretches<Keys, Values>(a, keys, values, scale, softcap, [&](auto& pages, int64_t start, int64_t count, auto** cells) {
+        find_cells<A>(pages, table, head, start, count, cells);
+    });
 }
