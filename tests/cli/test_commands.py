@@ -31,7 +31,7 @@ def test_compile_hands_every_option_on(model: FakeModel, invoke: Invoke, tmp_pat
         "--max-context", "64", "--calibration", "c.npy", "--num-calibration-samples", "5", "--max-seq-length", "7",
         "--weight-format", "nf4 g36 sym int8", "--activation-group-size", "-1", "--activation-asymmetric", "--activation-static",
         "--activation-clip", "0.9", "--cache-keys", "int4 t32", "--cache-values", "int4", "--cache-sinks", "3", "--cache-window", "16",
-        "--cache-before-positions", "--cache-bits", "3.5", "--prefill-chunk", "96",
+        "--cache-before-positions", "--cache-bits", "3.5", "--prefill-chunk", "96", "--engine", "torch_cpu", "--instruction-sets", "avx2",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     instruments = model.asked.pop("instruments")
@@ -42,7 +42,7 @@ def test_compile_hands_every_option_on(model: FakeModel, invoke: Invoke, tmp_pat
         "max_context": 64, "revision": "v1", "trust_remote_code": True, "weight_format": "nf4 g36 sym int8", "activation_group_size": -1,
         "activation_symmetric": False, "activation_static": True, "activation_clip": 0.9,
         "cache_keys": "int4 t32", "cache_values": "int4", "cache_sinks": 3, "cache_window": 16,
-        "cache_before_positions": True, "cache_bits": 3.5, "prefill_chunk": 96,
+        "cache_before_positions": True, "cache_bits": 3.5, "prefill_chunk": 96, "engine": "torch_cpu", "instruction_sets": "avx2",
     }  # fmt: skip
     assert [type(item).__name__ for item in instruments] == ["StatusInstrument"]
     assert (tmp_path / "out" / "manifest.json").exists()
@@ -127,13 +127,13 @@ def test_eval_compiles_a_reference_model_in_float(
     np.save(tmp_path / "t.npy", np.zeros((1, 3), dtype=np.int64))
     seen: list[Any] = []
 
-    def compiled(*arguments: Any) -> FakeModel:
-        seen.append(arguments)
+    def compiled(*arguments: Any, engine: str) -> FakeModel:
+        seen.append((*arguments, engine))
         return FakeModel(scale=2.0)
 
     monkeypatch.setitem(vars(qcompile), "compile", compiled)
     result = invoke("eval", "out", "--tokens", tmp_path / "t.npy", "--reference", "m.gguf", "--json")
-    assert seen == [("m.gguf", "cpu-fp32")]
+    assert seen == [("m.gguf", "cpu-fp32", "torch_cpu")]
     assert json.loads(result.stdout)["kl"] > 0.01
 
 
