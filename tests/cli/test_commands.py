@@ -230,7 +230,7 @@ def test_targets_lists_each_with_its_formats(invoke: Invoke, monkeypatch: pytest
 
 
 def test_an_artifact_is_built_where_it_is_to_run(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole way: compiled and saved, carried to a machine that trusts nothing, built there, run without a word; and without a compiler."""
+    """The whole way: compiled and saved, carried to a machine that trusts nothing, built there, and run without a word."""
     x = torch.randn(3, 24)
     made = qcompile.compile(torch.nn.Linear(24, 8), "cpu-int8", example_inputs=x)
     made.save(tmp_path / "out")
@@ -287,7 +287,8 @@ def test_plan_hands_every_option_on(invoke: Invoke, monkeypatch: pytest.MonkeyPa
     options = (
         "--target", "sm90-int4", "--recipe", "nearest", "--asymmetric", "--quantize-head", "--ignore", "a", "--ignore", "b",
         "--disable-pass", "fold-norms", "--calibration", "t.npy", "--max-batch", "4", "--max-context", "99", "--kv-bytes", "4096",
-        "--device", "H200", "--device-bandwidth", "1e12", "--device-compute", "2e14", "--cache-bits", "3.5", "--engine", "reference", "--json",
+        "--device", "H200", "--device-bandwidth", "1e12", "--device-compute", "2e14", "--cache-bits", "3.5",
+        "--engine", "reference", "--json",
     )  # fmt: skip
     printed = json.loads(invoke("plan", "config.json", *options).stdout)
     assert printed == {"size": {"total": 7}}
