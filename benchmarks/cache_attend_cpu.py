@@ -136,7 +136,9 @@ class Kernels:
     def __init__(self, cases: Sequence[Case], instruction_set: str) -> None:
         """Built once, as users get them."""
         self.kernels: dict[KernelSpec, Kernel] = {case.spec: CppBackend().emit(case.spec) for case in cases}
-        source = kernels_source({kernel.name: kernel for kernel in self.kernels.values()}.values(), "Attention over caches, to be measured.")
+        source = kernels_source(
+            {kernel.name: kernel for kernel in self.kernels.values()}.values(), "Attention over caches, to be measured."
+        )
         ((name, code),) = build_libraries(source, [instruction_set], kept_in=kernel_cache()).items()
         self.library = Library(name, code)
 
@@ -170,7 +172,7 @@ def measure(case: Case, kernels: Kernels, options: argparse.Namespace) -> dict[s
     bound = [kernels.bound(case, layer) for layer in layers]
     found: dict[str, Any] = {"format": case.name, "size": case.size, "context": case.context, "new": case.new, "read": case.read}
     for threads in options.threads:
-        calls = [lambda function=function, table=table: function(table.data_ptr(), threads) for function, table in bound]
+        calls = [lambda function=function, table=table, threads=threads: function(table.data_ptr(), threads) for function, table in bound]
         found[f"hot {threads}"] = least(itertools.repeat(calls[0]), options.seconds)
         if case.new == 1:
             found[f"cold {threads}"] = least(itertools.cycle(calls), options.seconds)

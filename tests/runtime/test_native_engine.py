@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import qcompile
+from qcompile.codegen.cpp import build
 from qcompile.compiled import CompiledModel
 from qcompile.errors import EngineError
 from qcompile.ir.lowered import Engine
