@@ -1,7 +1,7 @@
 """Linear layers over float activations and packed weights of every format, which lie in tiles of 16 rows: no sum crosses lanes.
 
-Codes that are integers are multiplied with integers of 24 bits that a run of activations is (`fixed.h`), exactly summed; those that stand for
-floats are looked up and multiplied as such (`tables.h`). One row and many are summed alike: a row has the same bits whatever is beside it.
+Codes that are integers meet activations as integers of 24 bits, a run of which shares an exponent, and are summed exactly (`fixed.h`); codes
+that stand for floats are looked up and multiplied as such (`tables.h`). One row and many are summed alike, so a row's bits are its own.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 // Linear layers over floats as sums of integers, for codes that are integers: a run of columns of x shares the exponent of its largest
-// number, so that each is an integer of 24 bits. Half a unit is at most 2^-23 of the largest, about what a sum of floats loses when it meets
+// number, so that each is an integer of 24 bits. Half a unit is at most 2^-22.9 of the largest, what a sum of floats loses when it meets
 // that number. The three bytes of such an integer are multiplied with codes by themselves; these sums are exact, and joined once a run.
 
 // Columns of a run at most, and bytes of an integer.
@@ -37,7 +37,8 @@ static inline Ints nearest_whole(Floats vector) {
     return reinterpret_cast<Ints>(_mm_cvtps_epi32(vector));
 #else
     Ints whole;
-    for (int lane = 0; lane < LANES; lane++) whole[lane] = static_cast<int32_t>(std::nearbyint(vector[lane]));
+    for (int lane = 0; lane < LANES; lane++)
+        whole[lane] = std::abs(vector[lane]) < 0x1p24f ? static_cast<int32_t>(std::nearbyint(vector[lane])) : 0;
     return whole;
 #endif
 }
@@ -74,28 +75,28 @@ static inline float float_of_bits(int32_t bits) {
     return value;
 }
 
-// Where 16 columns of 32 bits stand among the words of four parts: byte d of a part's columns is word d, and a fourth is unused.
-template <class Codes>
+// 16 columns as the words that meet four parts: byte d of four columns is word d, and a fourth is unused.
 static inline void digits_of(const int32_t* from, int32_t* to) {
-    constexpr int per = 8 / Codes::WIDE;
-    const auto column = [](int q, int i) { return 4 * per * (q / per) + per * i + q % per; };
 #if defined(__AVX512F__)
-    Ints order;
-    UNROLL for (int lane = 0; lane < 16; lane++) order[lane] = column(lane / 4, lane % 4);
-    const __m512i turned = _mm512_permutexvar_epi32(reinterpret_cast<__m512i>(order), _mm512_loadu_si512(from));
-    const __m512i bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    _mm512_storeu_si512(to, _mm512_shuffle_epi8(turned, bytes));
+    const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    _mm512_storeu_si512(to, _mm512_shuffle_epi8(_mm512_loadu_si512(from), order));
+#elif defined(__AVX2__)
+    const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    for (int half = 0; half < 16; half += 8) {
+        const __m256i columns = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + half));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + half), _mm256_shuffle_epi8(columns, order));
+    }
 #else
-    for (int q = 0; q < 4; q++)
+    for (int q = 0; q < 16; q += 4)
         for (int d = 0; d < 4; d++) {
             uint32_t word = 0;
-            for (int i = 0; i < 4; i++) word |= (static_cast<uint32_t>(from[column(q, i)]) >> 8 * d & 255) << 8 * i;
-            to[4 * q + d] = static_cast<int32_t>(word);
+            for (int i = 0; i < 4; i++) word |= (static_cast<uint32_t>(from[q + i]) >> 8 * d & 255) << 8 * i;
+            to[q + d] = static_cast<int32_t>(word);
         }
 #endif
 }
 
-// Columns `first` to `last` of x as integers of 24 bits in offset binary, their exponent shared; returns the unit.
+// `count` columns of x as integers of 24 bits that share an exponent, each in three signed bytes; returns the unit.
 template <class T>
 static inline float integers_of(const T* from, int64_t count, int32_t* to) {
     const int64_t full = count / LANES * LANES;
@@ -108,7 +109,7 @@ static inline float integers_of(const T* from, int64_t count, int32_t* to) {
     if (full < count) see(load(from + full, count - full));
     const int32_t peak = largest_lane(most);
     // The largest becomes less than 2^23 - 2^16, so that its upper byte is signed; infinity and what is no number make the unit none.
-    const int32_t exponent = std::max(24, (peak + 0x20000) >> 23);
+    const int32_t exponent = std::max(24, (peak >> 23) + ((peak & 0x7fffff) >= 0x7e0000));
     const Floats power = splat(float_of_bits(276 - exponent << 23));
     const auto put = [&](Floats value) { return nearest_whole(value * power) + 0x808080 ^ 0x808080; };
     const auto store_whole = [&](int64_t at, Ints numbers) { std::memcpy(to + at, &numbers, sizeof numbers); };
@@ -127,14 +128,14 @@ static inline int64_t fixed_run(const T* from, int64_t first, int64_t last, int3
     const float step = integers_of(from + first, last - first, numbers + before);
     Ints total{};
     for (int64_t at = 0; at < blocks * Codes::BLOCK; at += 16) {
-        digits_of<Codes>(numbers + at, words + at);
+        digits_of(numbers + at, words + at);
         UNROLL for (int p = 0; p < PARTS; p++) total = dot_bytes<1>(0x01010101 - Ints{}, load_bits<Ints>(words + at + p * LANES), total);
     }
     const FixedSums sums = fixed_fold(total), start = sums * (Kind::LEAST ? 0 : -Codes::MIDDLE);
     std::memcpy(begin, &start, sizeof start);
     *unit = step * Codes::UNIT;
     if (Kind::MOVED || Kind::LEAST) {
-        const float all = sums[0] + (sums[1] << 8) + static_cast<float>(sums[2]) * 65536.0f;
+        const float all = sums[0] + sums[1] * 256 + static_cast<float>(sums[2]) * 65536.0f;
         *sum = Kind::LEAST ? step * all : -all;
     }
     return blocks;

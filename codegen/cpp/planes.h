@@ -1,7 +1,7 @@
 // Codes of a weight in tiles of 16 rows, and what they stand for; `qcompile.ir.layouts.tiles_planes` makes the tiles.
 //
 // A block is the shortest run of columns that takes whole words of 32 bits, for each of the 16 rows. Codes are cut into planes of 4, 2 and
-// 1 bits (8 by itself), low bits in the widest; a plane has its own words. Part `q` of a block has four codes in the bytes of each lane.
+// 1 bits (8 by itself), low bits in the widest; a plane has its own words. Part `q` of a block is its columns 4q to 4q + 3, one a byte.
 
 // Codes of `bits` bits as they are stored.
 template <int bits>
@@ -10,8 +10,6 @@ struct Planes {
     // The widest plane and the narrowest.
     static constexpr int WIDE = bits == 8 ? 8 : bits >= 4 ? 4 : 2, LEAST = bits & -bits;
     static constexpr int BLOCK = 32 / LEAST, WORDS = bits / LEAST, QUADS = BLOCK / 4;
-    // The column of a block that byte `i` of part `q` is the code of.
-    static constexpr int column(int q, int i) { return 32 / WIDE * (q / (8 / WIDE)) + 8 / WIDE * i + q % (8 / WIDE); }
     // Part `q` of a plane of `width` bits whose words begin at `words`, its bits moved up by `offset`.
     template <class Word>
     static inline Word plane(const Word* words, int q, int width, int offset) {

@@ -145,12 +145,12 @@ static void row_of_tiles(const Kind& weight, int64_t row, T* to) {
     int64_t group = -1;
     float scale = 0.0f, zero = 0.0f;
     for (int64_t block = 0; block < blocks; block++, from += Codes::WORDS * TILE) {
-        int32_t words[Codes::WORDS];
+        uint32_t words[Codes::WORDS];
         uint8_t codes[Codes::BLOCK];
         for (int w = 0; w < Codes::WORDS; w++) words[w] = from[w * TILE];
         for (int q = 0; q < Codes::QUADS; q++) {
             const uint32_t part = Planes<Codes::BITS>::part(words, q);
-            for (int i = 0; i < 4; i++) codes[Codes::column(q, i)] = part >> 8 * i;
+            for (int i = 0; i < 4; i++) codes[4 * q + i] = part >> 8 * i;
         }
         for (int64_t column = block * Codes::BLOCK, end = std::min(weight.columns, column + Codes::BLOCK); column < end; column++) {
             if (column / size != group) {

@@ -9,9 +9,9 @@ struct Nf4 : Planes<4> {
         0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
         0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f,
     };
-    // The numbers at one place of each word.
+    // The numbers of one column of each word.
     static inline Floats numbers(Ints words, int place) {
-        const Ints codes = words >> 4 * place;
+        const Ints codes = words >> (place % 4 * 8 + place / 4 * 4);
 #if defined(__AVX512F__)
         return _mm512_permutexvar_ps(reinterpret_cast<__m512i>(codes), _mm512_load_ps(TABLE));
 #elif defined(__AVX2__)

@@ -48,7 +48,7 @@ def refuses_tiles(spec: KernelSpec) -> str | None:
     }
     for operand, expected in wanted.items():
         if spec.format(operand) != expected:
-            return f"{operand} is {spec.format(operand)}: expected {expected} for codes of {form}"
+            return f"{operand} is {spec.format(operand)}: expected {expected or 'none'} for codes of {form}"
     return None
 
 
@@ -119,7 +119,7 @@ def tile_layouts(spec: KernelSpec) -> list[tuple[str, str]]:
     form = format_of(spec)
     bits, kind = form.element.bits, _scale_kind(form)
     layouts = {
-        "codes": "tiles-codes" if 8 % bits == 0 else f"tiles-planes{bits}",
+        "codes": f"tiles-planes{bits}",
         "scale": "tiles-bytes" if kind in ("e8m0", "e4m3") else "tiles",
         "zero": "tiles" if form.minimum or bits == 8 else f"tiles-zero{bits}",
     }

@@ -6,6 +6,7 @@ The artifact stores codes uint8 [N, ceil(K·b/8)], low bits first (`qcompile.qua
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 
@@ -99,54 +100,51 @@ def tiles(stored: Tensor) -> Tensor:
     return padded.view(-1, TILE, stored.shape[1]).transpose(1, 2).contiguous()
 
 
-def _word_tiles(codes: Tensor, middle: int) -> Tensor:
-    padded = torch.nn.functional.pad(codes ^ middle, (0, -codes.shape[1] % 4))
-    return tiles(padded.view(torch.int32))
+def tiles_pairs(stored: Tensor) -> Tensor:
+    """Numbers of 16 bits [N, K] to int32 [ceil(N/16), ceil(K/2), 16]: a word holds 2 columns of a row, low first; what fills up is 0."""
+    return tiles(torch.nn.functional.pad(stored, (0, stored.shape[1] % 2)).contiguous().view(torch.int32))
 
 
-def tiles_int8(codes: Tensor) -> Tensor:
-    """8-bit codes uint8 [N, K] to int32 [ceil(N/16), ceil(K/4), 16]: a word holds 4 columns of a row, low first, each `code - 128`."""
-    return _word_tiles(codes, 0x80)
+def tiles_planes8(codes: Tensor) -> Tensor:
+    """8-bit codes uint8 [N, K] as they are to int32 [ceil(N/16), ceil(K/4), 16]: a word holds 4 columns of a row, unsigned."""
+    return tiles(torch.nn.functional.pad(codes, (0, -codes.shape[1] % 4)).view(torch.int32))
 
 
-def tiles_int4(codes: Tensor) -> Tensor:
-    """4-bit codes uint8 [N, ceil(K/2)] to int32 [ceil(N/16), ceil(K/8), 16]: 8 columns in a word, two's complement of `code - 8`."""
-    return _word_tiles(codes, 0x88)
+def tiles_planes4(codes: Tensor) -> Tensor:
+    """4-bit codes uint8 [N, ceil(K/2)] to int32 [ceil(N/16), ceil(K/8), 16]: byte i of a word holds columns i (low) and i + 4 of its 8.
+
+    Masked, a word is then four columns beside each other, one a byte, as activations of 8 bits lie in memory.
+    """
+    packed = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 4)).view(len(codes), -1, 2, 2)
+    low, high = packed[:, :, 0], packed[:, :, 1]
+    even, odd = (low & 15) | (high << 4), (low >> 4) | (high & 0xF0)
+    return tiles(torch.stack((even, odd), dim=-1).flatten(1).view(torch.int32))
 
 
-def tiles_int2(codes: Tensor) -> Tensor:
-    """2-bit codes uint8 [N, ceil(K/4)] to int32 [ceil(N/16), ceil(K/16), 16]: 16 columns in a word, each `code - 2`."""
-    return _word_tiles(codes, 0xAA)
-
-
-def tiles_codes(codes: Tensor) -> Tensor:
-    """Packed codes uint8 [N, B] as they are to int32 [ceil(N/16), ceil(B/4), 16]: the words of `tiles_int4` and others, unsigned."""
-    return _word_tiles(codes, 0)
+def tiles_planes2(codes: Tensor) -> Tensor:
+    """2-bit codes uint8 [N, ceil(K/4)] to int32 [ceil(N/16), ceil(K/16), 16]: byte i of a word holds columns i, i + 4, i + 8, i + 12."""
+    columns = unpack(torch.nn.functional.pad(codes, (0, -codes.shape[1] % 4)), 2, -(-codes.shape[1] // 4) * 16)
+    parts = columns.view(len(codes), -1, 4, 4)
+    words = parts[:, :, 0] | (parts[:, :, 1] << 2) | (parts[:, :, 2] << 4) | (parts[:, :, 3] << 6)
+    return tiles(words.flatten(1).view(torch.int32))
 
 
 def tiles_planes(codes: Tensor, bits: int) -> Tensor:
-    """Codes of 3, 5, 6 or 7 bits uint8 [N, ceil(K·b/8)] to int32 [ceil(N/16), C, 16], low bits in planes of 4 or 2, the others after them.
+    """Codes of 3, 5, 6 or 7 bits uint8 [N, ceil(K·b/8)] to int32 [ceil(N/16), C, 16]: planes of 4, 2 and 1 bits, low bits in the widest.
 
-    A block of 32 columns (16 of 6-bit codes) takes the words of its planes one after the other, the widest first. Part q of a block is four
-    columns, `32/w·(q // (8/w)) + 8/w·i + q % (8/w)` for i from 0 to 3, w the width of the widest plane; in a plane of width v these lie in
-    bits `8·i + v·(q % (8/v))` of word `q // (8/v)`.
+    A block of 32 columns (16 of 6-bit codes) takes the words of its planes one after the other, the widest first. In a plane of v bits word
+    w has columns 32/v·w and so on, dealt out as by `tiles_planes4`: byte i holds columns i, i + 4 …, low bits first.
     """
     widths = [width for width in (4, 2, 1) if bits & width]
-    planes = list(zip(accumulate(widths[:-1], initial=0), widths, strict=True))
     block = 32 // (bits & -bits)
     columns = unpack(codes, bits, codes.shape[1] * 8 // bits)
-    columns = torch.nn.functional.pad(columns, (0, -columns.shape[1] % block)).view(len(codes), -1, block).to(torch.int64)
-    per = 8 // planes[0][1]
-    parts = [[32 // planes[0][1] * (q // per) + per * i + q % per for i in range(4)] for q in range(block // 4)]
-    parted = columns[:, :, torch.tensor(parts, device=codes.device)]
-    words = []
-    for offset, width in planes:
-        held = 8 // width
-        shifts = torch.tensor([[8 * i + width * s for i in range(4)] for s in range(held)], device=codes.device)
-        field = (parted >> offset & ((1 << width) - 1)).view(*parted.shape[:2], -1, held, 4)
-        words.append((field << shifts).sum((-2, -1)))
-    joined = torch.cat(words, dim=-1).flatten(1)
-    return tiles(torch.where(joined >= 1 << 31, joined - (1 << 32), joined).to(torch.int32))
+    columns = torch.nn.functional.pad(columns, (0, -columns.shape[1] % block)).view(len(codes), -1, block)
+    planes = []
+    for offset, width in zip(accumulate(widths[:-1], initial=0), widths, strict=True):
+        parts = (columns >> offset & ((1 << width) - 1)).view(*columns.shape[:2], -1, 8 // width, 4)
+        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=codes.device).view(-1, 1)
+        planes.append((parts << shifts).sum(-2, dtype=torch.uint8).flatten(2))
+    return tiles(torch.cat(planes, dim=-1).flatten(1).view(torch.int32))
 
 
 def tiles_bytes(stored: Tensor) -> Tensor:
@@ -169,6 +167,30 @@ def tiles_zero2(zero: Tensor) -> Tensor:
     return tiles(unpack(zero, 2, 4 * zero.shape[1]))
 
 
+@dataclass(frozen=True)
+class Words:
+    """A layout that is `tiles` of words, as the libraries of artifacts make it (`codegen/cpp/layouts.h`).
+
+    Attributes:
+        size: bytes of a word; 0 is an element as it is stored.
+        mask: what each byte is combined with by exclusive or before.
+        bits: of codes that are dealt to the four bytes of a word in turn, byte i getting codes i, i + 4 …; 0 leaves them in order.
+    """
+
+    size: int = 0
+    mask: int = 0
+    bits: int = 0
+
+
+WORDS: dict[str, Words] = {
+    "tiles": Words(),
+    "tiles-planes8": Words(4),
+    "tiles-planes4": Words(4, bits=4),
+    "tiles-planes2": Words(4, bits=2),
+}
+"""Layouts by name that need not go through torch."""
+
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "split-half": split_half,
     "split-half-signed": split_half_signed,
@@ -178,10 +200,10 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "float8": float8,
     "bytes": as_bytes,
     "tiles": tiles,
-    "tiles-int8": tiles_int8,
-    "tiles-int4": tiles_int4,
-    "tiles-int2": tiles_int2,
-    "tiles-codes": tiles_codes,
+    "tiles-pairs": tiles_pairs,
+    "tiles-planes8": tiles_planes8,
+    "tiles-planes4": tiles_planes4,
+    "tiles-planes2": tiles_planes2,
     "tiles-zero4": tiles_zero4,
     "tiles-zero2": tiles_zero2,
     "tiles-bytes": tiles_bytes,
