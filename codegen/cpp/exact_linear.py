@@ -1,6 +1,6 @@
 """Linear layers over float activations and packed weights of every format, which lie in tiles of 16 rows: no sum crosses lanes.
 
-Codes that are integers meet activations as integers of 24 bits, a run of which shares an exponent, and are summed exactly (`fixed.h`); codes
+Codes that are integers meet activations as integers of 24 bits, a run of which shares an exponent, and sums are exact (`fixed.h`); codes
 that stand for floats are looked up and multiplied as such (`tables.h`). One row and many are summed alike, so a row's bits are its own.
 """
 

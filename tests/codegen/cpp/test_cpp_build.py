@@ -64,7 +64,7 @@ def test_one_kernel_serves_all_numbers_of_rows_but_one() -> None:
 def test_functions_that_kernels_share_stand_once() -> None:
     kernels = [BACKEND.emit(specs.quantized_linear(count, 64, "m1", dtype="fp32")) for count in (32, 64)]
     source = kernels_source(kernels, "Two kernels.")
-    assert source.count("static inline void int4_channel_fp16_product(") == 1
+    assert source.count("static inline void fixed_product(") == 1
     assert all(source.count(f"static void {kernel.name}(") == 1 for kernel in kernels)
 
 
