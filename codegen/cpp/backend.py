@@ -21,7 +21,7 @@ from qcompile.codegen.cpp import (
     rotary,
     shaping,
     whole_attention,
-)  # fmt: skip
+)
 from qcompile.codegen.cpp.contract import Operator
 from qcompile.errors import CoverageError
 from qcompile.ir.lowered import Kernel, KernelSpec

@@ -18,12 +18,18 @@ from qcompile.quant.activations import HALF_LEAST, HALF_MAX
 
 _FAR = 1 << 20
 """Codes are rounded within it before a zero point is added: far beyond any range, and every sum exact."""
+_AT_MOST = function(
+    "static inline Floats at_most", ["Floats a", "Floats b"], "The smaller lanes, those of b where neither is.",
+    [
+        "#if defined(__AVX512F__)", "return _mm512_min_ps(a, b);", "#elif defined(__AVX2__)", "return _mm256_min_ps(a, b);", "#else",
+        "return choose(a < b, a, b);", "#endif",
+    ],
+)  # fmt: skip
 _ROUNDED = function(
     "static inline Ints rounded", ["Floats x", "float low", "float high"],
     "The whole numbers nearest to x within bounds below 2^22; ties go to the even one.",
     [
-        "x = choose(x > splat(low), x, splat(low));",
-        "x = choose(x < splat(high), x, splat(high));",
+        "x = at_most(largest(x, splat(low)), splat(high));",
         "// What is added to 1.5 * 2^23 has no fraction left, and its low bits are the number.",
         "const Floats magic = splat(0x1.8p23f);",
         "return reinterpret_cast<Ints>(x + magic) - reinterpret_cast<Ints>(magic);",
@@ -46,12 +52,11 @@ _STORE = function(
     ],
 )  # fmt: skip
 _HALF = function(
-    "static inline float stored_half", ["float scale"], "A scale as 16 bits hold it: to nearest, moved into their range.",
+    "static inline Floats stored_half", ["Floats scale"], "A scale as 16 bits hold it: to nearest, moved into their range.",
     [
-        f"const float size = std::min(std::max(std::abs(scale), {number(HALF_LEAST)}), {number(HALF_MAX)});",
-        "fp16 bits[LANES];",
-        "store(bits, splat(std::copysign(size, scale)));",
-        "return load(bits)[0];",
+        "const Ints bits = reinterpret_cast<Ints>(scale), size = bits & 0x7fffffff;",
+        f"const Floats inside = at_most(largest(reinterpret_cast<Floats>(size), splat({number(HALF_LEAST)})), splat({number(HALF_MAX)}));",
+        "return as_stored<fp16>(reinterpret_cast<Floats>(reinterpret_cast<Ints>(inside) | (bits & ~0x7fffffff)));",
     ],
 )  # fmt: skip
 
@@ -83,18 +88,21 @@ def refuses_quantize(spec: KernelSpec) -> str | None:
 
 
 def _range(spec: KernelSpec) -> Lines:
-    """`spread`, the scale of a group from `greatest` and `least`; for asymmetric codes also `middle`, the zero point."""
+    """`spread`, the scale of a group in every lane, from `greatest` and `least`; for asymmetric codes also `middle`, the zero point.
+
+    Vectors of one number: which end of a range is the longer one is no branch that a processor could foresee.
+    """
     bits, clip = int(spec.option("bits")), float(spec.option("clip", 1.0))
     half, whole = 1 << (bits - 1), int(spec.option("group_size")) == -1
-    store = ["if (spread == 0.0f) spread = 1.0f;", *when(not whole, ["spread = stored_half(spread);"])]
+    store = ["spread = choose(spread == 0.0f, splat(1.0f), spread);", *when(not whole, ["spread = stored_half(spread);"])]
     if not asymmetric(spec):
         # The end of larger magnitude becomes the lowest code, its sign kept in the scale: one level more for the longer tail.
-        return [f"float spread = (greatest > -least ? greatest : least) * {number(-clip / half)};", *store]
+        return [f"Floats spread = choose(greatest > -least, greatest, least) * splat({number(-clip / half)});", *store]
     return [
-        *when(clip != 1.0, [f"greatest *= {number(clip)};", f"least *= {number(clip)};"]),
-        f"float spread = (greatest - least) / {number(2 * half - 1)};",
+        *when(clip != 1.0, [f"greatest *= splat({number(clip)});", f"least *= splat({number(clip)});"]),
+        f"Floats spread = (greatest - least) / splat({number(2 * half - 1)});",
         *store,
-        f"const int middle = rounded(splat(-least / spread), 0.0f, {number(2 * half - 1)})[0] - {half};",
+        f"const int middle = rounded(-least / spread, 0.0f, {number(2 * half - 1)})[0] - {half};",
     ]
 
 
@@ -102,8 +110,8 @@ def _codes(spec: KernelSpec, value: str, zero: bool) -> str:
     """The codes of a vector, by `spread` and `middle`."""
     half = 1 << (int(spec.option("bits")) - 1)
     if not zero:
-        return f"rounded({value} / splat(spread), {number(-half)}, {number(half - 1)})"
-    return f"shifted(rounded({value} / splat(spread), {number(-_FAR)}, {number(_FAR)}), middle, {-half}, {half - 1})"
+        return f"rounded({value} / spread, {number(-half)}, {number(half - 1)})"
+    return f"shifted(rounded({value} / spread, {number(-_FAR)}, {number(_FAR)}), middle, {-half}, {half - 1})"
 
 
 def _quantize(spec: KernelSpec) -> Lines:
@@ -121,14 +129,14 @@ def _quantize(spec: KernelSpec) -> Lines:
             [
                 "const int64_t first = group * group_columns, last = std::min(columns, first + group_columns);",
                 "// Every range holds 0, which changes neither the longer end nor an asymmetric range.",
-                "Floats high{}, low{};",
+                "Floats high{}, low{};  // and the negative of the least",
                 *vectors(
-                    [f"const Floats value = {value};", "high = largest(high, value);", "low = -largest(-low, -value);"], "first", "last"
+                    [f"const Floats value = {value};", "high = largest(high, value);", "low = largest(low, -value);"], "first", "last"
                 ),
-                "float greatest = largest(high), least = -largest(-low);",
+                "Floats greatest = splat(largest(high)), least = splat(-largest(low));",
                 *_range(spec),
                 *vectors([f"store_codes(codes_row + column, {_codes(spec, value, zero)}, count);"], "first", "last"),
-                "store(scale_row + group, splat(spread), 1);",
+                "store(scale_row + group, spread, 1);",
                 *when(zero, ["zero_row[group] = middle;"]),
             ],
         ),
@@ -145,7 +153,7 @@ def emit_rows(spec: KernelSpec) -> Kernel:
         *constants(numbers),
         *every_row([*row_lines(spec), *_quantize(spec)], f"{results(spec)['codes']}.rows()"),
     ]
-    helpers = [*row_helpers(spec), _ROUNDED, *([_SHIFTED] if asymmetric(spec) else []), _STORE, *([] if group == -1 else [_HALF])]
+    helpers = [*row_helpers(spec), _AT_MOST, _ROUNDED, *([_SHIFTED] if asymmetric(spec) else []), _STORE, *([] if group == -1 else [_HALF])]
     return kernel(spec, OPERATORS[spec.operator].present(spec), body, helpers)
 
 
@@ -162,7 +170,7 @@ def emit_static(spec: KernelSpec) -> Kernel:
     zero = spec.format("zero") is not None
     body = [
         *constants({"columns": (spec.size("K"), "of a row")}),
-        "const float spread = *scale.at<float>();",
+        "const Floats spread = splat(*scale.at<float>());",
         *when(zero, ["const int middle = *zero.at<int32_t>();"]),
         *every_row(
             [
@@ -172,7 +180,7 @@ def emit_static(spec: KernelSpec) -> Kernel:
             ]
         ),
     ]
-    helpers = [EVERY_VECTOR, _ROUNDED, *([_SHIFTED] if zero else []), _STORE]
+    helpers = [EVERY_VECTOR, _AT_MOST, _ROUNDED, *([_SHIFTED] if zero else []), _STORE]
     return kernel(spec, OPERATORS[spec.operator].present(spec), body, helpers)
 
 

@@ -1,4 +1,4 @@
-// What every kernel of an artifact stands on: tensors, the team of threads, vectors of floats.
+// What every kernel of an artifact stands on: tensors, vectors of floats.
 //
 // Vectors are as wide as the instruction set that this file is compiled for has them. Every function here gives the same
 // bits whatever the number of threads; products and sums are fused only where `fma` says so.
@@ -7,14 +7,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
 #elif defined(__SSE2__)
 #include <emmintrin.h>
-#endif
-#if defined(_OPENMP)
-#include <omp.h>
 #endif
 
 // Numbers of 16 bits as they are stored.
@@ -65,39 +63,6 @@ struct Tensor {
         return static_cast<T*>(data) + offset;
     }
 };
-
-struct Range {
-    int64_t first, last;
-};
-
-// The threads that run a kernel together; each calls it with its own number.
-struct Team {
-    int64_t thread, threads;
-
-    // This thread's share of `count` outputs.
-    Range share(int64_t count) const { return {count * thread / threads, count * (thread + 1) / threads}; }
-
-    // Until every thread is here.
-    void wait() const {
-#if defined(_OPENMP)
-        if (threads > 1) {
-#pragma omp barrier
-        }
-#endif
-    }
-};
-
-// Call `steps` on every thread of a team; one thread starts no pool.
-static void run(int64_t threads, void (*steps)(const Team&, const Tensor*), const Tensor* tensors) {
-#if defined(_OPENMP)
-    if (threads > 1) {
-#pragma omp parallel num_threads(static_cast<int>(threads))
-        steps(Team{omp_get_thread_num(), omp_get_num_threads()}, tensors);
-        return;
-    }
-#endif
-    steps(Team{0, 1}, tensors);
-}
 
 // Before a short loop over registers: without it the compiler leaves them in memory.
 #define UNROLL _Pragma("GCC unroll 16")
@@ -257,7 +222,16 @@ static inline Floats choose(Ints condition, Floats yes, Floats no) {
     return reinterpret_cast<Floats>((condition & reinterpret_cast<Ints>(yes)) | (~condition & reinterpret_cast<Ints>(no)));
 }
 
-static inline Floats largest(Floats a, Floats b) { return choose(a > b, a, b); }
+// The larger lanes, those of b where neither is: as `a > b ? a : b`.
+static inline Floats largest(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+    return _mm256_max_ps(a, b);
+#else
+    return choose(a > b, a, b);
+#endif
+}
 
 // The sum of all lanes, in halves.
 static inline float sum(Floats vector) {
@@ -273,9 +247,17 @@ static inline float sum(Floats vector) {
 }
 
 static inline float largest(Floats vector) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(vector);
+#elif defined(__AVX2__)
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(vector), _mm256_extractf128_ps(vector, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+#else
     float lanes[LANES];
     std::memcpy(lanes, &vector, sizeof lanes);
     return *std::max_element(lanes, lanes + LANES);
+#endif
 }
 
 // e to the power of x, within 2 units in the last place (the polynomial of Cephes); 0 below the normal numbers.
