@@ -174,6 +174,7 @@ class Words:
 
 WORDS: dict[str, Words] = {
     "tiles": Words(),
+    "tiles-pairs": Words(4),
     "tiles-int8": Words(4, 0x80),
     "tiles-int4": Words(4, 0x88),
     "tiles-int2": Words(4, 0xAA),

@@ -104,10 +104,13 @@ def library(instruction_set: str) -> Kernels:
     found += [pointwise("where", "fp32", condition="bool", x="fp32", y="fp32"), *(whole(*case) for case in WHOLE)]
     found += [pointwise("cast", out, x=kind) for kind, out in CASTS]
     found += [cat("bf16", 3, -1), cat("fp32", 2, -2), cat("i64", 2, -3), select("indices_2", -2), select("index", -1), GATHER]
-    found += [
-        make for kind in FLOATS for make in (_rows("softmax", kind), _rows("row_sum", kind, mean=False), _rows("greatest", kind, k=3))
-    ]
-    found += [_rows("row_sum", "fp32", mean=True)]
+    for kind in FLOATS:
+        found += [
+            _rows("softmax", kind),
+            _rows("row_sum", kind, mean=False),
+            _rows("row_sum", kind, mean=True),
+            _rows("greatest", kind, k=3),
+        ]
     found += [attention(case, kind, padded) for case in ATTENDED for kind in ("fp32", "bf16") for padded in (False, True)]
     return library_of(found, instruction_set, "-O0")
 
