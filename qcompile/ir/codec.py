@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import cache
 from typing import Any, TypeVar, cast
 
@@ -38,7 +38,7 @@ def decode(kind: type[T], data: Any, where: str) -> T:
         ArtifactError: naming the place in the file, what was expected there and what came.
     """
     try:
-        return cast(T, _reader(kind)(data))
+        return cast(T, _reader(cast(Hashable, kind))(data))
     except _WrongValueError as error:
         raise ArtifactError(f"{where}{''.join(reversed(error.way))}: {error}") from error
     except RecursionError as error:

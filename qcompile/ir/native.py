@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from qcompile.ir.allowed import ALLOWED
-from qcompile.ir.lowered import BUCKETS, Entry, Kernel, Plan, Step
+from qcompile.ir.lowered import BUCKETS, Entry, Kernel, Plan, Step, item_operand
 from qcompile.ir.memory import buffers_in, root_of, undecided_sizes
 from qcompile.ir.operands import bind_arguments, output_name
 
@@ -34,6 +35,12 @@ TENSOR_WORDS = 2 + 2 * RANK
 def library_name(machine: str, instruction_set: str) -> str:
     """The file of an artifact's library: `native-x86_64-avx512.so`."""
     return f"native-{machine}-{instruction_set}.so"
+
+
+def library_parts(name: str) -> tuple[str, str]:
+    """Machine and instruction set of a library's file; ("", "") for any other file."""
+    match = re.fullmatch(r"native-(.+)-([a-z0-9]+)\.so", name)
+    return (match[1], match[2]) if match else ("", "")
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,8 @@ def native_operands(entry: Entry, step: Step, kernels: Mapping[str, Kernel]) -> 
     if not chosen or len(chosen) < len(step.kernels) or any(kernel.suffix != ".cpp" for kernel in chosen):
         return None
     given = bind_arguments(step.operator, ALLOWED[step.operator], step.args, step.kwargs)
+    lists = {key: value for key, value in given.items() if isinstance(value, list | tuple)}
+    given |= {item_operand(key, place): item for key, listed in lists.items() for place, item in enumerate(listed)}
     given |= {output_name(place): {"buffer": name} for place, name in enumerate(step.outputs)}
     layouts = dict(chosen[0].layouts)
     operands = {}

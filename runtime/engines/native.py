@@ -23,7 +23,7 @@ from qcompile.runtime.engines.program import Call, Kernels, Operands, Program
 from qcompile.runtime.engines.torch_cpu import TorchCpuEngine
 from qcompile.runtime.kv_cache import KVCache
 from qcompile.runtime.native.constants import Packed, packed_constants
-from qcompile.runtime.native.library import Library
+from qcompile.runtime.native.library import Library, loaded
 from qcompile.runtime.native.processor import best_library
 from qcompile.runtime.native.program import NativeProgram
 
@@ -45,7 +45,6 @@ class NativeEngine(TorchCpuEngine):
             UntrustedCodeError: for one that was not built on this machine and that the caller did not allow.
             CapacityError: if the cache has no room for a page for each row.
         """
-        contents.require_native()
         self._runs = {name: segments(entry, contents.kernels) for name, entry in contents.plan.entries.items()}
         self.library = open_library(contents, self._runs)
         self._packed: Packed = {}
@@ -101,7 +100,8 @@ def open_library(contents: ArtifactContents, runs: Mapping[str, list[Segment]]) 
     """The best library of an artifact for this processor; `runs` are those of its entries.
 
     Raises:
-        EngineError: if there is none, or it was made for another plan.
+        EngineError: if there is none, it does not load, or it was made for another plan.
+        UntrustedCodeError: for one that was not built on this machine and that the caller did not allow; it is not even loaded.
     """
     name = best_library(contents.binaries)
     if name is None:
@@ -109,10 +109,25 @@ def open_library(contents: ArtifactContents, runs: Mapping[str, list[Segment]]) 
             f"engine native: expected a library for this processor, got {', '.join(sorted(contents.binaries)) or 'none'}; compile with "
             "engine='native', or load with engine='native' where there is a C++ compiler"
         )
-    library = Library(name, contents.binaries[name])
+    contents.require_native(name)
+    library = loaded(name, contents.binaries[name])
     if library.plan != plan_digest(contents.plan, contents.kernels, runs):
         raise EngineError(f"{name}: expected a library made for the artifact's plan, got one of another; compile the model again")
     return library
+
+
+def objection(contents: ArtifactContents) -> str:
+    """Why no library that came with an artifact may serve it here; "" if one may."""
+    name = best_library(contents.binaries)
+    if name is None:
+        return "the artifact has no library for this processor"
+    if name in contents.untrusted:
+        return f"{name} was not built on this machine (allow_native=True runs it)"
+    try:
+        open_library(contents, {name: segments(entry, contents.kernels) for name, entry in contents.plan.entries.items()})
+    except EngineError as error:
+        return str(error).partition("; ")[0]
+    return ""
 
 
 def contents_between(contents: ArtifactContents, runs: Mapping[str, list[Segment]]) -> ArtifactContents:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from torch import Tensor
@@ -39,8 +40,10 @@ class Library:
 
     @property
     def plan(self) -> str:
-        """The digest of the plan that it was made for (`qcompile.ir.native.plan_digest`)."""
-        function = self._library.qcompile_plan
+        """The digest of the plan that it was made for (`qcompile.ir.native.plan_digest`); "" if it does not say."""
+        function = getattr(self._library, "qcompile_plan", None)
+        if function is None:
+            return ""
         function.restype = ctypes.c_char_p
         return str(function().decode())
 
@@ -56,3 +59,9 @@ class Library:
         function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_int64), None
         found: Entry = function
         return found
+
+
+@cache
+def loaded(name: str, content: bytes) -> Library:
+    """The library of this content, loaded once a process."""
+    return Library(name, content)
