@@ -115,6 +115,7 @@ class ArtifactContents:
         """How linears with quantized weights multiply, in a line; None where there are none."""
         return matmul_text(self.coverage, self.target)
 
+    @without_collecting()
     def native_runs(self) -> tuple[dict[str, list[Segment]], str]:
         """The runs of native steps of each entry, and the digest that a library names which serves them; found once for a plan."""
         found = self._native

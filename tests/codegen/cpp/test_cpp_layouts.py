@@ -24,6 +24,9 @@ from tests.codegen.cpp.harness import RUNNABLE
 SHAPES = [(1, 1), (5, 3), (16, 64), (33, 67), (48, 130)]
 
 
+_TYPES = {"tiles-pairs": (torch.float16, torch.bfloat16)}
+
+
 @cache
 def library(instruction_set: str) -> Library:
     """One without kernels."""
@@ -43,7 +46,7 @@ def stored(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 def test_a_library_packs_as_the_definitions_say(instruction_set: str, threads: int) -> None:
     constants, wanted = dict[str, Constant](), []
     for layout, words in WORDS.items():
-        for dtype in (torch.uint8,) if words.size else (torch.uint8, torch.float16, torch.float32, torch.int64):
+        for dtype in _TYPES.get(layout, (torch.uint8,) if words.size else (torch.uint8, torch.float16, torch.float32, torch.int64)):
             for rows, columns in SHAPES:
                 name = f"{layout} {dtype} {rows} {columns}"
                 constants[name] = tensor_constant(stored(rows, columns, dtype))
