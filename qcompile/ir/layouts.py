@@ -178,7 +178,10 @@ WORDS: dict[str, Words] = {
     "tiles-int8": Words(4, 0x80),
     "tiles-int4": Words(4, 0x88),
     "tiles-int2": Words(4, 0xAA),
-    "tiles-codes": Words(4),
+    "tiles-pairs": Words(4),
+    "tiles-planes8": Words(4),
+    "tiles-planes4": Words(4, bits=4),
+    "tiles-planes2": Words(4, bits=2),
 }
 """Layouts by name that need not go through torch."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -71,6 +72,17 @@ def test_a_llama_runs_wholly_native(target: str, bound: float) -> None:
     assert max(map(error, made, exact)) < bound
     assert tokens == expected
     assert len(native._program("decode", 3, 1).calls) == 1
+
+
+def test_layers_are_one_function() -> None:
+    model = qcompile.compile(tiny("llama", num_hidden_layers=5), "cpu-int4", recipe="nearest", engine="native", **SIZES)
+    source = model.contents.binaries["native.cpp"].decode()
+    for name in ("prefill", "decode"):
+        assert len(re.findall(rf"^    for .*layer < 4.*\n        {name}_0_layer\(team, t, t \+ \d+ \+ layer \* \d+\);", source, re.M)) == 1
+    native, reference = engines(model)
+    (made, tokens), (exact, expected) = generated(native), generated(reference)
+    assert max(map(error, made, exact)) < 1e-5
+    assert tokens == expected
 
 
 @pytest.mark.parametrize(("family", "runs"), [("gpt2", 1), ("gemma2", 1), ("gpt_neox", 1), ("falcon", 1), ("mixtral", 3)])
