@@ -31,7 +31,9 @@ BACKEND = CppBackend()
     ],
 )
 def test_golden(name: str, spec: KernelSpec) -> None:
+    # What it shares with others stands in headers, which come before it.
     path, source = GOLDEN / f"{name}.cpp", BACKEND.emit(spec).source
+    source = source[source.index(f"// {name}") :] if name == "quantized_linear" else source
     if os.environ.get("ACCEPT_GOLDEN"):
         path.write_text(source, encoding="utf-8")
     assert source == path.read_text(encoding="utf-8")
@@ -68,9 +70,8 @@ def test_calls_over_the_same_tensors_or_over_others_at_random_are_no_layers() ->
     ("spec", "reason"),
     [
         (specs.with_format(specs.rms_norm(576, "bf16"), x="fp8e4nv"), "x is fp8e4nv: expected bf16 or fp16 or fp32"),
-        (specs.quantized_linear(8, 64, "m1", "int3 g32 sym fp16", "fp32"), "codes are int3: expected int2 or int4 or int8"),
-        (specs.quantized_linear(8, 64, "m1", "nf4 g32 sym fp16", "fp32"), "codes are nf4: expected int2 or int4 or int8"),
-        (specs.quantized_linear(8, 1 << 16, "m1", "int4 g16 asym fp16", "fp32"), "4096 groups with zero points: expected at most 1024"),
+        (specs.quantized_linear(8, 1 << 16, "m1", "int4 g16 asym fp16", "fp32"), "K=65536: expected at most 32768 columns"),
+        (specs.with_format(specs.quantized_linear(8, 64, "m1", dtype="fp32"), zero="uint8"), "zero is uint8: expected none"),
         (specs.with_format(specs.quantized_linear(8, 64, "m1", dtype="fp32"), scale="fp32"), "scale is fp32: expected fp16"),
         (specs.with_option(specs.rms_norm(576, "fp32"), other=1), "option 'other': expected one of eps, offset"),
         (specs.spec("attend_ranked", sizes={}, formats={}), "operator 'attend_ranked' has no C++ kernel: expected one of linear"),
@@ -92,7 +93,7 @@ def test_one_kernel_serves_all_numbers_of_rows_but_one() -> None:
 def test_functions_that_kernels_share_stand_once() -> None:
     kernels = [BACKEND.emit(specs.quantized_linear(count, 64, "m1", dtype="fp32")) for count in (32, 64)]
     source = kernels_source(kernels, "Two kernels.")
-    assert source.count("static inline void int4_channel_fp16_product(") == 1
+    assert source.count("static inline void fixed_product(") == 1
     assert all(source.count(f"static void {kernel.name}(") == 1 for kernel in kernels)
 
 
