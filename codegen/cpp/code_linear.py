@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qcompile.codegen.contract import FLOATS, same_storage, stored
-from qcompile.codegen.cpp.code_dot import dot_helpers
+from qcompile.codegen.cpp.code_dot import ZEROS, dot_helpers
 from qcompile.codegen.cpp.code_rows import CODE_ROWS, Product, each_run, few_columns, plain, prepare_function, prepare_name, product_of
 from qcompile.codegen.cpp.contract import Operator, kernel, type_of
 from qcompile.codegen.cpp.source import Lines, block, call, constants, function, when
@@ -20,6 +20,9 @@ from qcompile.ir.lowered import BUCKETS, Kernel, KernelSpec
 
 MOST_COLUMNS = 1 << 15
 """Of a row: its products stay within 32 bits whatever the codes are, and rows of x fit on the stack."""
+
+MOST_CHUNKS = 4
+"""Of a run that are written out one after the other."""
 
 
 def product_function(product: Product) -> Lines:
@@ -77,6 +80,10 @@ def _every_chunk(product: Product, lines: Lines) -> Lines:
     if product.even and product.run == step * per:
         return [f"const int64_t word_at = first / {per};", *lines]
     until = f"last / {per}" if product.direct else f"(last + {per - 1}) / {per}"
+    if product.even and product.run <= MOST_CHUNKS * step * per:
+        # All at once: so short a loop costs more than what is in it.
+        head = f"UNROLL for (int chunk = 0; chunk < {product.run // (step * per)}; chunk++)"
+        return block(head, [f"const int64_t word_at = first / {per} + chunk * {step};", *lines])
     place = "" if product.direct else f", place += {step}"
     return block(f"for (int64_t word_at = first / {per}, until = {until}; word_at < until; word_at += {step}{place})", lines)
 
@@ -109,7 +116,7 @@ def _start(product: Product) -> Lines:
         taken = "dot_pairs(offset, x.sums[r * runs + run] - Ints{}, Ints{})" if few_columns(product) else "offset * x.sums[r * runs + run]"
         at = f"zero + (t * {weight.zero_stride} + {_group(product)}) * TILE + p * LANES"
         lines = [
-            f"const Ints offset = __builtin_convertvector(load_bits<Bytes>({at}), Ints);",
+            f"const Ints offset = zero_points({at});",
             f"UNROLL for (int r = 0; r < ROWS; r++) part[r][t][p] = {taken};",
         ]
     return [*lines, *when(product.zero, ["part[ROWS][t][p] = Ints{};"])]
@@ -182,7 +189,7 @@ def emit_integer_linear(spec: KernelSpec) -> Kernel:
         *(_one_row(product, pointers) if single else _many_rows(product, pointers)),
     ]
     names = INTEGER_LINEAR.present(spec)
-    helpers = [*dot_helpers(weight.bits), CODE_ROWS, prepare_function(product)]
+    helpers = [*dot_helpers(weight.bits), *[ZEROS] * weight.zero, CODE_ROWS, prepare_function(product)]
     helpers += [product_function(product), rows_function(product)]
     return kernel(spec, names, body, helpers, [(name, layout) for name, layout in product.layouts.items() if name in names])
 
