@@ -6,8 +6,22 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from qcompile.codegen.cpp import (
-    attention, cache, code_linear, elementwise, embedding, float_linear, linear, norm, pack, quantize, retained, rotary,
-)  # fmt: skip
+    attention,
+    cache,
+    code_linear,
+    elementwise,
+    embedding,
+    float_linear,
+    linear,
+    norm,
+    pack,
+    pointwise,
+    quantize,
+    retained,
+    rotary,
+    shaping,
+    whole_attention,
+)
 from qcompile.codegen.cpp.contract import Operator
 from qcompile.errors import CoverageError
 from qcompile.ir.lowered import Kernel, KernelSpec
@@ -37,6 +51,14 @@ OPERATORS: Mapping[str, Operator] = MappingProxyType(
         "attend_settled": attention.ATTEND_SETTLED,
         "embedding": embedding.EMBEDDING,
         "gather_last": embedding.GATHER_LAST,
+        "pointwise": pointwise.POINTWISE,
+        "cat": shaping.CAT,
+        "select_places": shaping.SELECT,
+        "gather_places": shaping.GATHER,
+        "softmax": shaping.SOFTMAX,
+        "row_sum": shaping.SUM,
+        "greatest": shaping.GREATEST,
+        "attention": whole_attention.ATTENTION,
     }
 )
 

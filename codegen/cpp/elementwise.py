@@ -11,10 +11,10 @@ from qcompile.ir.lowered import Kernel, KernelSpec
 BODIES: dict[str, Lines] = {
     "relu": ["return choose(x < Floats{}, Floats{}, x);"],
     "silu": ["return x / (splat(1.0f) + exp(-x));"],
-    "gelu": ["return x * 0.5f * (splat(1.0f) + each(x * 0.70710678f, [](float value) { return std::erf(value); }));"],
+    "gelu": ["return x * 0.5f * (splat(1.0f) + erf(x * 0.70710678f));"],
     "gelu_tanh": [
         "const Floats inside = 0.79788456f * (x + 0.044715f * x * x * x);",
-        "return x * 0.5f * (splat(1.0f) + each(inside, [](float value) { return std::tanh(value); }));",
+        "return x * 0.5f * (splat(1.0f) + tanh(inside));",
     ],
 }
 """Activation -> what its function does with `x`."""

@@ -24,7 +24,7 @@ def emit_linear(spec: KernelSpec) -> Kernel:
         spec = replace(spec, bucket="m2-63")  # one kernel for any number of rows but one
     real = type_of(spec, "x")
     bias = f"bias.at<{real}>()" if spec.format("bias") else f"static_cast<const {real}*>(nullptr)"
-    weight = f"weight.at<Numbers<{real}>::Word>()"
+    weight = f"weight.at<WeightOf<{real}>::Word>()"
     given = [f"x.row<{real}>(0)", weight, bias, f"out.row<{real}>(0)"] if single else ["x", weight, bias, "out"]
     function = f"one_row<{real}, SINGLE_WIDE>" if single else f"many_rows<{real}, WIDE>"
     body = [

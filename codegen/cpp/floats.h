@@ -4,7 +4,7 @@
 
 // How a weight of `Real` is read: `STEP` columns in a word of a row, and what joins the sums of a vector of rows.
 template <class Real>
-struct Numbers {
+struct WeightOf {
     static constexpr int64_t STEP = 1;
     typedef Real Word;
     typedef Floats Vector;
@@ -15,7 +15,7 @@ struct Numbers {
 
 // Two columns of bf16 are a word, low first.
 template <>
-struct Numbers<bf16> {
+struct WeightOf<bf16> {
     static constexpr int64_t STEP = 2;
     typedef int32_t Word;
     typedef Ints Vector;
@@ -46,9 +46,9 @@ constexpr int64_t CHUNK = 128, NEAR_COLUMNS = 1024, BESIDE = 64;
 // ROWS rows of x times the columns from `first` to `last` of TILES tiles, each of `words` words a row.
 template <class Real, int ROWS, int TILES>
 static inline void number_product(
-    const Real* const* x, const typename Numbers<Real>::Word* weight, int64_t words, int64_t first, int64_t last,
+    const Real* const* x, const typename WeightOf<Real>::Word* weight, int64_t words, int64_t first, int64_t last,
     Floats (&part)[ROWS][TILES][PARTS]) {
-    typedef Numbers<Real> Kind;
+    typedef WeightOf<Real> Kind;
     const auto step = [&](int64_t column, auto count) {
         typename Kind::Vector vector[TILES][PARTS];
         UNROLL for (int t = 0; t < TILES; t++)
@@ -80,8 +80,8 @@ static inline void put_total(Floats total, const Real* bias, Real* to, int64_t f
 // One row of x times a range of tiles.
 template <class Real, int TILES>
 static inline void one_row(
-    const Real* x, const typename Numbers<Real>::Word* weight, const Real* bias, Real* to, Range tiles, int64_t rows, int64_t columns) {
-    const int64_t words = (columns + Numbers<Real>::STEP - 1) / Numbers<Real>::STEP;
+    const Real* x, const typename WeightOf<Real>::Word* weight, const Real* bias, Real* to, Range tiles, int64_t rows, int64_t columns) {
+    const int64_t words = (columns + WeightOf<Real>::STEP - 1) / WeightOf<Real>::STEP;
     int64_t tile = tiles.first;
     for (; tile + TILES <= tiles.last; tile += TILES) {
         Floats total[TILES][PARTS] = {};
@@ -100,7 +100,7 @@ static inline void one_row(
 // The columns from `first` to `last` of `left` rows of x from `row` on join the totals.
 template <class Real, int ROWS, int TILES>
 static inline void add_products(
-    const Tensor& x, int64_t row, int64_t left, const typename Numbers<Real>::Word* weight, int64_t words, int64_t first, int64_t last,
+    const Tensor& x, int64_t row, int64_t left, const typename WeightOf<Real>::Word* weight, int64_t words, int64_t first, int64_t last,
     float* totals) {
     for (; left >= ROWS; left -= ROWS, row += ROWS, totals += ROWS * TILES * TILE) {
         const Real* from[ROWS];
@@ -122,9 +122,9 @@ static inline void add_products(
 // Any number of rows of x times a range of tiles: a chunk of the weight is near while rows pass.
 template <class Real, int TILES>
 static inline void many_rows(
-    const Tensor& x, const typename Numbers<Real>::Word* weight, const Real* bias, const Tensor& out, Range tiles, int64_t rows,
+    const Tensor& x, const typename WeightOf<Real>::Word* weight, const Real* bias, const Tensor& out, Range tiles, int64_t rows,
     int64_t columns) {
-    const int64_t words = (columns + Numbers<Real>::STEP - 1) / Numbers<Real>::STEP, count = x.rows();
+    const int64_t words = (columns + WeightOf<Real>::STEP - 1) / WeightOf<Real>::STEP, count = x.rows();
     int64_t tile = tiles.first;
     for (; tile + TILES <= tiles.last; tile += TILES)
         for (int64_t row = 0; row < count; row += BESIDE) {

@@ -1,4 +1,4 @@
-// What every kernel of an artifact stands on: tensors, the team of threads, vectors of floats.
+// What every kernel of an artifact stands on: tensors, vectors of floats.
 //
 // Vectors are as wide as the instruction set that this file is compiled for has them. Every function here gives the same
 // bits whatever the number of threads; products and sums are fused only where `fma` says so.
@@ -7,14 +7,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
 #elif defined(__SSE2__)
 #include <emmintrin.h>
-#endif
-#if defined(_OPENMP)
-#include <omp.h>
 #endif
 
 // Numbers of 16 bits as they are stored.
@@ -65,39 +63,6 @@ struct Tensor {
         return static_cast<T*>(data) + offset;
     }
 };
-
-struct Range {
-    int64_t first, last;
-};
-
-// The threads that run a kernel together; each calls it with its own number.
-struct Team {
-    int64_t thread, threads;
-
-    // This thread's share of `count` outputs.
-    Range share(int64_t count) const { return {count * thread / threads, count * (thread + 1) / threads}; }
-
-    // Until every thread is here.
-    void wait() const {
-#if defined(_OPENMP)
-        if (threads > 1) {
-#pragma omp barrier
-        }
-#endif
-    }
-};
-
-// Call `steps` on every thread of a team; one thread starts no pool.
-static void run(int64_t threads, void (*steps)(const Team&, const Tensor*), const Tensor* tensors) {
-#if defined(_OPENMP)
-    if (threads > 1) {
-#pragma omp parallel num_threads(static_cast<int>(threads))
-        steps(Team{omp_get_thread_num(), omp_get_num_threads()}, tensors);
-        return;
-    }
-#endif
-    steps(Team{0, 1}, tensors);
-}
 
 // Before a short loop over registers: without it the compiler leaves them in memory.
 #define UNROLL _Pragma("GCC unroll 16")
@@ -312,6 +277,39 @@ static inline Floats exp(Floats x) {
     Floats scaled = reinterpret_cast<Floats>(reinterpret_cast<Ints>(power) + exponent);
     scaled = choose(x > splat(88.7f), splat(INFINITY), choose(x < splat(-87.3f), Floats{}, scaled));
     return choose(x == x, scaled, x);
+}
+
+static inline Floats magnitude(Floats x) { return reinterpret_cast<Floats>(reinterpret_cast<Ints>(x) & 0x7fffffff); }
+
+static inline Floats with_sign(Floats size, Floats sign) {
+    return reinterpret_cast<Floats>(reinterpret_cast<Ints>(size) | (reinterpret_cast<Ints>(sign) & INT32_MIN));
+}
+
+// Within 4 units in the last place (the polynomial of Cephes; by e to the power of 2x further out).
+static inline Floats tanh(Floats x) {
+    const Floats square = x * x, size = magnitude(x);
+    Floats near = fma(square, splat(-5.70498872745e-3f), splat(2.06390887954e-2f));
+    near = fma(square, near, splat(-5.37397155531e-2f));
+    near = fma(square, near, splat(1.33314422036e-1f));
+    near = fma(square, near, splat(-3.33332819422e-1f));
+    const Floats far = splat(1.0f) - splat(2.0f) / (exp(size + size) + splat(1.0f));
+    return choose(size < splat(0.625f), fma(near * square, x, x), with_sign(far, x));
+}
+
+// Within 8 units in the last place (the quotient of polynomials that Eigen has); 1 from 4 on.
+static inline Floats erf(Floats x) {
+    const Floats square = x * x;
+    Floats above = fma(square, splat(-2.72614225801306e-10f), splat(2.77068142495902e-08f));
+    above = fma(square, above, splat(-2.10102402082508e-06f));
+    above = fma(square, above, splat(-5.69250639462346e-05f));
+    above = fma(square, above, splat(-7.34990630326855e-04f));
+    above = fma(square, above, splat(-2.95459980854025e-03f));
+    above = fma(square, above, splat(-1.60960333262415e-02f));
+    Floats below = fma(square, splat(-1.45660718464996e-05f), splat(-2.13374055278905e-04f));
+    below = fma(square, below, splat(-1.68282697438203e-03f));
+    below = fma(square, below, splat(-7.37332916720468e-03f));
+    below = fma(square, below, splat(-1.42647390514189e-02f));
+    return choose(magnitude(x) < splat(4.0f), x * above / below, choose(x == x, with_sign(splat(1.0f), x), x));
 }
 
 // The sum of `count` numbers.

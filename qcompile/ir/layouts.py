@@ -6,6 +6,7 @@ The artifact stores codes uint8 [N, ceil(K·b/8)], low bits first (`qcompile.qua
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -154,6 +155,31 @@ def tiles_zero4(zero: Tensor) -> Tensor:
 def tiles_zero2(zero: Tensor) -> Tensor:
     """Packed zero points uint8 [N, ceil(G/4)] to bytes [ceil(N/16), 4·ceil(G/4), 16]."""
     return tiles(unpack(zero, 2, 4 * zero.shape[1]))
+
+
+@dataclass(frozen=True)
+class Words:
+    """A layout that is `tiles` of words, as the libraries of artifacts make it (`codegen/cpp/layouts.h`).
+
+    Attributes:
+        size: bytes of a word; 0 is an element as it is stored.
+        mask: what each byte is combined with by exclusive or before.
+        bits: of codes that are dealt to the four bytes of a word in turn, byte i getting codes i, i + 4 …; 0 leaves them in order.
+    """
+
+    size: int = 0
+    mask: int = 0
+    bits: int = 0
+
+
+WORDS: dict[str, Words] = {
+    "tiles": Words(),
+    "tiles-int8": Words(4, 0x80),
+    "tiles-int4": Words(4, 0x88),
+    "tiles-int2": Words(4, 0xAA),
+    "tiles-codes": Words(4),
+}
+"""Layouts by name that need not go through torch."""
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
