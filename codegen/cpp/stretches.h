@@ -47,7 +47,9 @@ static inline void read_halves(const T* const* cells, int64_t count, int64_t off
 template <class Form, int64_t STRETCH>
 static inline void read_scales(
     const typename Form::Cell* const* cells, int64_t count, float (*scale)[STRETCH], float (*least)[STRETCH]) {
-    if constexpr (Form::SCALED)
+    if constexpr (Form::STATIC)
+        for (int64_t place = 0; place < count; place += LANES) store(scale[0] + place, splat(1.0f));
+    else if constexpr (Form::SCALED)
         for (int64_t group = 0; group < Form::GROUPS; group++) {
             read_halves(cells, count, Form::BODY + 2 * group, scale[group]);
             if (!Form::SIGNED) read_halves(cells, count, Form::BODY + 2 * (Form::GROUPS + group), least[group]);

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from qcompile.ir.allowed import ALLOWED
-from qcompile.ir.lowered import BUCKETS, Entry, Kernel, Plan, Step
+from qcompile.ir.lowered import BUCKETS, Entry, Kernel, Plan, Step, item_operand
 from qcompile.ir.memory import buffers_in, undecided_sizes
 from qcompile.ir.operands import bind_arguments, output_name
 
@@ -103,6 +103,8 @@ def native_operands(entry: Entry, step: Step, kernels: Mapping[str, Kernel]) -> 
         return None
     given = bind_arguments(step.operator, ALLOWED[step.operator], step.args, step.kwargs)
     given |= {output_name(place): {"buffer": name} for place, name in enumerate(step.outputs)}
+    lists = [(name, value) for name, value in given.items() if isinstance(value, list | tuple)]
+    given |= {item_operand(name, place): item for name, items in lists for place, item in enumerate(items)}
     layouts = dict(chosen[0].layouts)
     operands = {}
     for parameter in chosen[0].launches[0].parameters:

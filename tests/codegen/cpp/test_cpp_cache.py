@@ -24,7 +24,7 @@ HEADS, FLOAT, BYTES = 2, "fp32", "uint8"
 PLACES = {"page_table": "i32", "positions": "i64"}
 FORMS = [
     ("int8 g64 sym", 64), ("int4 g64 sym", 64), ("int4 g32 asym", 96), ("int2 g16 sym", 32), ("int4 asym", 5), ("int8 asym", 20),
-    ("int2 asym", 7), ("int4 g8 sym", 40),
+    ("int2 asym", 7), ("int4 g8 sym", 40), ("fp8 g64 sym", 64), ("fp8 g20 sym", 20), ("int8 static", 20), ("int4 static", 7),
 ]  # fmt: skip
 
 
@@ -49,9 +49,10 @@ class Case(NamedTuple):
         options: dict[str, Any] = {"scale": self.size**-0.5, "window": self.window, "softcap": self.softcap, **forms}
         if not self.policy.rows:
             stored = {"keys": BYTES, "values": BYTES, "k": FLOAT, "v": FLOAT, **PLACES}
+            tables = dict.fromkeys(self.tables, "fp16")
             return {
-                "attend": spec("cache_attend_packed", "m1", sizes=heads, formats=formats, **options),
-                "append": spec("append_packed_", sizes=sizes, formats=stored, **forms),
+                "attend": spec("cache_attend_packed", "m1", sizes=heads, formats=formats | tables, **options),
+                "append": spec("append_packed_", sizes=sizes, formats=stored | tables, **forms),
             }
         exact = {"exact_keys": "fp16", "exact_values": "fp16"}
         pages, rows = {"pages": BYTES, "exact": "fp16", **PLACES}, {"rows": "fp16", "slots": "i32"}
@@ -64,12 +65,25 @@ class Case(NamedTuple):
             "settle values": spec("settle_", sizes=sizes, formats=pages, form=self.values, **policy),
         }
 
+    @property
+    def tables(self) -> dict[str, Tensor]:
+        """Scales of forms that have a table, by operand: some of what is stored is clipped."""
+        forms = {"k_tables_0": self.keys, "v_tables_0": self.values}
+        return {name: _table(form, self.size) for name, form in forms.items() if vector_format(form).tables}
+
+
+def _table(form: str, size: int) -> Tensor:
+    """The scales of a static form, from numbers that are smaller than those of the tests."""
+    return vector_format(form).calibrate(0.7 * randn(30, HEADS, size, seed=9), torch.ones(HEADS, size))[0]
+
 
 STORED = [
     Case("int8 g64 sym", "int8 g64 sym", 64, 3),
     Case("int4 g64 sym", "int4 g32 asym", 96, 1, softcap=3.0),
     Case("int2 g16 asym", "int4 g8 sym", 40, 4, window=70, sinks=True),
     Case("int4 asym", "int2 asym", 7, 5, window=9),
+    Case("fp8 g32 sym", "fp8 g64 sym", 96, 2),
+    Case("int8 static", "int4 static", 20, 2),
 ]
 SETTLED = [
     Case("int4 g64 sym", "int4 g64 sym", 20, 3, policy=Retention(4, 9, 1)),
@@ -80,7 +94,8 @@ SETTLED = [
 
 
 def _pack(form: str, size: int) -> KernelSpec:
-    return spec("pack_vectors", sizes={"D": size}, formats={"x": FLOAT, "out": BYTES}, form=form)
+    tables = dict.fromkeys(("tables_0",) if vector_format(form).tables else (), "fp16")
+    return spec("pack_vectors", sizes={"D": size}, formats={"x": FLOAT, "out": BYTES, **tables}, form=form)
 
 
 def _append_bytes(width: int) -> KernelSpec:
@@ -105,9 +120,11 @@ def test_packing_is_the_definition(form: str, size: int, instruction_set: str) -
     x[0, 0] = 0.0  # nothing to scale
     x[1, 0, 0] = torch.arange(size) / 2.0 - size // 4  # ties, where the scale is a power of two
     x[2] *= 1e-7  # scales below the normal numbers of 16 bits
-    expected = qcompile.pack_vectors(x, form)
+    x[2, 1, 0] = torch.linspace(-1, 1, size).pow(5)  # many sizes beside each other
+    tables = {"tables_0": _table(form, size)} if vector_format(form).tables else {}
+    expected = qcompile.pack_vectors(x, form, list(tables.values()))
     out = torch.full_like(expected, 77)
-    library(instruction_set)(_pack(form, size), {"x": x, "out": out})
+    library(instruction_set)(_pack(form, size), {"x": x, "out": out, **tables})
     assert torch.equal(out, expected)
 
 
@@ -140,13 +157,14 @@ def test_attention_over_packed_pages(case: Case, instruction_set: str) -> None:
     for call in CALLS:
         positions, (q, k, v, sinks) = torch.tensor(call), _inputs(case, len(call[0]))
         expected = keys.clone(), values.clone()
-        qcompile.append_packed_(*expected, k, v, TABLE, positions, *case[:2])
-        places = {"keys": keys, "values": values, "page_table": TABLE, "positions": positions}
+        lists = {name.removesuffix("_0"): [table] for name, table in case.tables.items()}
+        qcompile.append_packed_(*expected, k, v, TABLE, positions, *case[:2], **lists)
+        places = {"keys": keys, "values": values, "page_table": TABLE, "positions": positions, **case.tables}
         kernels(specs["append"], {**places, "k": k, "v": v}, threads=2)
         assert torch.equal(keys, expected[0])
         assert torch.equal(values, expected[1])
         options = (case.size**-0.5, case.window, case.softcap, None if sinks is None else sinks.double())
-        exact = qcompile.cache_attend_packed(q.double(), keys, values, TABLE, positions, *case[:2], *options)
+        exact = qcompile.cache_attend_packed(q.double(), keys, values, TABLE, positions, *case[:2], *options, **lists)
         _require_attention(kernels, case, {**places, "q": q} | ({} if sinks is None else {"sinks": sinks}), exact)
 
 
@@ -206,7 +224,10 @@ def test_what_is_refused_says_why() -> None:
     case = Case("int4 t32 asym", "int4 g32 asym", 64, policy=Retention(4, 16, 32))
     backend, attend = CppBackend(), case.specs["attend"]
     assert backend.refuses(attend) is None
-    assert "int2 or int4 or int8" in str(backend.refuses(case._replace(keys="fp8 g64").specs["attend"]))
+    assert "expected int2, int4, int8 or fp8" in str(backend.refuses(case._replace(keys="bfp4 g16").specs["attend"]))
+    assert "k_form is int8 static: expected scales among the codes" in str(
+        backend.refuses(case._replace(keys="int8 static").specs["attend"])
+    )
     assert "v_form is int4 t32 asym: expected scales of each token" in str(
         backend.refuses(case._replace(values="int4 t32 asym").specs["attend"])
     )
