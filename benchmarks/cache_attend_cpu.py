@@ -20,6 +20,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,7 @@ def measure(case: Case, kernels: Kernels, options: argparse.Namespace) -> dict[s
     bound = [kernels.bound(case, layer) for layer in layers]
     found: dict[str, Any] = {"format": case.name, "size": case.size, "context": case.context, "new": case.new, "read": case.read}
     for threads in options.threads:
-        calls = [lambda function=function, table=table: function(table.data_ptr(), threads) for function, table in bound]
+        calls = [partial(function, table.data_ptr(), threads) for function, table in bound]
         found[f"hot {threads}"] = least(itertools.repeat(calls[0]), options.seconds)
         if case.new == 1:
             found[f"cold {threads}"] = least(itertools.cycle(calls), options.seconds)
@@ -195,9 +196,7 @@ def measure_torch(size: int, context: int, new: int, options: argparse.Namespace
         layers = [[torch.randn(1, key_heads, context, size, dtype=dtype) for _ in range(2)] for _ in range(count)]
         q = torch.randn(1, heads, new, size, dtype=dtype)
         found: dict[str, Any] = {"format": f"torch {str(dtype).removeprefix('torch.')}", "size": size, "context": context, "new": new}
-        calls = [
-            lambda k=k, v=v, q=q: functional.scaled_dot_product_attention(q, k, v, is_causal=new > 1, enable_gqa=True) for k, v in layers
-        ]
+        calls = [partial(functional.scaled_dot_product_attention, q, k, v, is_causal=new > 1, enable_gqa=True) for k, v in layers]
         for threads in options.threads:
             torch.set_num_threads(threads)
             found[f"hot {threads}"] = least(itertools.repeat(calls[0]), options.seconds)

@@ -45,13 +45,10 @@ def emit_append_packed(spec: KernelSpec) -> Kernel:
 
 def _encode(spec: KernelSpec, form: str, given: str, pages: str) -> str:
     """Pack a head of a token into its place, by a table of scales if there is one."""
-    place = f"{pages}.at<uint8_t>(page, head, cell)"
-    numbers, table = f"{given}.at<float>(batch, head, token)", f"{given}_tables_0"
-    return (
-        f"encode_static<{form}>({numbers}, {table}.at<fp16>(head), {place});"
-        if spec.format(table)
-        else f"encode_token<{form}>({numbers}, {place});"
-    )
+    numbers, place, table = f"{given}.at<float>(batch, head, token)", f"{pages}.at<uint8_t>(page, head, cell)", f"{given}_tables_0"
+    if spec.format(table):
+        return f"encode_static<{form}>({numbers}, {table}.at<fp16>(head), {place});"
+    return f"encode_token<{form}>({numbers}, {place});"
 
 
 def refuses_append_packed(spec: KernelSpec) -> str | None:
