@@ -15,8 +15,8 @@ from qcompile.ir.lowered import BUCKETS, Kernel, KernelSpec
 
 READING = ("packed", "codes", "attending", "stretches", "sharing")
 """Headers that attention needs."""
-MOST_ROWS = 4
-"""Queries whose products are computed at once: as many sums as there are registers for."""
+MOST_ROWS, MANY_ROWS = 4, 6
+"""Queries whose products are computed at once, of a token and of a prompt: as many sums as there are registers for."""
 BLOCK, BLOCK_NUMBERS = 48, 6144
 """Queries of a prompt that are taken together, and numbers of them."""
 
@@ -39,10 +39,10 @@ def parts_of(spec: KernelSpec) -> dict[str, tuple[int, str]]:
 def attention_types(spec: KernelSpec) -> Lines:
     """The queries of a token, and many of a prompt."""
     rows, times = together(spec)
-    many = max(1, min(BLOCK, BLOCK_NUMBERS // spec.size("D")) // MOST_ROWS) * MOST_ROWS
+    many = max(1, min(BLOCK, BLOCK_NUMBERS // spec.size("D")) // MANY_ROWS) * MANY_ROWS
     return [
         f"typedef Attention<Keys, Values, {min(rows * times, many)}, {rows}> Few;",
-        f"typedef Attention<Keys, Values, {many}, {MOST_ROWS}> Many;",
+        f"typedef Attention<Keys, Values, {many}, {MANY_ROWS}> Many;",
     ]
 
 
@@ -124,7 +124,7 @@ def _attend_pages(spec: KernelSpec, operator: Operator, types: Lines) -> Kernel:
 
 
 def emit_attend_settled(spec: KernelSpec) -> Kernel:
-    """The pages first, whose slots count from position `first` on; what is kept as it came, first tokens and late ones, is the last part."""
+    """The pages first, whose slots count from position `first` on; what is kept as it came, first and late tokens, is the last part."""
     kept, least = type_of(spec, "exact_keys"), _least(spec)
     ranges = [
         f"a.low[i] = std::max<int64_t>(0, {least} - Policy::FIRST);",
