@@ -124,7 +124,7 @@ def _attend_pages(spec: KernelSpec, operator: Operator, types: Lines) -> Kernel:
 
 
 def emit_attend_settled(spec: KernelSpec) -> Kernel:
-    """The pages first, whose slots count from position `first` on; what is kept as it came, first and late tokens, is the last part."""
+    """The pages first, whose slots count from position `first` on; then, as one part, what is kept as it came: first and late tokens."""
     kept, least = type_of(spec, "exact_keys"), _least(spec)
     ranges = [
         f"a.low[i] = std::max<int64_t>(0, {least} - Policy::FIRST);",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from qcompile.codegen.contract import same_storage
-from qcompile.codegen.cpp.contract import Operator, kernel
-from qcompile.codegen.cpp.norm import every_row
+from qcompile.codegen.contract import FLOATS, same_storage
+from qcompile.codegen.cpp.contract import Operator, kernel, type_of
+from qcompile.codegen.cpp.loops import every_row
 from qcompile.codegen.cpp.packed_forms import TABLES, form_type, helpers, refuses_forms
 from qcompile.codegen.cpp.source import constants
 from qcompile.ir.lowered import Kernel, KernelSpec
@@ -14,7 +14,7 @@ HELPERS = ("packed",)
 
 def emit_pack(spec: KernelSpec) -> Kernel:
     """Pack x [..., D] into out uint8 [..., W], x [B, L, S, D] where a table has scales of each head; a thread takes vectors."""
-    numbers, place = "x.row<float>(row)", "out.row<uint8_t>(row)"
+    numbers, place = f"x.row<{type_of(spec, 'x')}>(row)", "out.row<uint8_t>(row)"
     by_table = f"encode_static<Form>({numbers}, tables_0.at<fp16>(row / x.size[2] % x.size[1]), {place});"
     pack = by_table if spec.format("tables_0") else f"encode_token<Form>({numbers}, {place});"
     return kernel(spec, PACK.present(spec), [form_type(spec, "form", "Form"), *every_row([pack])], helpers(*HELPERS))
@@ -45,7 +45,11 @@ def emit_append_packed(spec: KernelSpec) -> Kernel:
 
 def _encode(spec: KernelSpec, form: str, given: str, pages: str) -> str:
     """Pack a head of a token into its place, by a table of scales if there is one."""
-    numbers, place, table = f"{given}.at<float>(batch, head, token)", f"{pages}.at<uint8_t>(page, head, cell)", f"{given}_tables_0"
+    numbers, place, table = (
+        f"{given}.at<{type_of(spec, given)}>(batch, head, token)",
+        f"{pages}.at<uint8_t>(page, head, cell)",
+        f"{given}_tables_0",
+    )
     if spec.format(table):
         return f"encode_static<{form}>({numbers}, {table}.at<fp16>(head), {place});"
     return f"encode_token<{form}>({numbers}, {place});"
@@ -58,10 +62,10 @@ def refuses_append_packed(spec: KernelSpec) -> str | None:
     return refuses_forms(spec, "k_form", "v_form", together=False, tables=True) or same_storage(spec, "keys", "values")
 
 
-_FLOAT, _BYTES = ("fp32",), ("uint8",)
+_BYTES = ("uint8",)
 PACK = Operator(
     emit=emit_pack,
-    operands={"x": _FLOAT, "tables_0": ("fp16",), "out": _BYTES},
+    operands={"x": FLOATS, "tables_0": ("fp16",), "out": _BYTES},
     optional=frozenset({"tables_0"}),
     sizes=("D",),
     options=("form",),
@@ -70,7 +74,7 @@ PACK = Operator(
 )
 APPEND_PACKED = Operator(
     emit=emit_append_packed,
-    operands={"keys": _BYTES, "values": _BYTES, "k": _FLOAT, "v": _FLOAT, "page_table": ("i32",), "positions": ("i64",), **TABLES},
+    operands={"keys": _BYTES, "values": _BYTES, "k": FLOATS, "v": FLOATS, "page_table": ("i32",), "positions": ("i64",), **TABLES},
     optional=frozenset(TABLES),
     sizes=("L", "D"),
     options=("k_form", "v_form", "hadamard_size"),

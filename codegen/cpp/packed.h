@@ -87,15 +87,15 @@ static inline void put_codes(uint8_t* to, const float* codes, int64_t count, int
 }
 
 // Pack the numbers of one token, whose channels share scales in groups.
-template <class Form>
-static inline void encode_token(const float* numbers, uint8_t* cell) {
+template <class Form, class T>
+static inline void encode_token(const T* numbers, uint8_t* cell) {
     for (int64_t group = 0; group < Form::GROUPS; group++) {
-        const float* from = numbers + group * Form::GROUP;
+        const T* from = numbers + group * Form::GROUP;
         Floats least = splat(INFINITY), greatest = splat(-INFINITY);
         for (int64_t dim = 0; dim < Form::GROUP; dim += LANES) {
             const int64_t count = std::min<int64_t>(LANES, Form::GROUP - dim);
             const Floats loaded = load(from + dim, count);
-            const Floats vector = choose(lane_numbers() < static_cast<int>(count), loaded, splat(from[dim]));
+            const Floats vector = choose(lane_numbers() < static_cast<int>(count), loaded, splat(get(from + dim)));
             least = smallest(least, vector);
             greatest = largest(greatest, Form::SIGNED ? absolute(vector) : vector);
         }
