@@ -9,7 +9,7 @@ import typer
 from rich.status import Status
 
 import qcompile
-from qcompile.cli.output import JsonOption, emit, stderr
+from qcompile.cli.output import EngineOption, JsonOption, SetsOption, emit, stderr
 from qcompile.dump.rows import record_row
 from qcompile.dump.tables import coverage_rows, coverage_table, pass_table, readable, value_table
 from qcompile.errors import ArtifactError
@@ -82,7 +82,9 @@ def compile_model(
     max_seq_length: Annotated[int | None, typer.Option(min=1, help="Tokens of a calibration window at most.")] = None,
     disable_pass: Annotated[list[str] | None, typer.Option(help="Leave a pass out; repeatable.")] = None,
     passes: Annotated[str | None, typer.Option(help="A pipeline, such as `canonicalize,raise-patterns`, in place of the default.")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Fail if an operator is left alone or a kernel refused.")] = False,
+    engine: EngineOption = None,
+    instruction_sets: SetsOption = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail if an operator is left alone, or a kernel refused or not built.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing artifact.")] = False,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with a checkpoint.")] = False,
@@ -108,7 +110,8 @@ def compile_model(
             cache_window=cache_window, cache_before_positions=cache_before_positions, cache_bits=cache_bits,
             calibration=None if calibration is None else Path(calibration),
             num_calibration_samples=num_calibration_samples, max_seq_length=max_seq_length, max_batch=max_batch, max_context=max_context,
-            prefill_chunk=prefill_chunk, revision=revision, trust_remote_code=trust_remote_code, instruments=[StatusInstrument(status)],
+            prefill_chunk=prefill_chunk, revision=revision, trust_remote_code=trust_remote_code, engine=engine,
+            instruction_sets=instruction_sets, instruments=[StatusInstrument(status)],
         )  # fmt: skip
         status.update(f"writing {out}")
         compiled.save(out, overwrite=overwrite)

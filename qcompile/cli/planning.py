@@ -17,7 +17,7 @@ _AS_COMPILE = (
     "recipe", "group_size", "symmetric", "weight_format", "ignore", "head_format", "quantize_head", "quantize_embedding", "matmul",
     "activation_group_size", "activation_symmetric", "activation_static", "activation_clip", "cache_keys", "cache_values", "cache_sinks",
     "cache_window", "cache_bits", "cache_before_positions", "calibration", "num_calibration_samples", "max_seq_length", "disable_pass",
-    "passes", "revision", "trust_remote_code", "max_batch", "max_context", "prefill_chunk",
+    "passes", "revision", "trust_remote_code", "max_batch", "max_context", "prefill_chunk", "engine",
 )  # fmt: skip
 """What `qcompile compile` takes too, with the same help and defaults."""
 Command = Callable[..., None]

@@ -35,9 +35,11 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model, x = _Gate(), torch.randn(2, 64)
     for name, size in (("dump", 64), ("finer", 16)):
-        made = qcompile.compile(model, "cpu-int4", recipe="nearest", example_inputs=x, dump=folder / name, group_size=size)
+        made = qcompile.compile(
+            model, "cpu-int4", recipe="nearest", example_inputs=x, dump=folder / name, group_size=size, engine="torch_cpu"
+        )
     del made
-    qcompile.compile(model, "cpu-int4", recipe="nearest", example_inputs=x, group_size=64).save(folder / "artifact")
+    qcompile.compile(model, "cpu-int4", recipe="nearest", example_inputs=x, group_size=64, engine="torch_cpu").save(folder / "artifact")
     return folder
 
 
