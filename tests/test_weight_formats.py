@@ -16,7 +16,7 @@ from qcompile.quant.scheme import QuantScheme
 
 FORMATS = (
     "int3 g64 sym fp16", "int2 g64 asym fp16", "int5 g32 asym bf16", "int4 g36 sym int8", "int4 g16 asym int8/2", "nf4 g64 sym fp16",
-    "fp8 channel sym fp32", "fp4 g32 sym e8m0", "int8 g32 sym e8m0", "fp4 g16 sym e4m3",
+    "fp8 channel sym fp32", "fp4 g32 sym e8m0", "int8 g32 sym e8m0", "fp4 g16 sym e4m3", "int4 g32 min fp16",
 )  # fmt: skip
 
 

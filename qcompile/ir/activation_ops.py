@@ -113,11 +113,12 @@ def integer_linear(
     """`Σ_g scale_g · w_scale_g · Σ_k (code - zero)(w_code - w_zero) + bias` as `dtype` [..., N]; the inner sum is exact (int32).
 
     codes int8 [..., K], scale [..., G] or [1], zero int32 alike or None, w_codes uint8 [N, ceil(K·b/8)], w_scale [N, Gw], w_zero packed
-    uint8 or None (2^(b-1)), bias [N], w_scale2 the scales' second level (`qcompile.quant.scales`). Of the
+    uint8, minima [N, Gw] in the dtype of w_scale (then a run gives `scale_g · (w_scale_g · Σ_k (code - zero) · w_code + w_zero_g · Σ_k
+    (code - zero))`), or None (2^(b-1)), bias [N], w_scale2 the scales' second level (`qcompile.quant.scales`). Of the
     two group sizes one divides the other. Groups add up in order, in float32 (float64 for a float64 scale or `dtype`).
     """
     weight = activations.signed_weight(w_codes, w_zero, w_bits, w_group_size, codes.shape[-1])
-    factors = activations.WeightScales(w_scale, w_scale2, w_group_size)
+    factors = activations.WeightScales.of(w_scale, w_scale2, w_zero, w_group_size)
     bound = 1 << (w_bits - (w_zero is None))
     return _finish(activations.integer_matmul(codes, scale, zero, weight, factors, group_size, bound, dtype), codes, bias, dtype)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qcompile.errors import FormatError
 from qcompile.quant.packing import unpack
+from qcompile.quant.reference import has_minima
 from qcompile.quant.scales import effective
 
 FLOAT8_MAX = 448.0
@@ -136,11 +137,16 @@ def exact_matmul(a: Tensor, b: Tensor, bound: int) -> Tensor:
 
 
 def signed_weight(codes: Tensor, zero: Tensor | None, bits: int, group_size: int, columns: int) -> Tensor:
-    """Packed weight codes uint8 [N, ceil(K·b/8)] as `code - zero` [N, K]: int8, or int16 with a zero point."""
+    """Packed weight codes uint8 [N, ceil(K·b/8)] as `code - zero` [N, K]: int8, or int16 with a zero point.
+
+    Codes of a weight with minima (a floating `zero`) stay as they are.
+    """
     unsigned = unpack(codes, bits, columns)
     if zero is None:
         return (unsigned - (1 << (bits - 1))).view(torch.int8)  # wraps around, as two's complement does
     values = unsigned.to(torch.int16)
+    if zero.is_floating_point():
+        return values
     size = group_columns(columns, group_size)
     groups = -(-columns // size)
     return values - _spread(unpack(zero, bits, groups).to(torch.int16), size, columns)
@@ -148,11 +154,21 @@ def signed_weight(codes: Tensor, zero: Tensor | None, bits: int, group_size: int
 
 @dataclass(frozen=True)
 class WeightScales:
-    """The scales [N, G] of a weight, their second level or None, and its group size."""
+    """The scales [N, G] of a weight, their second level or None, its group size, and what code 0 stands for [N, G], or None if 0."""
 
     scale: Tensor
     scale2: Tensor | None
     group_size: int
+    minimum: Tensor | None = None
+
+    @staticmethod
+    def of(scale: Tensor, scale2: Tensor | None, zero: Tensor | None, group_size: int) -> WeightScales:
+        """Those of a weight with these parts.
+
+        Raises:
+            FormatError: for minima of another shape or dtype than the scales.
+        """
+        return WeightScales(scale, scale2, group_size, zero if zero is not None and has_minima(scale, zero) else None)
 
 
 def integer_matmul(
@@ -160,6 +176,9 @@ def integer_matmul(
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """`Σ_g scale_g · w_scale_g · Σ_k (code - zero) · weight` [M, N] in `working_dtype`, over runs of columns that share both scales.
+
+    With minima a run adds `scale_g · (w_scale_g · Σ_k (code - zero) · weight + minimum_g · Σ_k (code - zero))`: the inner sums are exact,
+    each product and sum of floats is rounded by itself.
 
     Args:
         codes: int8 or float8 [..., K]; M is the product of the leading sizes.
@@ -187,8 +206,14 @@ def integer_matmul(
     total = scale.new_zeros((rows.shape[0], weight.shape[0]), dtype=work)
     for start in range(0, columns, step):
         product = exact_matmul(rows[:, start : start + step], weight[:, start : start + step], bound)
-        share = left[:, start // a_size if left.shape[1] > 1 else 0]
-        total = total + product.to(work) * (share.unsqueeze(1) * right[:, start // w_size].unsqueeze(0))
+        share = left[:, start // a_size if left.shape[1] > 1 else 0].unsqueeze(1)
+        factor = right[:, start // w_size].unsqueeze(0)
+        if factors.minimum is None:
+            total = total + product.to(work) * (share * factor)
+        else:
+            sums = rows[:, start : start + step].sum(1, dtype=torch.int32).to(work).unsqueeze(1)
+            least = factors.minimum[:, start // w_size].to(work).unsqueeze(0)
+            total = total + share * (product.to(work) * factor + sums * least)
     return total
 
 

@@ -18,7 +18,7 @@ from qcompile.quant.levels import decode, encode, snap
 from qcompile.quant.packing import pack as pack
 from qcompile.quant.packing import packed_bytes
 from qcompile.quant.packing import unpack as unpack
-from qcompile.quant.scales import effective, scale_bits, second_level, store
+from qcompile.quant.scales import effective, scale_bits, second_level, store, store_minimum
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Quantized:
     Attributes:
         codes: uint8 [N, ceil(K·b/8)].
         scale: [N, G], in the format's scale dtype.
-        zero: uint8 [N, ceil(G·b/8)], or None if symmetric.
+        zero: uint8 [N, ceil(G·b/8)]; minima [N, G] in the format's scale dtype; or None if symmetric.
         scale2: the second level of scales (`qcompile.quant.scales`), or None.
         residual: int8 [N, K], how far each value lay from its level when it was rounded, in steps / 256; None where nobody keeps it. No
             part of the format: learning starts there.
@@ -43,29 +43,42 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Grid:
-    """The levels that each group of a weight can take: stored scales [N, G], their second level, zero points (float [N, G]) or None."""
+    """The levels that each group of a weight can take: stored scales [N, G], their second level, zero points (float [N, G]) or None.
+
+    With `least`, the stored values of code 0 [N, G], levels count from there and zero points are 0: what is rounded is `above(values)`.
+    """
 
     form: QuantFormat
     scale: Tensor
     scale2: Tensor | None
     zero: Tensor | None
+    least: Tensor | None = None
 
     def step(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The scales [N, G] that values are divided by."""
         return effective(self.scale, self.scale2, dtype)
+
+    def above(self, values: Tensor) -> Tensor:
+        """What of `values` [N, K] the levels stand for: themselves, or their distance from the minimum of their group."""
+        if self.least is None:
+            return values
+        columns = values.shape[1]
+        return values - per_column(self.least.to(values.dtype), self.form.granularity.size(columns), columns)
 
     def assemble(self, values: Tensor) -> Quantized:
         """Pack the levels [N, K] that `snap` returned."""
         element, columns = self.form.element, values.shape[1]
         zero = None if self.zero is None else per_column(self.zero, self.form.granularity.size(columns), columns)
         codes = pack(encode(values, element, zero), element.bits)
-        offset = None if self.zero is None else pack(self.zero.to(torch.uint8), element.bits)
+        offset = self.least if self.least is not None else None if zero is None else pack(self.zero.to(torch.uint8), element.bits)
         return Quantized(codes, self.scale, offset, self.scale2)
 
 
-def grouped(weight: Tensor, size: int) -> Tensor:
-    """View [N, K] as [N, G, g], the last group padded with 0 where g does not divide K."""
+def grouped(weight: Tensor, size: int, *, repeat: bool = False) -> Tensor:
+    """View [N, K] as [N, G, g], the last group padded with 0, or repetitions of its last column, where g does not divide K."""
     rows, columns = weight.shape
+    if repeat and columns % size:
+        return torch.cat((weight, weight[:, -1:].expand(rows, -columns % size)), dim=1).view(rows, -1, size)
     return torch.nn.functional.pad(weight, (0, -columns % size)).view(rows, -1, size)
 
 
@@ -91,7 +104,11 @@ def extreme_scale(groups: Tensor, form: QuantFormat) -> Tensor:
 
 
 def asymmetric_range(groups: Tensor, form: QuantFormat) -> tuple[Tensor, Tensor]:
-    """Scale [N, G] and the least value [N, G] of each group, the range widened to contain 0."""
+    """Scale [N, G] and the least value [N, G] of each group, the range widened to contain 0.
+
+    For a format with minima groups are what `Grid.above` leaves of them, and the range begins at 0.
+    """
+    groups = groups.clamp(min=0) if form.minimum else groups
     least = groups.amin(-1).clamp(max=0)
     scale = (groups.amax(-1).clamp(min=0) - least) / (form.element.levels - 1)
     return torch.where(scale > 0, scale, torch.ones_like(scale)), least
@@ -126,14 +143,50 @@ def require_weight(weight: Tensor, name: str) -> None:
 
 def nearest_grid(values: Tensor, form: QuantFormat, name: str) -> Grid:
     """The grid whose range just holds every group of `values` [N, K]."""
-    groups = grouped(values, form.granularity.size(values.shape[1]))
+    groups = grouped(values, form.granularity.size(values.shape[1]), repeat=form.minimum)
+    if form.minimum:
+        return minimum_grid(groups, form, name)
     if form.symmetric:
-        return stored_grid(extreme_scale(groups, form), None, form, name)
+        return _kept(groups, stored_grid(extreme_scale(groups, form), None, form, name), name)
     return stored_grid(*asymmetric_range(groups, form), form, name)
 
 
+def minimum_grid(groups: Tensor, form: QuantFormat, name: str) -> Grid:
+    """The grid from the least to the greatest value of each group [N, G, g]; the minimum is rounded first, and the scale reaches from it.
+
+    What GGUF's Q4_1 or Q5_1 stand for, where a block uses both its ends, comes back with the same scale, minimum and codes.
+    """
+    least = store_minimum(groups.amin(-1), form, name)
+    scale = (groups.amax(-1) - least.to(groups.dtype)) / (form.element.levels - 1)
+    stored = store(torch.where(scale > 0, scale, torch.ones_like(scale)), None, form, name)
+    return Grid(form, stored, None, torch.zeros_like(scale), least)
+
+
+def _kept(groups: Tensor, grid: Grid, name: str) -> Grid:
+    """The grid, but for groups [N, G, g] that lie on one whose greatest code is 2^(b-1) - 1, of either sign: they keep theirs.
+
+    GGUF's Q8_0 and symmetric checkpoints of others are made so, and are given back as they were. That the first group of no row
+    lies on such a grid is taken for an answer: of weights that were never rounded none does.
+    """
+    form = grid.form
+    if not form.element.is_integer or form.scale_dtype.itemsize == 1:
+        return grid
+
+    def exact(some: Tensor) -> tuple[Tensor, Tensor]:
+        magnitude = some.abs().amax(-1)
+        stored = store(torch.where(magnitude > 0, magnitude / form.element.high, 1.0), None, form, name)
+        step = stored.to(some.dtype).unsqueeze(-1)
+        same = (snap(some / step, form.element).mul_(step) == some).all(-1)
+        return stored, same & (magnitude > 0)
+
+    if not bool(exact(groups[:, :1])[1].any()):
+        return grid
+    scale, same = exact(groups)
+    return Grid(form, torch.where(same, scale, grid.scale), None, None)
+
+
 def snap_to_grid(values: Tensor, grid: Grid) -> Tensor:
-    """The nearest level of its group, in steps, for each of `values` [N, K]."""
+    """The nearest level of its group, in steps, for each of `values` [N, K], which are those of `Grid.above`."""
     columns = values.shape[1]
     groups = grouped(values, grid.form.granularity.size(columns)) / grid.step(values.dtype).unsqueeze(-1)
     zero = None if grid.zero is None else grid.zero.unsqueeze(-1)
@@ -142,7 +195,7 @@ def snap_to_grid(values: Tensor, grid: Grid) -> Tensor:
 
 def round_to_grid(values: Tensor, grid: Grid) -> Quantized:
     """Each of `values` [N, K] to the nearest level of its group."""
-    return grid.assemble(snap_to_grid(values, grid))
+    return grid.assemble(snap_to_grid(grid.above(values), grid))
 
 
 def quantize(weight: Tensor, form: QuantFormat, name: str = "weight") -> Quantized:
@@ -168,22 +221,45 @@ def dequantize(
 ) -> Tensor:  # fmt: skip
     """Invert `quantize`: `(code - zero) · scale` as `dtype` [N, K]; without `zero` the zero point is 2^(b-1).
 
+    A floating `zero` is the minimum of each group: `code · scale + zero`, product and sum rounded each (the product of a 16-bit scale
+    and a code of 8 bits is exact).
+
     Args:
         codes: uint8 [N, ceil(K·b/8)].
         scale: [N, G].
-        zero: uint8 [N, ceil(G·b/8)] or None.
+        zero: uint8 [N, ceil(G·b/8)], [N, G] in the scale's dtype, or None.
         bits: b.
         group_size: g, or -1 for one group per row.
         columns: K.
         dtype: the result's type; the product is computed in float32 and rounded once (float64 stays exact in float64).
         element: what a code stands for: `int`, `nf4`, `fp4`, `fp8`.
         scale2: the second level of scales, or None.
+
+    Raises:
+        FormatError: for minima of another shape or dtype than the scales.
     """
     size = columns if group_size == -1 else min(group_size, columns)
     work = torch.float64 if dtype == torch.float64 else torch.float32
+    factor = per_column(effective(scale, scale2, work), size, columns)
+    if zero is not None and has_minima(scale, zero):
+        return (unpack(codes, bits, columns).to(work) * factor + per_column(zero.to(work), size, columns)).to(dtype)
     offset = None if zero is None else per_column(unpack(zero, bits, scale.shape[1]).to(work), size, columns)
     values = decode(unpack(codes, bits, columns), element_of(element, bits), offset, work)
-    return (values * per_column(effective(scale, scale2, work), size, columns)).to(dtype)
+    return (values * factor).to(dtype)
+
+
+def has_minima(scale: Tensor, zero: Tensor) -> bool:
+    """Whether `zero` holds the value of code 0 of each group rather than its zero point.
+
+    Raises:
+        FormatError: if it does, in another shape or dtype than the scales.
+    """
+    if not zero.is_floating_point():
+        return False
+    if zero.shape != scale.shape or zero.dtype != scale.dtype:
+        found, wanted = (f"{part.dtype} {list(part.shape)}" for part in (zero, scale))
+        raise FormatError(f"minima are {found}: expected {wanted} as the scales are; requantize the weight")
+    return True
 
 
 def restore(quantized: Quantized, form: QuantFormat, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -194,10 +270,10 @@ def restore(quantized: Quantized, form: QuantFormat, columns: int, dtype: torch.
 
 
 def stored_bits(form: QuantFormat, rows: int, columns: int) -> int:
-    """Bits stored for one [N, K] weight: codes, scales of both levels, zero points."""
+    """Bits stored for one [N, K] weight: codes, scales of both levels, zero points or minima."""
     bits = form.element.bits
     groups = form.granularity.groups(columns)
-    zeros = 0 if form.symmetric else packed_bytes(groups, bits) * 8
+    zeros = 0 if form.symmetric else groups * form.scale_dtype.itemsize * 8 if form.minimum else packed_bytes(groups, bits) * 8
     return rows * (packed_bytes(columns, bits) * 8 + zeros) + scale_bits(form, rows, groups)
 
 
@@ -206,10 +282,12 @@ def part_shape(form: QuantFormat, part: str, rows: int, columns: int) -> tuple[i
     groups, bits = form.granularity.groups(columns), form.element.bits
     if part == "scale2":
         return (rows, form.second_scales(groups)) if form.scale_dtype == torch.int8 else (1, 1)
-    return {"codes": (rows, packed_bytes(columns, bits)), "scale": (rows, groups), "zero": (rows, packed_bytes(groups, bits))}[part]
+    zeros = groups if form.minimum else packed_bytes(groups, bits)
+    return {"codes": (rows, packed_bytes(columns, bits)), "scale": (rows, groups), "zero": (rows, zeros)}[part]
 
 
 def part_dtype(form: QuantFormat, part: str) -> torch.dtype:
     """The dtype of the tensor called `part`."""
     second = torch.float16 if form.scale_dtype == torch.int8 else torch.float32
-    return {"scale": form.scale_dtype, "scale2": second}.get(part, torch.uint8)
+    zero = form.scale_dtype if form.minimum else torch.uint8
+    return {"scale": form.scale_dtype, "scale2": second, "zero": zero}.get(part, torch.uint8)

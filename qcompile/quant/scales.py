@@ -15,6 +15,8 @@ from qcompile.quant.format import QuantFormat
 _INT8_MAX = 127
 _E4M3_MAX, _E4M3_LEAST = 448.0, 2.0**-9
 _E8M0_MAX = 127
+_HALF_LEAST = 2.0**-24
+"""The smallest positive float16: GGUF stores scales down to it."""
 
 
 def second_level(scale: Tensor, form: QuantFormat) -> Tensor | None:
@@ -57,7 +59,21 @@ def store(scale: Tensor, scale2: Tensor | None, form: QuantFormat, name: str) ->
     info = torch.finfo(form.scale_dtype)
     if bool((scale.abs() > info.max).any()):
         raise WeightError(f"{name}: a scale of {scale.abs().max().item():.3g} does not fit {form.scale_dtype}; choose scale_dtype=float32")
-    return (sign * scale.abs().clamp(min=info.tiny)).to(form.scale_dtype)
+    least = _HALF_LEAST if form.scale_dtype == torch.float16 else info.tiny
+    return (sign * scale.abs().clamp(min=least)).to(form.scale_dtype)
+
+
+def store_minimum(least: Tensor, form: QuantFormat, name: str) -> Tensor:
+    """The values of code 0 [N, G] as the format stores them, to nearest.
+
+    Raises:
+        WeightError: for one beyond the range of the type, naming the weight.
+    """
+    if bool((least.abs() > torch.finfo(form.scale_dtype).max).any()):
+        raise WeightError(
+            f"{name}: a minimum of {least.abs().max().item():.3g} does not fit {form.scale_dtype}; choose a format with fp32 scales"
+        )
+    return least.to(form.scale_dtype)
 
 
 def effective(scale: Tensor, scale2: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -64,6 +64,8 @@ class QuantScheme:
                 f"scheme {self.name}: expected quantized weights for group_size and symmetric, got float weights; "
                 "choose int8 or int4, or set weight_format"
             )
+        if "symmetric" in changes:
+            changes["minimum"] = False
         return None if weight is None else replace(weight, **changes)
 
     def _activation(self, given: dict[str, Any]) -> ActivationFormat | None:

@@ -69,7 +69,7 @@ def exact_integer_linear(operands: Operands) -> Call | None:
     def run() -> None:
         bound = 1 << (w_bits - (w_zero is None))
         result = activations.integer_matmul(
-            codes, scale, zero, weight, activations.WeightScales(w_scale, w_scale2, w_group_size), group_size, bound, dtype
+            codes, scale, zero, weight, activations.WeightScales.of(w_scale, w_scale2, w_zero, w_group_size), group_size, bound, dtype
         )
         out.copy_((result if bias is None else result + bias.to(result.dtype)).to(dtype).view(out.shape))
 

@@ -13,9 +13,12 @@ import torch
 import transformers
 from torch import nn
 
+import qcompile
 from qcompile.errors import SourceError, UnsupportedModelError
 from qcompile.frontend import Loaded, load
 from qcompile.frontend.gguf import GgufSource
+from qcompile.quant.format import parse_format
+from qcompile.quant.reference import Quantized, restore
 from tests.models import example_inputs, tiny
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2")
@@ -29,9 +32,10 @@ def _permuted(name: str, tensor: torch.Tensor, config: Any) -> torch.Tensor:
     return tensor.view(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
 
-def _write(path: Path, architecture: str, model: nn.Module, *, extra: str = "", quantized: bool = False, **fields: Any) -> None:
+def _write(path: Path, architecture: str, model: nn.Module, *, extra: str = "", quantized: str = "", **fields: Any) -> None:
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
+    blocks = gguf.GGMLQuantizationType[quantized] if quantized else None
     names = {
         "context_length": 128,
         "block_count": 2,
@@ -56,7 +60,7 @@ def _write(path: Path, architecture: str, model: nn.Module, *, extra: str = "", 
         if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
             tensor = _permuted(name, tensor, config)
         data = (tensor + 1 if architecture == "gemma2" and "norm" in name else tensor).numpy()
-        kind = gguf.GGMLQuantizationType.Q8_0 if quantized and data.ndim == 2 and data.shape[1] % 32 == 0 else None
+        kind = blocks if data.ndim == 2 and data.shape[1] % 32 == 0 else None
         writer.add_tensor(stored, data if kind is None else gguf.quants.quantize(data, kind), raw_dtype=kind)
     if extra:
         writer.add_tensor(extra, _DIVISORS)
@@ -100,7 +104,7 @@ def test_a_file_gives_the_model_it_was_made_from(architecture: str, tmp_path: Pa
 @pytest.mark.filterwarnings("ignore:.*tokenizer could not be converted")
 def test_quantized_blocks_are_read_one_tensor_at_a_time(tmp_path: Path) -> None:
     model = tiny("llama")
-    _write(tmp_path / "model.gguf", "llama", model, quantized=True)
+    _write(tmp_path / "model.gguf", "llama", model, quantized="Q8_0")
     constant = load(tmp_path / "model.gguf").graph.constants["model.layers.1.mlp.up_proj.weight"]
     assert isinstance(constant.source, GgufSource)
     assert constant.source.nbytes == 48 * 34
@@ -108,6 +112,24 @@ def test_quantized_blocks_are_read_one_tensor_at_a_time(tmp_path: Path) -> None:
     step = weight.view(48, 1, 32).abs().amax(-1, keepdim=True) / 127
     # Half a step of rounding, and the scale itself in half precision.
     assert bool(((constant.materialize() - weight).view(48, 1, 32).abs() <= step * (0.5 + 127 * 2**-11) + 1e-7).all())
+
+
+@pytest.mark.filterwarnings("ignore:.*tokenizer could not be converted")
+@pytest.mark.parametrize(("blocks", "form"), [
+    ("Q4_1", "int4 g32 min fp16"), ("Q5_1", "int5 g32 min fp16"), ("Q4_0", "int4 g32 sym fp16"), ("Q8_0", "int8 g32 sym fp16"),
+])  # fmt: skip
+def test_blocks_keep_their_values_in_the_format_that_has_them(blocks: str, form: str, tmp_path: Path) -> None:
+    """Rounded to nearest: the file's own numbers, to the last bit; a wider block uses both its ends less often than one of 4 bits."""
+    model = tiny("llama")
+    _write(tmp_path / "model.gguf", "llama", model, quantized=blocks)
+    loaded = load(tmp_path / "model.gguf")
+    weights = {name: constant for name, constant in loaded.graph.constants.items() if "proj" in name and constant.shape[1] % 32 == 0}
+    assert len(weights) == 12
+    compiled = qcompile.compile(tmp_path / "model.gguf", "cpu-int4", weight_format=form, recipe="nearest")
+    for name, constant in weights.items():
+        parts = {part: compiled.graph.constants[f"{name}.{part}"].materialize() for part in parse_format(form).parts}
+        kept = restore(Quantized(parts["codes"], parts["scale"], parts.get("zero")), parse_format(form), constant.shape[1])
+        assert torch.equal(kept, constant.materialize())
 
 
 @pytest.mark.filterwarnings("ignore:.*tokenizer could not be converted")

@@ -125,14 +125,14 @@ def test_float8_codes_keep_three_bits_of_mantissa() -> None:
 @given(
     tokens=st.integers(1, 6), columns=st.integers(2, 200), rows=st.integers(1, 9), bits=st.sampled_from([2, 3, 4, 8]),
     groups=st.sampled_from([(-1, -1), (-1, 16), (16, -1), (16, 48), (32, 16), (16, 16)]),
-    symmetric=st.booleans(), one_sided=st.booleans(), seed=st.integers(0, 99),
+    symmetric=st.booleans(), kind=st.sampled_from(["sym", "asym", "min"]), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_integer_linear_is_the_matmul_of_what_its_codes_stand_for(
-    tokens: int, columns: int, rows: int, bits: int, groups: tuple[int, int], symmetric: bool, one_sided: bool, seed: int
+    tokens: int, columns: int, rows: int, bits: int, groups: tuple[int, int], symmetric: bool, kind: str, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, tokens, columns, generator=generator)
-    form = QuantFormat(element(f"int{bits}"), Granularity(groups[1]), symmetric=not one_sided)
+    form = QuantFormat(element(f"int{bits}"), Granularity(groups[1]), symmetric=kind == "sym", minimum=kind == "min")
     packed = reference.quantize(torch.randn(rows, columns, generator=generator), form)
     bias = torch.randn(rows, generator=generator)
     codes, scale, zero = quantized(x, 8, groups[0], symmetric)

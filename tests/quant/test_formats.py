@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qcompile.errors import ArtifactError, FormatError
+from qcompile.errors import ArtifactError, FormatError, WeightError
 from qcompile.ir.constants import rounded_constants, tensor_constant
 from qcompile.ir.serialize import format_of
 from qcompile.quant.element import ELEMENTS, FP4, FP8, NF4, element_of
@@ -20,8 +20,8 @@ from qcompile.quant.reference import Quantized, quantize, restore, stored_bits
 from qcompile.quant.scales import effective, second_level, store
 
 FORMATS = (
-    *(f"int{bits} g16 {kind} fp16" for bits in range(2, 9) for kind in ("sym", "asym")),
-    "int4 g20 sym int8", "int4 g16 asym int8/2", "int3 channel sym bf16", "int4 g32 sym e4m3",
+    *(f"int{bits} g16 {kind} fp16" for bits in range(2, 9) for kind in ("sym", "asym", "min")),
+    "int4 g20 min bf16", "int5 channel min fp32", "int4 g20 sym int8", "int4 g16 asym int8/2", "int3 channel sym bf16", "int4 g32 sym e4m3",
     "nf4 g64 sym fp16", "nf4 g16 sym int8", "fp4 g32 sym fp16", "fp8 channel sym fp32", "fp4 g32 sym e8m0", "fp8 g32 sym e8m0",
     "int8 g32 sym e8m0", "fp4 g16 sym e4m3",
 )  # fmt: skip
@@ -46,6 +46,8 @@ def test_presets_are_the_formats_of_their_standards() -> None:
     ("int4 g64 sym fp16/8", "super_group=8: expected at least 2, for int8 scales"),
     ("int4 g64 sym int8/1", "super_group=1: expected at least 2, for int8 scales"),
     ("int9 g64 sym fp16", "element type 'int9': expected one of int2, .*fp8"),
+    ("nf4 g64 min fp16", "nf4: expected symmetric=True"),
+    ("int4 g32 min int8", "scales of 8 bits with minima: expected scales of fp16, bf16 or fp32"),
     ("int4 g64 sym fp17", "expected a format like 'int4 g64 sym fp16', got 'int4 g64 sym fp17'"),
     ("int4 g64 sym fp16 more", "expected a format like"),
     ("", "expected a format like"),
@@ -107,6 +109,9 @@ def on_grid(form: QuantFormat, seed: int) -> tuple[Tensor, Quantized]:
     scale2 = second_level(powers, form)
     stored = store(powers, scale2, form, "w")
     step = effective(stored, scale2, torch.float32)
+    if form.minimum:
+        least = (step * element.low).to(form.scale_dtype)
+        return levels * step.repeat_interleave(size, 1)[:, :columns], Quantized(pack(encode(levels, element), element.bits), stored, least)
     zero = None if form.symmetric else pack(torch.full((rows, groups), -element.low, dtype=torch.uint8), element.bits)
     packed = Quantized(pack(encode(levels, element), element.bits), stored, zero, scale2)
     return levels * step.repeat_interleave(size, 1)[:, :columns], packed
@@ -138,6 +143,7 @@ def test_bits_are_those_of_the_tensors_stored(text: str) -> None:
 
 @pytest.mark.parametrize(("text", "bits"), [
     ("int3 g64 sym fp16", 3.25), ("int2 g64 asym fp16", 2.28125), ("int4 g64 sym fp16", 4.25), ("int4 g32 sym int8", 4.25 + 16 / 1024),
+    ("int4 g32 min fp16", 5.0), ("int5 g64 min bf16", 5.5),
     ("int4 g32 asym int8/8", 4.375 + 16 / 256), ("fp4 g32 sym e8m0", 4.25), ("fp4 g16 sym e4m3", 4.5 + 32 / (64 * 1024)),
 ])  # fmt: skip
 def test_bits_per_weight(text: str, bits: float) -> None:
@@ -161,6 +167,69 @@ def test_error_is_bounded_by_the_widest_gap_between_levels(text: str) -> None:
     moved = coarse * span.amax(1, keepdim=True).expand_as(span) if form.second_level else coarse * span
     bound = (unit * gap + moved).repeat_interleave(form.granularity.size(150), 1)[:, :150]
     assert bool((error <= bound + 1e-6).all())
+
+
+def test_minima_come_back_from_what_they_stand_for_bit_for_bit() -> None:
+    """Codes, scales and minima, where each group has both its ends: all of them float16 as in GGUF, down to its smallest numbers."""
+    generator = torch.Generator().manual_seed(6)
+    form = parse_format("int4 g32 min fp16")
+    codes = torch.randint(0, 16, (40, 96), dtype=torch.uint8, generator=generator)
+    codes[:, 3::32], codes[:, 9::32] = 0, 15
+    scale = (
+        (torch.randn(40, 3, generator=generator).abs() * 10.0 ** torch.randint(-6, 1, (40, 1), generator=generator)).clamp(min=1e-7).half()
+    )
+    least = (scale.float() * torch.randn(40, 3, generator=generator) * 8).half()
+    packed = Quantized(pack(codes, 4), scale, least)
+    again = quantize(restore(packed, form, 96), form)
+    assert torch.equal(again.codes, packed.codes)
+    assert torch.equal(again.scale, scale)
+    assert again.zero is not None
+    assert torch.equal(again.zero, least)
+    assert float((scale < 6e-5).float().mean()) > 0.1  # below the normal float16
+
+
+def test_a_group_of_one_value_is_its_minimum() -> None:
+    form = parse_format("int4 g16 min fp32")
+    weight = torch.full((2, 20), 0.1)
+    assert torch.equal(restore(quantize(weight, form), form, 20), weight)
+
+
+def test_minima_serve_groups_far_from_zero_that_zero_points_cannot() -> None:
+    weight = 10 + torch.rand(4, 32, generator=torch.Generator().manual_seed(7))
+    errors = {text: (restore(quantize(weight, form), form, 32) - weight).abs().max()
+              for text in ("int4 g32 min fp16", "int4 g32 asym fp16") for form in (parse_format(text),)}  # fmt: skip
+    assert errors["int4 g32 min fp16"] < 0.04
+    assert errors["int4 g32 asym fp16"] > 0.2
+
+
+def test_minima_that_do_not_belong_to_the_scales_are_refused() -> None:
+    form = parse_format("int4 g16 min fp16")
+    packed = quantize(torch.randn(2, 32), form)
+    assert packed.zero is not None
+    for zero, found in ((packed.zero.float(), r"torch.float32 \[2, 2\]"), (packed.zero[:, :1], r"torch.float16 \[2, 1\]")):
+        with pytest.raises(FormatError, match=rf"minima are {found}: expected torch.float16 \[2, 2\] as the scales are; requantize"):
+            restore(Quantized(packed.codes, packed.scale, zero), form, 32)
+    with pytest.raises(WeightError, match=r"w: a minimum of 1e\+05 does not fit torch.float16; choose a format with fp32 scales"):
+        quantize(torch.tensor([[-1e5, -1e5 + 1]]), form, "w")
+
+
+@pytest.mark.parametrize("text", ["int8 g32 sym fp16", "int4 g32 sym fp16", "int8 channel sym fp32"])
+@pytest.mark.parametrize("end", ["low", "high"])
+def test_a_symmetric_weight_that_was_rounded_before_comes_back_bit_for_bit(text: str, end: str) -> None:
+    """Whether its greatest magnitude has the code -2^(b-1) (llama.cpp's Q4_0) or 2^(b-1) - 1 (its Q8_0), among groups that have not."""
+    form, generator = parse_format(text), torch.Generator().manual_seed(8)
+    element, size = form.element, form.granularity.size(96)
+    levels = torch.randint(-element.high, element.high, (30, 96), generator=generator).float()
+    levels[:, ::size] = float(element.low if end == "low" else element.high)
+    scale = (torch.rand(30, 96 // size, generator=generator) * 1e-3).to(form.scale_dtype)
+    weight = levels * scale.float().repeat_interleave(size, 1)
+    weight[7] = torch.randn(96, generator=generator)
+    rows = [row for row in range(30) if row != 7]
+    packed = quantize(weight, form)
+    assert torch.equal(restore(packed, form, 96)[rows], weight[rows])
+    assert torch.equal(packed.scale[rows], scale[rows])
+    alone = quantize(weight[7:8], form)
+    assert torch.equal(alone.scale, packed.scale[7:8])
 
 
 def test_double_quantization_moves_no_weight_by_more_than_half_a_second_step() -> None:

@@ -37,4 +37,4 @@ def format_of(e: Emitter, weight: Weight) -> QuantFormat:
     runs = 1 if weight.scale2 is None else int(e.shape(weight.scale2)[1])
     element = element_of(weight.element, weight.bits)
     above = -1 if runs == 1 else -(-weight.groups // runs)
-    return QuantFormat(element, Granularity(weight.group_size), weight.zero is None, e.dtype(weight.scale), above)
+    return QuantFormat(element, Granularity(weight.group_size), weight.zero is None, e.dtype(weight.scale), above, weight.minimum)

@@ -59,15 +59,20 @@ class Weight:
         return self.columns if self.group_size == -1 else min(self.group_size, self.columns)
 
     @property
+    def minimum(self) -> bool:
+        """Whether `zero` holds the values of code 0, floats [N, G]: no operator of ONNX takes any, so standard ones add them."""
+        return self.zero is not None and bool(self.zero.meta["val"].is_floating_point())
+
+    @property
     def is_standard(self) -> bool:
-        """Whether ONNX has a type for its codes."""
-        return self.element == "int" and self.bits in _STANDARD
+        """Whether ONNX has a type for its codes, and `DequantizeLinear` makes its numbers of them."""
+        return self.element == "int" and self.bits in _STANDARD and not self.minimum
 
 
 def multiply(e: Emitter, x: Value, weight: Weight, dtype: torch.dtype) -> Value:
     """X [..., K], of type `dtype`, times the transposed weight: [..., N]."""
     block = _block(weight)
-    if e.is_ort and block and weight.element == "int" and weight.bits in _NBITS:
+    if e.is_ort and block and weight.element == "int" and weight.bits in _NBITS and not weight.minimum:
         return _matmul_nbits(e, x, weight, dtype, block)
     if weight.is_standard:
         return e.op("MatMul", x, _standard(e, weight, dtype, transposed=True))
@@ -80,8 +85,7 @@ def numbers(e: Emitter, weight: Weight, dtype: torch.dtype) -> Value:
         return _standard(e, weight, dtype, transposed=False)
     codes = _float8(e, weight) if weight.element == "fp8" else e.value(weight.codes)
     values = e.cast(codes, torch.float32) if weight.element == "fp8" else _decoded(e, codes, weight, torch.float32)
-    zero = None if weight.zero is None else _unpacked(e, e.value(weight.zero), weight.bits, weight.groups, torch.float32)
-    made = _scaled(e, values, zero, _scale(e, weight), weight)
+    made = _scaled(e, values, _zeros(e, weight, None), _scale(e, weight), weight)
     describe(e, made, weight, ROWS if weight.element == "fp8" else PACKED, _parts(e, weight, codes, e.optional(weight.zero)))
     return made if dtype == torch.float32 else e.cast(made, dtype)
 
@@ -90,11 +94,8 @@ def rows_of(e: Emitter, indices: Value, weight: Weight, dtype: torch.dtype) -> V
     """Rows `indices` of the weight: [..., K]."""
     taken = e.op("Gather", e.value(weight.codes), indices, axis=0)
     values = _decoded(e, taken, weight, torch.float32)
-    zero = None
-    if weight.zero is not None:
-        zero = _unpacked(e, e.op("Gather", e.value(weight.zero), indices, axis=0), weight.bits, weight.groups, torch.float32)
     scale = e.op("Gather", _scale(e, weight), indices, axis=0)
-    made = _scaled(e, values, zero, scale, weight)
+    made = _scaled(e, values, _zeros(e, weight, indices), scale, weight)
     describe(e, made, weight, LOOKUP, _parts(e, weight, e.value(weight.codes), e.optional(weight.zero)))
     return made if dtype == torch.float32 else e.cast(made, dtype)
 
@@ -229,14 +230,24 @@ def _effective(e: Emitter, weight: Weight) -> Value:
     return e.op("Mul", scale, second)
 
 
+def _zeros(e: Emitter, weight: Weight, indices: Value | None) -> Value | None:
+    """Zero points or minima float32 [N, G], or of the rows `indices` [..., G]; None where there are none."""
+    if weight.zero is None:
+        return None
+    stored = e.value(weight.zero)
+    taken = stored if indices is None else e.op("Gather", stored, indices, axis=0)
+    return e.cast(taken, torch.float32) if weight.minimum else _unpacked(e, taken, weight.bits, weight.groups, torch.float32)
+
+
 def _scaled(e: Emitter, values: Value, zero: Value | None, scale: Value, weight: Weight) -> Value:
-    """`(value - zero) · scale` of values [..., K] whose groups have zero points and scales [..., G]."""
-    if weight.groups == 1:
-        return e.op("Mul", values if zero is None else e.op("Sub", values, zero), scale)
-    places = e.ints([column // weight.group for column in range(weight.columns)])
-    spread = [None if part is None else e.op("Gather", part, places, axis=-1) for part in (zero, scale)]
-    shifted = values if spread[0] is None else e.op("Sub", values, spread[0])
-    return e.op("Mul", shifted, spread[1])
+    """`(value - zero) · scale` of values [..., K] whose groups have zero points and scales [..., G]; `value · scale + zero` with minima."""
+    if weight.groups > 1:
+        places = e.ints([column // weight.group for column in range(weight.columns)])
+        zero = None if zero is None else e.op("Gather", zero, places, axis=-1)
+        scale = e.op("Gather", scale, places, axis=-1)
+    if weight.minimum:
+        return e.op("Add", e.op("Mul", values, scale), zero)
+    return e.op("Mul", values if zero is None else e.op("Sub", values, zero), scale)
 
 
 # Taken apart

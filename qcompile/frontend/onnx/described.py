@@ -89,8 +89,10 @@ class _Told:
         return torch.ldexp(torch.ones(stored.shape), stored.to(torch.int32)).to(torch.float8_e8m0fnu)
 
     def zero(self) -> Tensor:
-        """Unsigned zero points uint8 [N, G]."""
+        """Unsigned zero points uint8 [N, G], or minima [N, G] in their own type."""
         stored, bits = self.parts["zero"], self.form.element.bits
+        if self.form.minimum:
+            return stored.load()
         if self.layout == BLOCKS or (stored.kind == TensorProto.UINT8 and bits != 8):
             return unpack(stored.load(), bits, self.groups)[:, : self.groups].contiguous()
         zero = stored.load().reshape(stored.shape if len(stored.shape) == 2 else (self.rows, 1))
@@ -151,6 +153,9 @@ def _require_codes(told: _Told, bits: int) -> None:
 
 def _require_zero(told: _Told, bits: int) -> None:
     rows, groups, found = told.rows, told.groups, told.parts["zero"]
+    if told.form.minimum:
+        told.require("zero", (rows, groups), (KINDS_OF_SCALES[told.form.scale_dtype],))
+        return
     if told.layout == BLOCKS:  # each block has its own, also where a row has one
         count = groups if groups > 1 else told.parts["codes"].shape[1]
         told.require("zero", (rows, packed_bytes(count, bits)), (TensorProto.UINT8,))

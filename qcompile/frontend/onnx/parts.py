@@ -172,7 +172,7 @@ class Matrix:
         form: the format it has.
         codes: makes the unsigned codes uint8 [N, K].
         scale: makes the scales [N, G] as the format stores them.
-        zero: makes the unsigned zero points uint8 [N, G]; nobody asks for them where the format is symmetric.
+        zero: makes the unsigned zero points uint8 [N, G], or the minima; nobody asks for them where the format is symmetric.
         scale2: makes the second level of scales, where the format has one.
     """
 
@@ -194,7 +194,7 @@ class Matrix:
     def numbers(self) -> Tensor:
         """The weight float32 [N, K] that it stands for."""
         bits = self.form.element.bits
-        zero = None if self.form.symmetric else pack(self._zero(), bits)
+        zero = None if self.form.symmetric else self._zero()
         second = None if self.scale2 is None else self.scale2()
         codes, kind = pack(self.codes(), bits), self.form.element.kind
         return dequantize(codes, self.scale(), zero, bits, self.group_size, self.columns, torch.float32, kind, second)
@@ -203,7 +203,7 @@ class Matrix:
         """Names of codes, scale, zero point (empty if there is none) and, where the format has it, the second scale as new constants."""
         bits = self.form.element.bits
         makers: dict[str, Callable[[], Tensor]] = {
-            "codes": lambda: pack(self.codes(), bits), "scale": self.scale, "zero": lambda: pack(self._zero(), bits),
+            "codes": lambda: pack(self.codes(), bits), "scale": self.scale, "zero": self._zero,
         }  # fmt: skip
         if self.scale2 is not None:
             makers["scale2"] = self.scale2
@@ -216,5 +216,6 @@ class Matrix:
         return (made["codes"], made["scale"], made.get("zero", ""), *((made["scale2"],) if "scale2" in made else ()))
 
     def _zero(self) -> Tensor:
+        """As it is stored: zero points packed."""
         assert self.zero is not None
-        return self.zero()
+        return self.zero() if self.form.minimum else pack(self.zero(), self.form.element.bits)

@@ -19,7 +19,7 @@ from qcompile.quant.format import QuantFormat
 from qcompile.quant.levels import snap
 from qcompile.quant.precision import medium_precision
 from qcompile.quant.reference import Grid, Quantized, nearest_grid, per_column, require_weight, snap_to_grid
-from qcompile.quant.rounding.mse_clip import Storage, search
+from qcompile.quant.rounding.mse_clip import Storage, search, search_grid
 from qcompile.quant.scales import spread
 
 _BLOCK = 128
@@ -51,13 +51,15 @@ def gptq(weight: Tensor, hessian: Tensor, form: QuantFormat, *, damping: float =
     order = column_order(second.diagonal(), form.granularity.size(values.shape[1]))
     factor = inverse_factor(second[order][:, order], damping, name)
     nearest = nearest_grid(values, form, name)
-    plain = nearest, snap_to_grid(values, nearest)
+    start = search_grid(values, form, second.diagonal(), name) if form.minimum else nearest
+    plain = nearest, snap_to_grid(nearest.above(values), nearest)
+    above = start.above(values)
     with medium_precision():  # what makes up for an error needs few digits: it is rounded to a level itself
-        grid, levels, residual = _Walk(values, order, factor, nearest, name).run()
+        grid, levels, residual = _Walk(above, order, factor, start, name).run()
         grid, pull = fit_scales(values, second, grid, levels, name)
         active = second.diagonal() > 0
         if not bool(active.all()):  # nothing made up for the error of the others, and no fit asked for them
-            levels = torch.where(active, levels, snap_to_grid(values, grid))
+            levels = torch.where(active, levels, snap_to_grid(above, grid))
         return _better_rows(values, second, (grid, levels, pull), plain, residual)
 
 
@@ -119,7 +121,7 @@ def _inverse_of_lower(lower: Tensor) -> Tensor:
 
 @dataclass
 class _Walk:
-    """One pass over the columns of a weight."""
+    """One pass over the columns of a weight, `values` as `Grid.above` gives them."""
 
     values: Tensor
     order: Tensor
@@ -129,8 +131,8 @@ class _Walk:
 
     def run(self) -> tuple[Grid, Tensor, Tensor]:
         """The grid found, the levels [N, K] and `Quantized.residual`, in the order of the columns of the weight."""
-        form, columns = self.widest.form, len(self.order)
-        size = form.granularity.size(columns)
+        columns = len(self.order)
+        size = self.widest.form.granularity.size(columns)
         work = self.values.t()[self.order].contiguous()
         levels, residual = torch.empty_like(work), torch.empty_like(work, dtype=torch.int8)
         scale, zero = self.widest.scale.clone(), None if self.widest.zero is None else self.widest.zero.clone()
@@ -148,7 +150,7 @@ class _Walk:
             residual[start:end] = residual_of(work[start:end] / found[:, 0], levels[start:end])
             start = end
         back = self.order.argsort()
-        return Grid(form, scale, self.widest.scale2, zero), levels[back].t().contiguous(), residual[back].t().contiguous()
+        return replace(self.widest, scale=scale, zero=zero), levels[back].t().contiguous(), residual[back].t().contiguous()
 
     def _storage(self, group: int) -> Storage:
         second = self.widest.scale2
@@ -175,7 +177,7 @@ def fit_scales(values: Tensor, hessian: Tensor, grid: Grid, levels: Tensor, name
     """The scales of least error for the levels chosen, group after group; each step can only lower a row's error. Also (w - q) H [N, K]."""
     size = grid.form.granularity.size(values.shape[1])
     groups = grid.scale.shape[1]
-    step = grid.step()
+    values, step = grid.above(values), grid.step()
     second = None if grid.scale2 is None else spread(grid.scale2, groups)
     storage = Storage(grid.form, second, name)
     pull = (values - levels * per_column(step, size, values.shape[1])) @ hessian
@@ -215,11 +217,13 @@ def _better_rows(
     """
     size, columns = found[0].form.granularity.size(values.shape[1]), values.shape[1]
     (grid, levels, pull), (other, others) = found, plain
-    error = ((values - levels * per_column(grid.step(), size, columns)) * pull).sum(1)
-    worse = (error > row_errors(values, hessian, others * per_column(other.step(), size, columns))).unsqueeze(1)
+    error = ((grid.above(values) - levels * per_column(grid.step(), size, columns)) * pull).sum(1)
+    plain_values = other.above(values)
+    worse = (error > row_errors(plain_values, hessian, others * per_column(other.step(), size, columns))).unsqueeze(1)
     scale = torch.where(worse, other.step(), grid.step())
     storage = Storage(grid.form, None if grid.scale2 is None else spread(grid.scale2, scale.shape[1]), "weight")
     zero = None if grid.zero is None or other.zero is None else torch.where(worse, other.zero, grid.zero)
-    chosen = Grid(grid.form, storage.stored(scale), grid.scale2, zero).assemble(torch.where(worse, others, levels))
-    beside = residual_of(values / per_column(other.step(), size, columns), others) if bool(worse.any()) else residual
+    least = None if grid.least is None or other.least is None else torch.where(worse, other.least, grid.least)
+    chosen = Grid(grid.form, storage.stored(scale), grid.scale2, zero, least).assemble(torch.where(worse, others, levels))
+    beside = residual_of(plain_values / per_column(other.step(), size, columns), others) if bool(worse.any()) else residual
     return replace(chosen, residual=torch.where(worse, beside, residual)) if grid.form.element.is_integer else chosen

@@ -6,6 +6,8 @@ be repeated for several scales, and the one that ends with the least error taken
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -46,7 +48,7 @@ def grouped_gptq(weight: Tensor, hessians: Tensor, form: QuantFormat, *, damping
     values, second = weight.to(torch.float32), hessians.to(torch.float32)
     factor = _inverse_factors(second, damping)
     nearest = nearest_grid(values, form, name)
-    best, levels = nearest, snap_to_grid(values, nearest)
+    best, levels = nearest, snap_to_grid(nearest.above(values), nearest)
     least = _errors(values, second, best, levels)
     for grid in _grids(values, nearest, name):
         walked = _walk(values, factor, grid)
@@ -61,6 +63,9 @@ def grouped_gptq(weight: Tensor, hessians: Tensor, form: QuantFormat, *, damping
 def _grids(values: Tensor, nearest: Grid, name: str) -> list[Grid]:
     """Grids to walk on; all share the second level of scales."""
     searched = search_grid(values, nearest.form, None, name)
+    if nearest.form.minimum:
+        storage, step = _storage(searched, name), searched.step()
+        return [searched, *(replace(searched, scale=storage.stored(step * ratio)) for ratio in _RATIOS)]
     if not nearest.form.symmetric or nearest.form.scale_dtype == torch.float8_e8m0fnu:
         return [nearest, searched]
     storage, step = _storage(nearest, name), nearest.step()
@@ -87,7 +92,7 @@ def _walk(values: Tensor, factor: Tensor, grid: Grid) -> Tensor:
     groups, size = len(factor), grid.form.granularity.size(columns)
     step = per_column(grid.step(), size, columns).view(groups, -1, columns)
     zero = None if grid.zero is None else per_column(grid.zero, size, columns).view(groups, -1, columns)
-    work = values.view(groups, -1, columns).clone()
+    work = grid.above(values).view(groups, -1, columns).clone()
     levels = torch.empty_like(work)
     for column in range(columns):
         scale = step[..., column]
@@ -101,7 +106,7 @@ def _errors(values: Tensor, hessians: Tensor, grid: Grid, levels: Tensor) -> Ten
     """(w - q) H (w - q)ᵀ of each row [N]."""
     rows, columns = values.shape
     step = per_column(grid.step(), grid.form.granularity.size(columns), columns)
-    error = (values - levels * step).view(len(hessians), -1, columns)
+    error = (grid.above(values) - levels * step).view(len(hessians), -1, columns)
     return ((error @ hessians) * error).sum(-1).view(rows)
 
 
@@ -110,4 +115,5 @@ def _chosen(better: Tensor, one: Grid, other: Grid) -> Grid:
     zero = None if one.zero is None or other.zero is None else torch.where(better, one.zero, other.zero)
     # Float8 has no `where` of its own.
     scale = torch.where(better, one.scale.float(), other.scale.float()).to(one.scale.dtype)
-    return Grid(one.form, scale, one.scale2, zero)
+    least = None if one.least is None or other.least is None else torch.where(better, one.least, other.least)
+    return Grid(one.form, scale, one.scale2, zero, least)

@@ -6,6 +6,8 @@ has moved its value across the border of its cell. Nothing is stored for it: wha
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,15 @@ from qcompile.quant.scales import effective
 
 _INSIDE = 0.49
 """How far from its level a continuous value starts, and how far outside the range it may go, in steps: just short of the next cell."""
+
+
+def _grid(rounded: Quantized, form: QuantFormat) -> Grid:
+    if rounded.zero is None:
+        return Grid(form, rounded.scale, rounded.scale2, None)
+    if form.minimum:
+        return Grid(form, rounded.scale, None, torch.zeros_like(rounded.scale, dtype=torch.float32), rounded.zero)
+    zero = unpack(rounded.zero, form.element.bits, rounded.scale.shape[1]).to(torch.float32)
+    return Grid(form, rounded.scale, rounded.scale2, zero)
 
 
 class LatentWeight:
@@ -33,20 +44,21 @@ class LatentWeight:
         self._form, self._columns = form, weight.shape[1]
         self._size = form.granularity.size(self._columns)
         bits = form.element.bits
-        zero = None if rounded.zero is None else unpack(rounded.zero, bits, rounded.scale.shape[1]).to(torch.float32)
-        self._start = Grid(form, rounded.scale, rounded.scale2, zero)
+        self._start = _grid(rounded, form)
         self._step = effective(rounded.scale, rounded.scale2, torch.float32)
         self.adapts_scale = rounded.scale2 is None and form.scale_dtype != torch.float8_e8m0fnu
         levels = decode(unpack(rounded.codes, bits, self._columns), form.element, self._zero(), torch.float32)
         if rounded.residual is None:
-            self.latent = self._into_cells(weight.to(torch.float32) / self._spread(self._step), levels)
+            self.latent = self._into_cells(self._start.above(weight.to(torch.float32)) / self._spread(self._step), levels)
         else:
             self.latent = levels + rounded.residual.to(torch.float32) / 256
         self.stretch = torch.zeros_like(self._step)
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [N, K] as it is rounded now."""
-        return self._levels().mul_(self._spread(self._current())).to(dtype)
+        distance = self._levels().mul_(self._spread(self._current()))
+        least = self._start.least
+        return (distance if least is None else distance.add_(self._spread(least.to(torch.float32)))).to(dtype)
 
     def gradients(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """From the gradient of the weight [N, K] those of `latent` and `stretch`."""
@@ -73,7 +85,7 @@ class LatentWeight:
         """The packed weight as it is rounded now."""
         start = self._start
         scale = Storage(self._form, None, name).stored(self._current()) if self.adapts_scale else start.scale
-        return Grid(self._form, scale, start.scale2, start.zero).assemble(self._levels())
+        return replace(start, scale=scale).assemble(self._levels())
 
     def _levels(self) -> Tensor:
         return snap(self.latent, self._form.element, self._zero())

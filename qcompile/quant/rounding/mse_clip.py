@@ -13,14 +13,8 @@ from torch import Tensor
 from qcompile.quant.format import QuantFormat
 from qcompile.quant.levels import snap
 from qcompile.quant.reference import Grid, Quantized, asymmetric_range, extreme_scale, grouped, nearest_grid, require_weight, round_to_grid
+from qcompile.quant.rounding.minima import REFINEMENTS, TILE, fitted_minima, ratios
 from qcompile.quant.scales import effective, spread, store
-
-_TILE = 1 << 17
-"""Elements worked on at once: their temporaries stay in the cache of a core."""
-_REFINEMENTS = 2
-_LEAST_RATIO = {2: 0.3, 3: 0.5, 4: 0.6, 5: 0.7, 6: 0.8, 7: 0.85, 8: 0.9}
-"""By bits: the shortest range tried, as a share of the group's own. Fewer levels are better spent on the bulk."""
-_RATIOS = 8
 
 
 @dataclass(frozen=True)
@@ -64,9 +58,11 @@ def search_grid(values: Tensor, form: QuantFormat, importance: Tensor | None, na
     """The grid of least weighted squared error for `values` float32 [N, K]; the second level is that of the widest scales."""
     columns = values.shape[1]
     size = form.granularity.size(columns)
-    groups = grouped(values, size)
     weights = torch.ones(1, columns) if importance is None else importance.to(torch.float32).view(1, columns)
     nearest = nearest_grid(values, form, name)
+    if form.minimum:
+        return fitted_minima(values, nearest, grouped(weights, size)[0], name)
+    groups = grouped(values, size)
     storage = Storage(form, None if nearest.scale2 is None else spread(nearest.scale2, groups.shape[1]), name)
     found = search(groups, grouped(weights, size)[0], storage)
     return Grid(form, storage.stored(found[0]), nearest.scale2, found[1])
@@ -74,7 +70,7 @@ def search_grid(values: Tensor, form: QuantFormat, importance: Tensor | None, na
 
 def search(groups: Tensor, importance: Tensor, storage: Storage) -> tuple[Tensor, Tensor | None]:
     """The best usable scale [N, G] and zero point [N, G] (None for a symmetric format) of each group; tile by tile."""
-    rows = max(1, _TILE // max(1, groups.shape[1] * groups.shape[2]))
+    rows = max(1, TILE // max(1, groups.shape[1] * groups.shape[2]))
     tiles = [slice(start, start + rows) for start in range(0, groups.shape[0], rows)]
     found = [_Tile(groups[tile], importance, storage.rows(tile)).search() for tile in tiles]
     scale = torch.cat([scale for scale, _ in found])
@@ -104,23 +100,23 @@ class _Tile:
             self._symmetric()
         else:
             self._asymmetric()
-        for _ in range(_REFINEMENTS if self.refines else 0):
+        for _ in range(REFINEMENTS if self.refines else 0):
             self._try(self.scale, self.zero)
         return self._no_worse_than_widest()
 
     def _symmetric(self) -> None:
         widest = extreme_scale(self.groups, self.form)
         signless = self.form.scale_dtype == torch.float8_e8m0fnu or self.form.element.name in ("fp4", "fp8")
-        ratios = (1.0, 0.5, 0.25) if not self.refines else _ratios(self.form.element.bits)
-        for ratio in ratios:
+        shares = (1.0, 0.5, 0.25) if not self.refines else ratios(self.form.element.bits)
+        for ratio in shares:
             for sign in (1.0,) if signless else (1.0, -1.0):
                 self._try(widest * (sign * ratio), None)
 
     def _asymmetric(self) -> None:
         scale, least = asymmetric_range(self.groups, self.form)
         top = self.form.element.levels - 1
-        for ratio in _ratios(self.form.element.bits):
-            if self.form.element.bits == 2:
+        for ratio in ratios(self.form.element.bits):
+            if self.form.element.bits == 2 and not self.form.minimum:
                 for zero in range(top + 1):
                     self._try(scale * ratio, torch.full_like(scale, zero))
             else:
@@ -159,8 +155,3 @@ class _Tile:
         wide = scale.unsqueeze(-1)
         codes = snap(self.groups / wide, self.form.element, None if zero is None else zero.unsqueeze(-1))
         return ((self.groups - codes * wide).square_() * self.importance).sum(-1)
-
-
-def _ratios(bits: int) -> list[float]:
-    least = _LEAST_RATIO[bits]
-    return [least + (1.0 - least) * index / (_RATIOS - 1) for index in range(_RATIOS)]

@@ -60,7 +60,8 @@ def test_schemes_give_what_the_graph_gives(target: str, profile: str, opset: int
 
 @pytest.mark.parametrize("options", [
     {"cache_keys": "int4 g64 asym", "cache_values": "int4 g64 sym", "cache_sinks": 0, "cache_window": 0}, {"symmetric": False},
-    {"weight_format": "int4 g16 sym int8"}, {"weight_format": "int5 g16 asym fp16"}, {"quantize_head": True, "quantize_embedding": True},
+    {"weight_format": "int4 g16 sym int8"}, {"weight_format": "int5 g16 asym fp16"},
+    {"weight_format": "int4 g16 min fp16", "quantize_embedding": True}, {"quantize_head": True, "quantize_embedding": True},
 ])  # fmt: skip
 def test_options_of_formats_give_what_the_graph_gives(options: dict[str, Any], tmp_path: Path) -> None:
     written = compiled("cpu-int4-kv4" if "cache_keys" in options else "cpu-int4", **options).export_onnx(tmp_path / "m.onnx")

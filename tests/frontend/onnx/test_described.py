@@ -58,7 +58,8 @@ def contents(compiled: CompiledModel) -> Counter[tuple[str, ...]]:
     ("cpu-int4", "ort", {"symmetric": False, "group_size": -1}), ("cpu-int4", "ort", {"weight_format": "int4 g16 sym int8"}),
     ("cpu-int4", "portable", {"weight_format": "nf4 g16 sym int8/2"}), ("cpu-int4", "ort", {"weight_format": "int5 g16 asym bf16"}),
     ("cpu-int4", "portable", {"weight_format": "int6 channel sym fp32"}), ("cpu-int4", "ort", {"weight_format": "int7 g32 sym fp16"}),
-    ("cpu-int4", "ort", {"weight_format": "int8 channel asym fp16"}),
+    ("cpu-int4", "ort", {"weight_format": "int8 channel asym fp16"}), ("cpu-int4", "ort", {"weight_format": "int4 g16 min fp16"}),
+    ("cpu-int4", "portable", {"weight_format": "int5 channel min bf16"}),
 ])  # fmt: skip
 def test_every_format_comes_back(target: str, profile: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Codes, scales of both levels and zero points, byte for byte; nobody is told that anything is read as floats."""

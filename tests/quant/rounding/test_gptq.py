@@ -16,7 +16,8 @@ from qcompile.quant.rounding.mse_clip import mse_clip
 
 FORMATS = (
     "int4 g16 sym fp16", "int3 g20 asym fp16", "int2 g16 asym fp16", "int4 g16 sym int8", "int4 g16 asym int8/2", "int8 channel sym fp32",
-    "nf4 g16 sym fp16", "fp4 g32 sym e8m0", "int8 g32 sym e8m0", "fp4 g16 sym e4m3", "fp8 channel sym bf16",
+    "nf4 g16 sym fp16", "fp4 g32 sym e8m0", "int8 g32 sym e8m0", "fp4 g16 sym e4m3", "fp8 channel sym bf16", "int4 g16 min fp16",
+    "int2 g20 min fp32",
 )  # fmt: skip
 
 
@@ -57,7 +58,8 @@ def test_searched_scales_are_no_worse_than_the_widest(text: str, rows: int, colu
 
 
 @pytest.mark.parametrize(("text", "most"), [
-    ("int4 g64 sym fp16", 0.55), ("int3 g64 sym fp16", 0.55), ("int2 g64 asym fp16", 0.45), ("nf4 g64 sym fp16", 0.55),
+    ("int4 g64 sym fp16", 0.55), ("int3 g64 sym fp16", 0.55), ("int2 g64 asym fp16", 0.45), ("int4 g32 min fp16", 0.55),
+    ("nf4 g64 sym fp16", 0.55),
     ("fp4 g16 sym e4m3", 0.6),
 ])  # fmt: skip
 def test_it_saves_about_half_of_the_error(text: str, most: float) -> None:
@@ -151,7 +153,7 @@ def test_the_factor_is_that_of_the_inverse() -> None:
     torch.testing.assert_close(factor.T @ factor @ damped, torch.eye(40).double(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("text", ["int4 g16 sym fp16", "int4 g16 asym fp16", "nf4 g16 sym fp16", "fp4 g16 sym e4m3"])
+@pytest.mark.parametrize("text", ["int4 g16 sym fp16", "int4 g16 asym fp16", "int4 g16 min fp16", "nf4 g16 sym fp16", "fp4 g16 sym e4m3"])
 def test_weights_that_the_format_holds_stay_as_they_are(text: str) -> None:
     form = parse_format(text)
     weight, moment = layer(8, 48, 8)
@@ -164,7 +166,7 @@ def test_weights_that_the_format_holds_stay_as_they_are(text: str) -> None:
 
 def test_fitting_scales_to_the_levels_never_loses() -> None:
     weight, moment = layer(16, 96, 9)
-    for text in ("int4 g32 sym fp16", "int2 g32 asym fp16", "int4 g32 sym int8", "fp4 g16 sym e4m3"):
+    for text in ("int4 g32 sym fp16", "int2 g32 asym fp16", "int3 g32 min fp16", "int4 g32 sym int8", "fp4 g16 sym e4m3"):
         form = parse_format(text)
         grid = nearest_grid(weight, form, "w")
         levels = snap_to_grid(weight, grid)
@@ -199,7 +201,7 @@ def test_bad_weights_are_refused_by_name(method: object) -> None:
         method(torch.full((2, 4), 1e7), form)
 
 
-@pytest.mark.parametrize("text", ["int4 g16 sym fp16", "int2 g16 asym fp16"])
+@pytest.mark.parametrize("text", ["int4 g16 sym fp16", "int2 g16 asym fp16", "int2 g16 min fp16"])
 def test_what_is_left_beside_the_levels_is_what_earlier_columns_made_of_the_weight(text: str) -> None:
     """Without correlations nothing is made up for, and it is the weight's own, but for the last fit of the scales."""
     form = parse_format(text)

@@ -11,7 +11,7 @@ from qcompile.quant.format import parse_format
 from qcompile.quant.reference import quantize, restore
 from qcompile.quant.rounding.grouped_gptq import grouped_gptq
 
-FORMS = ("int8 channel sym fp16", "int8 channel asym fp16", "int4 g4 sym int8", "fp8 channel sym fp32")
+FORMS = ("int8 channel sym fp16", "int8 channel asym fp16", "int4 g4 sym int8", "fp8 channel sym fp32", "int4 channel min fp16")
 
 
 def _problem() -> tuple[Tensor, Tensor]:
