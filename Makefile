@@ -14,10 +14,10 @@ ROWS ?= build/cache.jsonl
 TEST_ENV := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv browser test lint demo bench accuracy caches clean
+.PHONY: help venv browser test lint sanitize demo bench accuracy caches clean
 
 help: ## print this text
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -43,6 +43,9 @@ test: $(INSTALLED) ## everything CI needs: lint and all tests
 lint: $(INSTALLED) ## ruff and mypy (strict)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+sanitize: $(INSTALLED) ## every C++ kernel built under AddressSanitizer and UBSan, over the whole grid of its tests (needs g++)
+	$(TEST_ENV) $(BIN)/python -m tests.codegen.cpp.sanitized
 
 demo: $(INSTALLED) ## compile a real language model, let it speak, and show what each pass did
 	$(BIN)/python examples/demo.py --out $(DEMO_OUT)

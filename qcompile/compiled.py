@@ -113,6 +113,11 @@ class CompiledModel:
         return bits_per_weight(self.contents.constants, self.contents.plan)
 
     @property
+    def matmul(self) -> str | None:
+        """How linears with quantized weights multiply: `exact (float32 activations)`, `fast (int8 activations per group of 32)`."""
+        return self.contents.matmul
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of cache that one token of one sequence takes over all layers."""
         from qcompile.runtime.accounting import cache_bytes_per_token
@@ -243,7 +248,8 @@ class CompiledModel:
 
         sizes = {
             "target": self.contents.target, "weight_bytes": self.weight_bytes, "bits_per_weight": self.bits_per_weight,
-            "max_batch": self.max_batch, "max_context": self.max_context, "kv_bytes_per_token": self.kv_bytes_per_token,
+            "matmul": self.matmul, "max_batch": self.max_batch, "max_context": self.max_context,
+            "kv_bytes_per_token": self.kv_bytes_per_token,
         }  # fmt: skip
         return make_report(self.contents, sizes)
 

@@ -106,6 +106,10 @@ def compile(  # noqa: A001  the name is the product's
             - `ignore`: which to leave alone: names, or `re:` and an expression; first match wins;
             - `quantize_head`, `quantize_embedding`: whether the output head and token embeddings are quantized too.
 
+            Of products with integer weights in schemes that leave activations alone:
+
+            - `matmul`: `exact` multiplies with float activations; `fast` rounds these to int8 on the way, each group of columns by itself.
+
             Of activations, in schemes that quantize them (`w8a8`, `w4a8`, `w4a4`, `fp8`):
 
             - `activation_group_size`: columns of a token that share a scale; -1 is the whole token;

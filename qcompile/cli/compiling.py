@@ -54,6 +54,9 @@ def compile_model(
     ignore: Annotated[list[str] | None, typer.Option(help="Leave weights of this name alone (re: for a pattern); repeatable.")] = None,
     quantize_head: Annotated[bool, typer.Option("--quantize-head", help="Also quantize the output head.")] = False,
     quantize_embedding: Annotated[bool, typer.Option("--quantize-embedding", help="Also quantize token embeddings.")] = False,
+    matmul: Annotated[
+        str | None, typer.Option(help="With integer weights: exact, on floats; or fast, with activations rounded to int8 on the way.")
+    ] = None,
     activation_group_size: Annotated[int | None, typer.Option(help="Columns of a token per scale; -1 is the whole token.")] = None,
     activation_symmetric: Annotated[
         bool | None,
@@ -100,7 +103,7 @@ def compile_model(
         compiled = qcompile.compile(
             model, target, recipe=recipe, passes=passes, disable=disable_pass or (), strict=strict, dump=dump, check=check or None,
             group_size=group_size, symmetric=symmetric, weight_format=weight_format, ignore=ignore, quantize_head=quantize_head or None,
-            quantize_embedding=quantize_embedding or None, activation_group_size=activation_group_size,
+            quantize_embedding=quantize_embedding or None, matmul=matmul, activation_group_size=activation_group_size,
             activation_symmetric=activation_symmetric, activation_static=activation_static, activation_clip=activation_clip,
             cache_keys=cache_keys, cache_values=cache_values, cache_sinks=cache_sinks, cache_window=cache_window,
             cache_before_positions=cache_before_positions, cache_bits=cache_bits,
@@ -118,7 +121,12 @@ def compile_model(
 
 def sizes(compiled: CompiledModel) -> dict[str, Any]:
     """Target and sizes, as JSON values."""
-    return {"target": str(compiled.target), "weight_bytes": compiled.weight_bytes, "bits_per_weight": compiled.bits_per_weight}
+    return {
+        "target": str(compiled.target),
+        "weight_bytes": compiled.weight_bytes,
+        "bits_per_weight": compiled.bits_per_weight,
+        "matmul": compiled.matmul,
+    }
 
 
 def details(compiled: CompiledModel) -> dict[str, Any]:

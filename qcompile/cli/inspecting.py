@@ -71,8 +71,15 @@ def _tables(facts: Facts) -> list[RenderableType]:
         tables.append(kernel_table(facts.kernels))
     if facts.libraries:
         tables.append(library_table(facts.libraries))
-    engine = {"engine": facts.engine} if facts.engine else {}
-    values = {"model": facts.model, "target": facts.target, **engine, **facts.sizes, **facts.figures, "pipeline": facts.pipeline}
+    values = {
+        "model": facts.model,
+        "target": facts.target,
+        **({"engine": facts.engine} if facts.engine else {}),
+        "matmul": facts.matmul,
+        **facts.sizes,
+        **facts.figures,
+        "pipeline": facts.pipeline,
+    }
     tables.append(value_table(readable(values)))
     if facts.interruption:
         tables.append(f"[bold red]interrupted[/] {facts.interruption}")

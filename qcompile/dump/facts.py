@@ -15,6 +15,7 @@ from qcompile.dump.reader import Dump, Listing
 from qcompile.dump.rows import record_row
 from qcompile.dump.tables import coverage_rows
 from qcompile.errors import SourceError
+from qcompile.ir.matmuls import matmul_text
 from qcompile.ir.native import INSTRUCTION_SETS, library_parts
 from qcompile.ir.records import Assets, CoverageRow, PassRecord
 from qcompile.ir.text import lines
@@ -114,6 +115,11 @@ class Facts:
     engine: str = ""
     libraries: Sequence[Mapping[str, Any]] = ()
 
+    @property
+    def matmul(self) -> str | None:
+        """How linears with quantized weights multiply, in a line."""
+        return matmul_text(self.coverage, self.target)
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, without sources of kernels; of distributions only what tables show."""
         return {
@@ -123,6 +129,7 @@ class Facts:
             "engine": self.engine or None,
             "libraries": [dict(row) for row in self.libraries],
             "pipeline": self.pipeline,
+            "matmul": self.matmul,
             "complete": not self.interruption,
             **self.sizes,
             "figures": dict(self.figures),

@@ -8,10 +8,14 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+from torch import Tensor
+
 from qcompile.errors import EngineError
 
 Entry = Callable[[int, int], None]
 """A run of steps: the address of its table of tensors, and how many threads make it."""
+PACKING_WORDS = 7
+"""Integers of 64 bits of a `Packing`: where from and where to, rows, bytes of a row and of a word, mask and bits."""
 
 
 class Library:
@@ -42,6 +46,12 @@ class Library:
             return ""
         function.restype = ctypes.c_char_p
         return str(function().decode())
+
+    def pack(self, weights: Tensor, threads: int) -> None:
+        """Make the layouts of weights: int64 [n, 7], each as `Packing` of `codegen/cpp/layouts.h` has it; all memory is the caller's."""
+        function = self._library.qcompile_pack
+        function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64), None
+        function(weights.data_ptr(), len(weights), threads)
 
     def entry(self, name: str) -> Entry:
         """The function called `name`."""

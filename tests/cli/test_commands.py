@@ -33,8 +33,9 @@ def test_compile_hands_every_option_on(model: FakeModel, invoke: Invoke, tmp_pat
         "--strict", "--check", "--dump", tmp_path / "d", "--revision", "v1", "--trust-remote-code", "--max-batch", "2",
         "--max-context", "64", "--calibration", "c.npy", "--num-calibration-samples", "5", "--max-seq-length", "7",
         "--weight-format", "nf4 g36 sym int8", "--activation-group-size", "-1", "--activation-asymmetric", "--activation-static",
-        "--activation-clip", "0.9", "--cache-keys", "int4 t32", "--cache-values", "int4", "--cache-sinks", "3", "--cache-window", "16",
-        "--cache-before-positions", "--cache-bits", "3.5", "--prefill-chunk", "96", "--engine", "torch_cpu", "--instruction-sets", "avx2",
+        "--activation-clip", "0.9", "--matmul", "exact", "--cache-keys", "int4 t32", "--cache-values", "int4", "--cache-sinks", "3",
+        "--cache-window", "16", "--cache-before-positions", "--cache-bits", "3.5", "--prefill-chunk", "96", "--engine", "torch_cpu",
+        "--instruction-sets", "avx2",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     instruments = model.asked.pop("instruments")
@@ -43,7 +44,7 @@ def test_compile_hands_every_option_on(model: FakeModel, invoke: Invoke, tmp_pat
         "dump": tmp_path / "d", "check": True, "group_size": 32, "symmetric": False, "ignore": ["a", "re:b"], "quantize_head": True,
         "quantize_embedding": True, "calibration": Path("c.npy"), "num_calibration_samples": 5, "max_seq_length": 7, "max_batch": 2,
         "max_context": 64, "revision": "v1", "trust_remote_code": True, "weight_format": "nf4 g36 sym int8", "activation_group_size": -1,
-        "activation_symmetric": False, "activation_static": True, "activation_clip": 0.9,
+        "activation_symmetric": False, "activation_static": True, "activation_clip": 0.9, "matmul": "exact",
         "cache_keys": "int4 t32", "cache_values": "int4", "cache_sinks": 3, "cache_window": 16,
         "cache_before_positions": True, "cache_bits": 3.5, "prefill_chunk": 96, "engine": "torch_cpu", "instruction_sets": "avx2",
     }  # fmt: skip
@@ -287,7 +288,7 @@ def test_plan_hands_every_option_on(invoke: Invoke, monkeypatch: pytest.MonkeyPa
     options = (
         "--target", "sm90-int4", "--recipe", "nearest", "--asymmetric", "--quantize-head", "--ignore", "a", "--ignore", "b",
         "--disable-pass", "fold-norms", "--calibration", "t.npy", "--max-batch", "4", "--max-context", "99", "--kv-bytes", "4096",
-        "--device", "H200", "--device-bandwidth", "1e12", "--device-compute", "2e14", "--cache-bits", "3.5",
+        "--device", "H200", "--device-bandwidth", "1e12", "--device-compute", "2e14", "--cache-bits", "3.5", "--matmul", "fast",
         "--engine", "reference", "--json",
     )  # fmt: skip
     printed = json.loads(invoke("plan", "config.json", *options).stdout)
@@ -297,7 +298,7 @@ def test_plan_hands_every_option_on(invoke: Invoke, monkeypatch: pytest.MonkeyPa
         "arguments": ("config.json", "sm90-int4"), "recipe": "nearest", "symmetric": False, "quantize_head": True,
         "quantize_embedding": None, "ignore": ["a", "b"], "disable": ["fold-norms"], "calibration": Path("t.npy"), "max_batch": 4,
         "max_context": 99, "prefill_chunk": 512, "kv_bytes": 4096, "page_tokens": None, "device": "H200", "device_bandwidth": 1e12,
-        "device_compute": 2e14, "cache_bits": 3.5, "trust_remote_code": False, "engine": "reference",
+        "device_compute": 2e14, "cache_bits": 3.5, "matmul": "fast", "trust_remote_code": False, "engine": "reference",
     }  # fmt: skip
     assert invoke("plan", "config.json", "-t", "cpu-int4").stdout == "total 7\n"
 

@@ -46,7 +46,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_dump_and_an_artifact_tell_the_same(compiled: Path, invoke: Invoke) -> None:
     dump, artifact = (json.loads(invoke("inspect", compiled / name, "--json").stdout) for name in ("dump", "artifact"))
     assert (dump["kind"], artifact["kind"]) == ("dump", "artifact")
-    for key in ("model", "target", "pipeline", "complete", "weight_bytes", "bits_per_weight", "arena_bytes", "coverage", "cache"):
+    for key in ("model", "target", "pipeline", "complete", "weight_bytes", "bits_per_weight", "arena_bytes", "coverage", "cache", "matmul"):
         assert dump[key] == artifact[key], key
     assert [row["name"] for row in dump["kernels"]] == [row["name"] for row in artifact["kernels"]]
     kinds = {(row["kind"], row["name"]) for row in dump["distributions"]}

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import qcompile
+from qcompile.codegen.cpp import build
 from qcompile.compiled import CompiledModel
 from qcompile.errors import EngineError
 from qcompile.ir.lowered import Engine
@@ -92,14 +101,53 @@ def test_a_longer_prompt_than_a_chunk_and_pages_of_few_tokens() -> None:
     assert error(native.decode([7, 8]), reference.decode([7, 8])) < 1e-5
 
 
+@pytest.fixture
+def artifact(tmp_path: Path) -> Iterator[Path]:
+    """One that was saved with its library."""
+    compiled("cpu-int4").save(tmp_path / "artifact")
+    yield tmp_path / "artifact"
+    shutil.rmtree(tmp_path / "artifact")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="counts calls of glibc's allocator")
+def test_a_decode_step_allocates_nothing(artifact: Path, tmp_path: Path) -> None:
+    compiler, here = build.find_compiler(), Path(__file__).parent
+    assert compiler is not None
+    counter = str(tmp_path / "allocations.so")
+    subprocess.run([compiler, "-x", "c", "-O1", "-shared", "-fPIC", str(here / "allocations.c"), "-o", counter], check=True)
+    command = [sys.executable, str(here / "count_allocations.py"), str(artifact)]
+    done = subprocess.run(command, env=os.environ | {"LD_PRELOAD": counter}, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    for threads in (1, 2):
+        assert found[f"native, {threads} threads"][:2] == [0, 0]
+        # The list of a sequence's tokens grows now and then; a few blocks of Python's are those of the counting itself.
+        calls, _, blocks = found[f"decode, {threads} threads"]
+        assert calls <= 1
+        assert blocks < 16
+        # The counter does count: logits in new memory are an allocation each, in 32 steps.
+        assert found[f"new logits, {threads} threads"][0] >= 32
+
+
+def test_logits_are_the_callers_or_where_it_wants_them() -> None:
+    native = engines(compiled("cpu-int4"))[0]
+    kept = native.prefill(PROMPTS)
+    out = torch.empty_like(kept)
+    first = native.decode([5, 6, 7], out=out)
+    assert first is out
+    copied, second = out.clone(), native.decode([5, 6, 7])
+    assert torch.equal(out, copied)
+    assert not torch.equal(second, copied)
+    with pytest.raises(EngineError, match=r"decode: out: expected logits of 3 rows, got shape \[2, "):
+        native.decode([5, 6, 7], out=out[:2])
+    assert native.state == [len(prompt) + 2 for prompt in PROMPTS]
+
+
 def test_a_target_of_a_gpu_has_no_native_engine() -> None:
     with pytest.raises(EngineError, match=r"expected a target cpu-\* or reference-\*, got sm90-int4"):
         qcompile.compile(tiny("llama"), "sm90-int4", engine="native")
 
 
 def test_the_best_library_is_one_that_the_processor_runs() -> None:
-    import platform
-
     files = [f"native-{platform.machine()}-{name}.so" for name in ("portable", RUNNABLE[0])]
     assert best_library(files) == files[1]
     assert best_library(files[:1]) == files[0]

@@ -332,7 +332,7 @@ def test_what_cannot_be_built(artifact: Path, tmp_path: Path, monkeypatch: pytes
     qcompile.compile(torch.nn.Linear(8, 8), "onnx-fp32", example_inputs=torch.ones(1, 8)).save(tmp_path / "onnx")
     with pytest.raises(EngineError, match=r"expected an artifact for cpu-\* or reference-\*, got onnx-fp32"):
         build_artifact(tmp_path / "onnx")
-    qcompile.compile(torch.nn.Sigmoid(), "cpu-fp32", example_inputs=torch.ones(1, 8)).save(tmp_path / "nothing")
+    qcompile.compile(torch.nn.Conv2d(1, 1, 3), "cpu-fp32", example_inputs=torch.ones(1, 1, 4, 4)).save(tmp_path / "nothing")
     with pytest.raises(ArtifactError, match=r"expected operators that have C\+\+ kernels, got none"):
         build_artifact(tmp_path / "nothing")
     monkeypatch.setenv("CXX", "none")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,9 +16,11 @@ from qcompile.codegen.cpp.entry import kernels_source
 from qcompile.ir.layouts import apply_layout
 from qcompile.ir.lowered import Kernel, KernelSpec
 from qcompile.ir.native import INSTRUCTION_SETS
-from qcompile.runtime.native.library import Library
+from qcompile.runtime.native.library import Entry, Library
 from qcompile.runtime.native.processor import features
 from qcompile.runtime.native.program import table_of
+from tests.codegen.cpp import sanitized
+from tests.codegen.cpp.guarded import PLACES, guarded
 
 RUNNABLE = tuple(name for name, wanted in INSTRUCTION_SETS.items() if wanted <= features())
 """Instruction sets of this machine's processor."""
@@ -32,20 +35,38 @@ class Kernels:
 
     def __call__(self, spec: KernelSpec, operands: Mapping[str, Tensor], threads: int = 1) -> None:
         """Run the kernel of a specification; constants are given as the artifact stores them."""
+        if sanitized.ACTIVE and spec not in self.kernels:
+            pytest.skip("not in this part of the grid")
         kernel = self.kernels[spec]
         layouts = dict(kernel.layouts)
         names = [str(parameter.value) for parameter in kernel.launches[0].parameters]
-        tensors = [apply_layout(layouts[name], operands[name]) if name in layouts else operands[name] for name in names]
-        table = table_of(tensors)
-        self.library.entry(f"qcompile_{kernel.name}")(table.data_ptr(), threads)
+        tensors = {name: apply_layout(layouts[name], operands[name]) if name in layouts else operands[name] for name in names}
+        call = self.library.entry(f"qcompile_{kernel.name}")
+        if sanitized.ACTIVE:
+            self._call_guarded(spec, call, tensors, threads)
+            return
+        table = table_of(list(tensors.values()))
+        call(table.data_ptr(), threads)
+
+    def _call_guarded(self, spec: KernelSpec, call: Entry, tensors: Mapping[str, Tensor], threads: int) -> None:
+        """Once at each place of guarded memory, from the same operands, to the same results."""
+        sanitized.cases[spec, self.library.name, tuple(tensor.shape for tensor in tensors.values())] += 1
+        results = []
+        for place, kept in zip(PLACES, (False, True), strict=True):
+            with guarded(tensors, place, write_back=kept) as copies:
+                table = table_of(list(copies.values()))
+                call(table.data_ptr(), threads)
+                results.append([copy.contiguous().view(torch.uint8).clone() for copy in copies.values()])
+        assert all(map(torch.equal, *results)), "what a kernel makes depends on where its operands lie"
 
 
 def library_of(specs: Iterable[KernelSpec], instruction_set: str, optimization: str = "-O1") -> Kernels:
     """The kernels of all specifications; -O0 is quickly built, -O3 is what users get, and what is computed depends on neither."""
-    kernels = {spec: CppBackend().emit(spec) for spec in dict.fromkeys(specs)}
+    kernels = {spec: CppBackend().emit(spec) for spec in sanitized.part_of(specs)}
     distinct = {kernel.name: kernel for kernel in kernels.values()}
     source = kernels_source(distinct.values(), "Kernels of a test.")
-    ((name, code),) = build_libraries(source, [instruction_set], kept_in=kernel_cache(), extra=(optimization,)).items()
+    options = {} if sanitized.ACTIVE else {"kept_in": kernel_cache(), "extra": (optimization,)}
+    ((name, code),) = build_libraries(source, [instruction_set], **options).items()
     return Kernels(Library(name, code), kernels)
 
 

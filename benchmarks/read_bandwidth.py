@@ -1,0 +1,54 @@
+"""The read bandwidth of this machine, by a loop in C++ that is compiled here: bytes per second of so many threads."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qcompile.codegen.cpp.build import find_compiler, no_compiler
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+LAST_LEVEL = Path("/sys/devices/system/cpu/cpu0/cache")
+USUAL_CACHE = 32 << 20
+
+
+def cache_bytes() -> int:
+    """Bytes of the largest cache of the first processor; 32 MiB where the system does not say."""
+    sizes = [path.read_text().strip() for path in LAST_LEVEL.glob("index*/size")]
+    return max((int(size[:-1]) << {"K": 10, "M": 20}[size[-1]] for size in sizes), default=USUAL_CACHE)
+
+
+def large_pages(size: int) -> Tensor:
+    """uint8 [size] in pages as large as the system gives, so that what is timed is memory and not its address tables."""
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8).fill_(1)
+
+
+def read_loop() -> Callable[[Tensor, int], float]:
+    """Seconds for reading a tensor once with so many threads."""
+    compiler = find_compiler()
+    if compiler is None:
+        raise SystemExit(f"benchmarks/read_bandwidth.py: {no_compiler()}")
+    with tempfile.TemporaryDirectory(prefix="read-bandwidth-") as folder:
+        library = Path(folder) / "read.so"
+        flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+        subprocess.run([compiler, *flags, str(SOURCE), "-o", str(library)], check=True)
+        function = ctypes.CDLL(str(library)).read_all
+    function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int), ctypes.c_uint64
+
+    def seconds(memory: Tensor, threads: int) -> float:
+        started = time.perf_counter()
+        function(memory.data_ptr(), memory.nbytes // 64, threads)
+        return time.perf_counter() - started
+
+    return seconds
