@@ -147,7 +147,8 @@ def rotated_row(options: argparse.Namespace) -> list[Contender]:
 def billion_row(options: argparse.Namespace) -> list[Contender]:
     """Random weights out of every cache."""
     source = options.model or smollm2_path()
-    model = kept("billion.gguf", [identity(source), vars(gguf_models.Shape())], lambda out: gguf_models.random_model(source, out))
+    shape = gguf_models.Shape(layers=options.layers)
+    model = kept("billion.gguf", [identity(source), vars(shape)], lambda out: gguf_models.random_model(source, out, shape))
     return [_quantized(model, "Q4_0"), *ours_for(model, options)]
 
 
@@ -186,8 +187,7 @@ def measure(contenders: list[Contender], threads: int, options: argparse.Namespa
         for name, size in sizes.items():
             reads[name].append(read_bandwidth(size, threads))
         bandwidth = {name: max(found) for name, found in reads.items()}
-        reference = bandwidth["1 GiB" if sizes["model"] > (256 << 20) else "model"]
-        rows = {process.contender.name: process.measured(options.tokens, reference) for process in running}
+        rows = {process.contender.name: process.measured(options.tokens, max(bandwidth.values())) for process in running}
     first = running[0]
     for process in running:
         same = next((place for place, pair in enumerate(zip(process.tokens, first.tokens, strict=True)) if pair[0] != pair[1]), None)
@@ -231,6 +231,7 @@ def main() -> None:
     parser.add_argument("--eval", type=Path, help="token ids [windows, length] for distances (.npy)")
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--seed", type=int, default=1, help="of the rotation")
+    parser.add_argument("--layers", type=int, default=gguf_models.Shape().layers, help="of `billion`")
     parser.add_argument("--types", nargs="+", choices=gguf_models.TYPES, default=list(gguf_models.TYPES), help="llama.cpp's, for `rotated`")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     options = parser.parse_args()
