@@ -76,7 +76,7 @@ class Entry:
 
     def compile(self, model: Path, calibration: Path | None, context: int) -> CompiledModel:
         """Do it."""
-        return qcompile.compile(model, self.target, calibration=calibration, max_context=context, **self.options)
+        return qcompile.compile(model, self.target, calibration=calibration, max_context=context, engine="torch_cpu", **self.options)
 
 
 def _value(text: str) -> Any:

@@ -91,7 +91,9 @@ def artifact(options: argparse.Namespace) -> CompiledModel:
     """Ours."""
     if options.artifact is not None:
         return qcompile.load(options.artifact)
-    return qcompile.compile(options.model, "cpu-int4", calibration=options.calibration, max_context=512, group_size=BLOCK)
+    return qcompile.compile(
+        options.model, "cpu-int4", calibration=options.calibration, max_context=512, group_size=BLOCK, engine="torch_cpu"
+    )
 
 
 def size_of(path: Path) -> int:

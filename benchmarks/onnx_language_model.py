@@ -76,7 +76,9 @@ def forced(run: Any, ids: list[int], tokens: list[int]) -> Tensor:
 
 def come_in(options: argparse.Namespace) -> None:
     """The file, compiled, beside the model that it was made from."""
-    compiled = qcompile.compile(options.file, "cpu-fp32", max_context=128, passes=options.passes, calibration=options.calibration)
+    compiled = qcompile.compile(
+        options.file, "cpu-fp32", max_context=128, passes=options.passes, calibration=options.calibration, engine="torch_cpu"
+    )
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     same = 0

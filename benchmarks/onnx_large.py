@@ -124,7 +124,7 @@ def random_weight(shape: torch.Size) -> torch.Tensor:
 def compile_model(options: argparse.Namespace) -> dict[str, Any]:
     """The artifact: constants are handles on the directory's files until they are written."""
     with measured() as row:
-        made = qcompile.compile(options.scratch / "model", f"cpu-{options.scheme}", recipe="nearest", max_context=64)
+        made = qcompile.compile(options.scratch / "model", f"cpu-{options.scheme}", recipe="nearest", max_context=64, engine="torch_cpu")
         made.save(options.scratch / "artifact")
     return {**row, "weight_bytes": made.weight_bytes, "largest": largest(made)}
 

@@ -101,7 +101,7 @@ def exported(model: RealModel, path: Path) -> Path:
 def row(name: str, model: RealModel, source: Path, target: str) -> str:
     """One line of the table: what onnxruntime makes of our file, beside the float module."""
     started = time.perf_counter()
-    compiled = qcompile.compile(source, target, calibration=model.calibration)
+    compiled = qcompile.compile(source, target, calibration=model.calibration, engine="torch_cpu")
     seconds = time.perf_counter() - started
     written = compiled.export_onnx(source.parent / f"{target}.onnx", profile="ort", overwrite=True)
     session = onnxruntime.InferenceSession(str(written.path), providers=["CPUExecutionProvider"])
@@ -131,7 +131,7 @@ def silero(path: Path) -> str:
         whole = item.type == "tensor(int64)"
         inputs[item.name] = torch.full(sizes, 16_000) if whole else torch.randn(sizes, generator=generator) / 10
     try:
-        compiled = qcompile.compile(path, "cpu-fp32", example_inputs=inputs, dynamic_shapes={})
+        compiled = qcompile.compile(path, "cpu-fp32", example_inputs=inputs, dynamic_shapes={}, engine="torch_cpu")
     except QCompileError as error:
         return f"refused: {str(error).partition(f'{path}: ')[2]}"
     result = compiled(**inputs)

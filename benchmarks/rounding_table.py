@@ -52,7 +52,9 @@ def row(model: Path, text: str, steps: list[Pass], calibration: Tensor, tokens: 
     """One line of the table."""
     scheme = QuantScheme("int4", weight=parse_format(text))
     started = time.perf_counter()
-    compiled = qcompile.compile(model, "cpu-int4", scheme=scheme, passes=steps, calibration=calibration, max_context=tokens.shape[1])
+    compiled = qcompile.compile(
+        model, "cpu-int4", scheme=scheme, passes=steps, calibration=calibration, max_context=tokens.shape[1], engine="torch_cpu"
+    )
     seconds = time.perf_counter() - started
     rounding = sum(record.seconds for record in compiled.records if record.name == QuantizeWeights.name)
     result = evaluate(logits_of(compiled), tokens, logits_of(reference))
@@ -74,7 +76,7 @@ def main() -> None:
     model = options.model or smollm2_path()
     calibration, tokens = (torch.from_numpy(np.load(path).astype(np.int64)) for path in (options.calib, options.eval))
     tokens = tokens[: options.windows]
-    reference = qcompile.compile(model, "cpu-fp32", recipe="nearest", max_context=tokens.shape[1])
+    reference = qcompile.compile(model, "cpu-fp32", recipe="nearest", max_context=tokens.shape[1], engine="torch_cpu")
     print("| format | rounding | bits | KL | perplexity | rounding, s | compile, s |\n|---|---|---|---|---|---|---|")
     for text in options.formats.split(";"):
         for rounding in options.roundings.split(","):

@@ -13,6 +13,11 @@ def kernel_cache() -> Path:
     return cache_directory() / "kernels"
 
 
+def failed_sources() -> Path:
+    """`QCOMPILE_CACHE`/failed: sources that a compiler refused, to be reported."""
+    return cache_directory() / "failed"
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write beside `path` and rename: a reader sees the whole file or none."""
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:

@@ -11,10 +11,13 @@ from qcompile.ir.lowered import Kernel, KernelSpec
 class ReferenceBackend:
     """Serves every specification by the operator's own reference; there is no source to emit.
 
-    `name` is `reference`, or `torch_cpu` or `onnxruntime` where the engine has kernels of its own for the same definitions.
+    Attributes:
+        name: `reference`, or `torch_cpu` or `onnxruntime` where the engine has kernels of its own for the same definitions.
+        instead: why it serves in place of a backend that emits kernels; "" where it is what the target asks for.
     """
 
     name: str = "reference"
+    instead: str = ""
 
     def refuses(self, spec: KernelSpec) -> str | None:
         """Never."""

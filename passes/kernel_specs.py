@@ -15,6 +15,7 @@ from qcompile.ir import fused_asymmetric_ops as _fused_asymmetric_ops  # noqa: F
 from qcompile.ir import retention_ops as _retention_ops  # noqa: F401  registers operators of caches that keep some tokens as they came
 from qcompile.ir.graph import Graph
 from qcompile.ir.lowered import BUCKETS, KernelSpec, item_operand
+from qcompile.passes.generic_specs import generic_spec
 from qcompile.passes.raise_patterns import activation_name
 from qcompile.quant.scheme import dtype_name
 
@@ -57,6 +58,10 @@ def _attend(operands: dict[str, Any]) -> Sizes:
     return {"H": operands["q"].shape[1], "L": operands["keys"].shape[1], "D": operands["q"].shape[3]}
 
 
+def _whole(operands: dict[str, Any]) -> Sizes:
+    return {"H": operands["q"].shape[1], "L": operands["k"].shape[1], "D": operands["q"].shape[3]}
+
+
 def _recent(operands: dict[str, Any]) -> Sizes:
     return {"L": operands["rows"].shape[1], "N": operands["rows"].shape[2], "D": operands["rows"].shape[3]}
 
@@ -90,6 +95,7 @@ OPERATORS: dict[Any, tuple[str, tuple[str, ...], Callable[[dict[str, Any]], Size
     qcompile.with_recent.default: ("with_recent", ("rows", "x", "slots"), _recent, False),
     qcompile.settle.default: ("settle_", ("pages", "exact", "page_table", "positions"), _exact, False),
     qcompile.retain.default: ("retain_", ("rows", "exact", "slots", "positions"), _exact, False),
+    qcompile.attention.default: ("attention", ("q", "k", "v", "padding"), _whole, False),
     qcompile.attend_settled.default: (
         "attend_settled",
         ("q", "keys", "values", "exact_keys", "exact_values", "page_table", "positions", *[""] * 8, "sinks"), _attend, True,
@@ -130,6 +136,15 @@ _POLICY = ("first", "recent", "group")
 
 def kernel_specs(graph: Graph, node: fx.Node) -> dict[str, KernelSpec]:
     """The specification per bucket (one under "" where rows do not matter); empty for an operator no kernel is made for."""
+    return _named_specs(graph, node) or _generic_specs(graph, node)
+
+
+def _generic_specs(graph: Graph, node: fx.Node) -> dict[str, KernelSpec]:
+    spec = generic_spec(node, lambda value: _format(graph, None, value))
+    return {} if spec is None else {"": spec}
+
+
+def _named_specs(graph: Graph, node: fx.Node) -> dict[str, KernelSpec]:
     if node.target not in OPERATORS:
         return {}
     name, names, sizes, bucketed = OPERATORS[node.target]
@@ -192,6 +207,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "add_rms_norm": _NORM,
     "rotary_table": ("scaling",),
     "gated_activation": ("activation",),
+    "attention": ("scale", "causal", "window", "softcap"),
     "cache_attend": ("scale", "window", "softcap"),
     "cache_attend_packed": ("k_form", "v_form", "scale", "window", "softcap"),
     "pack_vectors": ("form",),

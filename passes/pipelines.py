@@ -9,6 +9,7 @@ from qcompile.passes.assign_kv_formats import AssignKvFormats
 from qcompile.passes.base import Pass, parse_pipeline
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.convert_dtype import ConvertDtype
+from qcompile.passes.fast_matmuls import FastMatmuls
 from qcompile.passes.fold_batch_norms import FoldBatchNorms
 from qcompile.passes.fold_constants import FoldConstants
 from qcompile.passes.fold_norms import FoldNorms
@@ -60,6 +61,7 @@ def placed_passes(target: Target, recipe: str = "nearest", *, calibrated: bool =
     if recipe not in RECIPES:
         raise PipelineError(f"recipe {recipe!r}: expected one of {', '.join(RECIPES)}")
     best, scheme = recipe == "best", target.scheme
+    is_rounded = scheme.activation is not None or scheme.matmul == "fast"
     round_weights = _round(target, calibrated=calibrated) if best else [QuantizeWeights(rounding="nearest")]
     wanted: list[tuple[bool, Pass, str]] = [
         (True, Canonicalize(), "first: every later pass may count on one spelling"),
@@ -73,8 +75,9 @@ def placed_passes(target: Target, recipe: str = "nearest", *, calibrated: bool =
         (True, ConvertDtype(to=dtype_name(target.compute)), "before rounding, so that dequantize yields the computation dtype"),
         (scheme.activation is not None, QuantizeActivations(), "before weights: these are rounded for what they will meet"),
         *((True, step, "on the values that will be multiplied: bases, dtype and activations are settled") for step in round_weights),
+        (scheme.matmul == "fast", FastMatmuls(), "after weights: bases and rounding are those of float activations"),
         (True, FuseResidualNorm(), "late: earlier passes look for plain norms and adds"),
-        (scheme.activation is not None, FuseQuantizeDequantize(), "sums fuse with norm and quantize; takes weights first"),
+        (is_rounded, FuseQuantizeDequantize(), "sums fuse with norm and quantize; takes weights first"),
         (
             scheme.cache.is_packed and target.is_cuda,
             FuseCacheAppend(),
@@ -135,7 +138,8 @@ def registry() -> dict[str, type[Pass]]:
     passes = (
         Canonicalize, RaisePatterns, FoldConstants, RemoveDeadCode, FoldBatchNorms, SmoothActivations, ScaleSalientWeights, ScaleKeys,
         FoldNorms, LearnRotation, RotateHadamard, ReorderChannels, AssignKvFormats, RewriteKvCache,
-        ConvertDtype, SplitOutliers, InsertLowRankBranch, QuantizeActivations, QuantizeWeights, FuseResidualNorm, FuseQuantizeDequantize,
+        ConvertDtype, SplitOutliers, InsertLowRankBranch, QuantizeActivations, QuantizeWeights, FastMatmuls, FuseResidualNorm,
+        FuseQuantizeDequantize,
         FuseCacheAppend, FuseDequantize, LowerToKernels, PlanMemory,
     )  # fmt: skip
     return {item.name: item for item in passes}

@@ -58,7 +58,7 @@ class QuantizeActivations(Pass):
                 parts = tensor_constant(scale), None if zero is None else tensor_constant(zero)
                 result = _static_pair(graph, value, nodes[0], chosen, *parts)
             else:
-                result = _dynamic_pair(graph, value, nodes[0], chosen)
+                result = dynamic_pair(graph, value, nodes[0], chosen)
             for node in nodes:
                 node.update_arg(0, result)
         return bool(readers)
@@ -92,7 +92,8 @@ class QuantizeActivations(Pass):
         return found
 
 
-def _dynamic_pair(graph: Graph, value: fx.Node, first: fx.Node, form: ActivationFormat) -> fx.Node:
+def dynamic_pair(graph: Graph, value: fx.Node, first: fx.Node, form: ActivationFormat) -> fx.Node:
+    """Quantize `value` by ranges of its own, before the node `first`, and dequantize it: what readers may read in its place."""
     columns = int(fake_value(value).shape[-1])
     size = -1 if form.granularity.group_size == -1 or form.granularity.group_size >= columns else form.granularity.group_size
     bits, dtype = form.element.bits, fake_value(value).dtype

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from qcompile import errors
+from qcompile.collecting import without_collecting
 from qcompile.errors import QCompileError
 from qcompile.version import __version__
 
@@ -70,7 +71,8 @@ def __getattr__(name: str) -> Any:
     home = _home(name)
     if home is None:
         raise AttributeError(f"module 'qcompile' has no attribute {name!r}; public are {', '.join(__all__)}")
-    return getattr(importlib.import_module(home), name)
+    with without_collecting():
+        return getattr(importlib.import_module(home), name)
 
 
 def __dir__() -> list[str]:

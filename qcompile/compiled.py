@@ -21,7 +21,7 @@ from qcompile.ir.records import Assets, CoverageRow, MemoryPlan, PassRecord
 from qcompile.ir.structure import flatten, unflatten
 from qcompile.runtime.artifact import ArtifactContents, load_artifact, save_artifact
 from qcompile.runtime.cache_layers import CacheLayer, cache_layers
-from qcompile.runtime.engines import default_engine, has_onnxruntime, make_engine, require_onnxruntime
+from qcompile.runtime.engines import default_engine, has_onnxruntime, make_engine, require_known, require_onnxruntime
 from qcompile.target import Target, parse_target
 
 if TYPE_CHECKING:
@@ -113,6 +113,11 @@ class CompiledModel:
         return bits_per_weight(self.contents.constants, self.contents.plan)
 
     @property
+    def matmul(self) -> str | None:
+        """How linears with quantized weights multiply: `exact (float32 activations)`, `fast (int8 activations per group of 32)`."""
+        return self.contents.matmul
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of cache that one token of one sequence takes over all layers."""
         from qcompile.runtime.accounting import cache_bytes_per_token
@@ -142,7 +147,7 @@ class CompiledModel:
         if self._engine is None:
             # Engines lay a plan out anew where its arena is too small for them; the contents stay what was compiled.
             contents = self.contents
-            name = self._engine_name or default_engine(contents.target, self._device)
+            name = self._engine_name or default_engine(contents, self._device)
             if name == "onnxruntime":
                 require_onnxruntime()  # before anything is exported for it
             self._engine = make_engine(
@@ -243,7 +248,8 @@ class CompiledModel:
 
         sizes = {
             "target": self.contents.target, "weight_bytes": self.weight_bytes, "bits_per_weight": self.bits_per_weight,
-            "max_batch": self.max_batch, "max_context": self.max_context, "kv_bytes_per_token": self.kv_bytes_per_token,
+            "matmul": self.matmul, "max_batch": self.max_batch, "max_context": self.max_context,
+            "kv_bytes_per_token": self.kv_bytes_per_token,
         }  # fmt: skip
         return make_report(self.contents, sizes)
 
@@ -295,17 +301,17 @@ def load(
         kv_bytes: size of the cache in bytes, shared by sequences of any lengths.
         page_tokens: tokens of a page of the cache.
         share_prefixes: let prompts that begin alike share what they have in common.
-        allow_native: run native code that was not built on this machine.
+        allow_native: run native code that was not built on this machine; `docs/artifact.md` tells what runs without.
         engine: `reference`, `torch_cpu`, `native`, `cuda` or `onnxruntime` in place of the target's own.
 
     Raises:
         ArtifactError: for a missing, damaged, foreign or hostile artifact, naming the file.
+        EngineError: for an engine that does not exist, or does not serve the target.
     """
+    require_known(engine)
     contents = load_artifact(path, allow_native=allow_native)
-    if engine == "native" or (engine is None and NATIVE_SOURCE in contents.binaries):
-        from qcompile.rebuild import native_or_torch
-
-        contents, engine = native_or_torch(contents)
+    if engine == "native" or (engine is None and parse_target(contents.target).arch == "cpu"):
+        contents, engine = _for_cpu(contents, asked=engine == "native")
     if engine in (None, "cuda") and parse_target(contents.target).is_cuda:
         contents, engine = _native_or_reference(contents, engine)
     if engine is None and parse_target(contents.target).is_onnx and not has_onnxruntime():
@@ -315,6 +321,21 @@ def load(
         contents, max_batch=max_batch, max_context=max_context, kv_bytes=kv_bytes, page_tokens=page_tokens, share_prefixes=share_prefixes,
         device=device, engine=engine,
     )  # fmt: skip
+
+
+def _for_cpu(contents: ArtifactContents, *, asked: bool) -> tuple[ArtifactContents, str]:
+    """An artifact for CPUs, and its engine: libraries that may run here, or that are built now, or what its maker chose."""
+    from qcompile.runtime.engines.native import objection
+
+    made_for = contents.settings.engine
+    if not asked and (made_for not in (None, "native") or (made_for == "native" and NATIVE_SOURCE not in contents.binaries)):
+        return contents, "torch_cpu" if made_for == "native" else str(made_for)
+    reason = objection(contents)
+    if not reason:
+        return contents, "native"
+    from qcompile.rebuild import native_or_torch  # passes and code generation: most processes that only run an artifact go without
+
+    return native_or_torch(contents, reason, asked=asked)
 
 
 def _native_or_reference(contents: ArtifactContents, engine: str | None) -> tuple[ArtifactContents, str | None]:

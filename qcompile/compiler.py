@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from qcompile import frontend
-from qcompile.codegen.select import backend_for, build
+from qcompile.codegen.select import backend_for
 from qcompile.compiled import CompiledModel, onnx_exporter
 from qcompile.errors import CapacityError, CoverageError
 from qcompile.ir.lowered import Instrument
@@ -25,7 +25,10 @@ from qcompile.progress import Report, terminal_progress
 from qcompile.quant.scheme import QuantScheme
 from qcompile.quant.scheme_json import scheme_to_json
 from qcompile.quant.scheme_options import SchemeOptions
+from qcompile.rebuild import built_or_torch, named_sets, tell_of_missing
 from qcompile.runtime.artifact import ArtifactContents
+from qcompile.runtime.engines import require_known
+from qcompile.runtime.native.processor import best_library
 from qcompile.target import Target, parse_target, resolve
 
 DEFAULT_CONTEXT = 2048
@@ -56,6 +59,7 @@ def compile(  # noqa: A001  the name is the product's
     revision: str | None = None,
     trust_remote_code: bool = False,
     engine: str | None = None,
+    instruction_sets: str | Sequence[str] | None = None,
     instruments: Sequence[Instrument] = (),
     **options: Unpack[SchemeOptions],
 ) -> CompiledModel:
@@ -72,7 +76,7 @@ def compile(  # noqa: A001  the name is the product's
             where there is any; `nearest` rounds to nearest, at once.
         passes: a pipeline as text or a list of passes in place of the default.
         disable: names of passes to leave out.
-        strict: make an operator that had to be left alone, or a refused kernel, an error.
+        strict: make an operator that had to be left alone, a refused kernel, or C++ that cannot be compiled, an error.
         dump: a directory for what every pass did, and `report.html`, which shows it (environment: QCOMPILE_DUMP).
         check: run the graph before and after every pass and compare (environment: QCOMPILE_CHECK=1); what a pass did wrong is left as a
             file for `qcompile replay`, in `dump`/reproducers or else QCOMPILE_CACHE/reproducers.
@@ -88,7 +92,11 @@ def compile(  # noqa: A001  the name is the product's
         fuel: stop after this many rewrites, to find a wrong one by bisection.
         revision: of a hub id.
         trust_remote_code: run code that comes with a checkpoint; never implicit.
-        engine: what runs the model here, in place of the target's own; `native` makes C++ kernels for `cpu-*` and `reference-*`.
+        engine: what runs the model, in place of the target's own. `cpu-*` gets C++ kernels (`native`) where there is a compiler;
+            `torch_cpu` goes without them, and builds nothing. `native` makes them for `reference-*` too.
+        instruction_sets: what libraries of C++ kernels are built for, as names or a text with commas: `avx512`, `avx2`, `portable`, by
+            default each that this machine's compiler knows, so that the artifact can be shipped; `here` is the best one that this
+            processor has, which is built in a third of the time.
         instruments: further hooks before and after each pass.
         **options: what to change in the scheme (`qcompile.quant.scheme_options.SchemeOptions`). Of weights:
 
@@ -97,6 +105,10 @@ def compile(  # noqa: A001  the name is the product's
             - `symmetric`: whether they have no zero point;
             - `ignore`: which to leave alone: names, or `re:` and an expression; first match wins;
             - `quantize_head`, `quantize_embedding`: whether the output head and token embeddings are quantized too.
+
+            Of products with integer weights in schemes that leave activations alone:
+
+            - `matmul`: `exact` multiplies with float activations; `fast` rounds these to int8 on the way, each group of columns by itself.
 
             Of activations, in schemes that quantize them (`w8a8`, `w4a8`, `w4a4`, `fp8`):
 
@@ -120,9 +132,11 @@ def compile(  # noqa: A001  the name is the product's
         QCompileError: one subclass per kind of mistake (`qcompile.errors`); nothing is half-written.
     """
     goal = goal_of(target, scheme, options)
+    require_known(engine)
     if prefill_chunk < 1:
         raise CapacityError(f"prefill_chunk={prefill_chunk}: expected at least one token; leave it out for 512")
     choose_passes(goal, recipe, passes, disable)  # a wrong pipeline is an error before a model is read
+    backend, sets = backend_for(goal, engine), named_sets(instruction_sets)
     exporter = onnx_exporter(f"target {goal}") if goal.is_onnx else None
     loaded = frontend.load(
         model, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, revision=revision, trust_remote_code=trust_remote_code
@@ -130,7 +144,6 @@ def compile(  # noqa: A001  the name is the product's
     data = make_calibration(calibration, loaded.assets, num_calibration_samples=num_calibration_samples, max_seq_length=max_seq_length)
     pipeline = choose_passes(goal, recipe, passes, disable, calibrated=is_calibrated(loaded, given=calibration is not None))
     context = max_context or min(loaded.assets.max_positions or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
-    backend = backend_for(goal, engine)
     ctx = PassContext(goal, backend, max_batch, context, min(context, prefill_chunk), fuel, calibration=data, work=WorkStore(program_key()))
     text = pipeline_text(pipeline)
     directory = dump or os.environ.get("QCOMPILE_DUMP")
@@ -139,21 +152,28 @@ def compile(  # noqa: A001  the name is the product's
     watch = NumericCheck(reproducers=Path(directory) / "reproducers" if directory else reproducers_directory()) if wants_check else None
     with _progress(instruments) as ctx.report:
         records = run_pipeline(loaded.graph, pipeline, ctx, [*instruments, *writer], watch)
+    tell_of_missing(ctx)
     if strict:
         require_coverage(ctx.coverage)
     if exporter is not None:
         exporter.require_exportable(loaded.graph)
-    lines = {node.name: str(node.meta.get("source", "")) for node in loaded.graph.nodes}
-    kernels, binaries = build(ctx.products.get("kernels", {}), goal, ctx.products["plan"], lines)
+    kernels, binaries = built_or_torch(loaded.graph, ctx, sets, strict=strict, failed_in=directory)
     contents = ArtifactContents(
         graph=loaded.graph, plan=ctx.products["plan"], kernels=kernels, binaries=binaries, assets=loaded.assets, target=str(goal),
-        pipeline=text, records=records, coverage=ctx.coverage, settings=Settings(scheme_to_json(goal.scheme), data.record),
+        pipeline=text, records=records, coverage=ctx.coverage,
+        settings=Settings(scheme_to_json(goal.scheme), data.record, made_for(ctx, engine)),
     )  # fmt: skip
     for instrument in writer:
         instrument.finish(contents, ctx.notes, {**ctx.products.get("kernels", {}), **kernels})
     most = max_context if kv_bytes is not None else context
-    served = None if engine == "native" and backend.name != "native" else engine
+    served = None if engine == "native" and best_library(binaries) is None else engine
     return CompiledModel(contents, max_batch=max_batch, max_context=most, kv_bytes=kv_bytes, page_tokens=page_tokens, engine=served)
+
+
+def made_for(ctx: PassContext, engine: str | None) -> str | None:
+    """What an artifact remembers of its engine: that it was lowered for C++, or what was chosen in place of that for a CPU."""
+    native = ctx.backend is not None and ctx.backend.name == "native"
+    return "native" if native else engine if ctx.target.arch == "cpu" and engine != "native" else None
 
 
 def is_calibrated(loaded: frontend.Loaded, *, given: bool) -> bool:

@@ -49,7 +49,7 @@ def backend(program: fx.GraphModule, example_inputs: Sequence[Any], *, options: 
     Raises:
         QCompileError: without a target, or inside a training step.
     """
-    settings = dict(options or {})
+    settings = {"instruction_sets": "here", **(options or {})}  # what is compiled here is never shipped
     if "target" not in settings:
         raise QCompileError(
             'torch.compile: expected options={"target": "cpu-int4"} or another target, got none; `qcompile targets` lists them'

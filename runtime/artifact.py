@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 
+from qcompile.collecting import without_collecting
 from qcompile.errors import ArtifactError, UntrustedCodeError
 from qcompile.ir.codec import decode, encode
 from qcompile.ir.constants import Constant
 from qcompile.ir.graph import Graph
 from qcompile.ir.lowered import Kernel, Plan
+from qcompile.ir.matmuls import matmul_text
 from qcompile.ir.memory import dtype_of
 from qcompile.ir.native import NATIVE_SOURCE
 from qcompile.ir.records import Assets, CoverageRow, PassRecord, Settings
@@ -93,18 +95,24 @@ class ArtifactContents:
         """Whether `binaries` may be run: each was built on this machine, or the caller allowed them."""
         return not self.untrusted
 
-    def require_native(self) -> None:
-        """Refuse native code that nobody vouched for.
+    def require_native(self, name: str | None = None) -> None:
+        """Refuse native code that nobody vouched for: the binary called `name`, or any.
 
         Raises:
             UntrustedCodeError: naming a binary and the two remedies.
         """
-        if self.untrusted:
+        found = [item for item in self.untrusted if name in (None, item)]
+        if found:
             raise UntrustedCodeError(
-                f"{self.path}: expected kernels built on this machine, got {len(self.untrusted)} that were not "
-                f"({self.untrusted[0]}); if you trust where the artifact came from, load it with allow_native=True, else "
+                f"{self.path}: expected kernels built on this machine, got {len(found)} that were not "
+                f"({found[0]}); if you trust where the artifact came from, load it with allow_native=True, else "
                 "compile the model here"
             )
+
+    @property
+    def matmul(self) -> str | None:
+        """How linears with quantized weights multiply, in a line; None where there are none."""
+        return matmul_text(self.coverage, self.target)
 
     @property
     def weight_bytes(self) -> int:
@@ -220,6 +228,7 @@ def manifest(contents: ArtifactContents, files: Mapping[str, bytes], weights: Ma
         "target": contents.target,
         "pipeline": contents.pipeline,
         "settings": encode(contents.settings),
+        "matmul": contents.matmul,
         "assets": asdict(contents.assets) | {"files": sorted(contents.assets.files)},
         "passes": encode(contents.records),
         "coverage": encode(contents.coverage),
@@ -228,6 +237,7 @@ def manifest(contents: ArtifactContents, files: Mapping[str, bytes], weights: Ma
     }
 
 
+@without_collecting()
 def load_artifact(path: str | os.PathLike[str], *, allow_native: bool = False) -> ArtifactContents:
     """Read an artifact: everything but the weights is verified now, each weight when it is first read. Nothing is unpickled.
 

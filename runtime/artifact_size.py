@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from qcompile.ir.native import NATIVE_SOURCE
 from qcompile.ir.tensor_file import constants_bytes
 from qcompile.runtime.artifact import ArtifactContents, artifact_files, manifest, weights_entry
 from qcompile.runtime.manifest import KERNELS, seal
@@ -53,7 +54,7 @@ def artifact_size(contents: ArtifactContents) -> ArtifactSize:
     files = artifact_files(contents)
     entry = weights_entry(weights, [_HASH] * -(-weights // CHUNK_BYTES))
     sealed = len(seal(manifest(contents, files, entry)))
-    built = {f"kernels/{name}" for name in contents.binaries}
+    built = {f"kernels/{name}" for name in contents.binaries if name != NATIVE_SOURCE}
     sizes = {name: len(content) for name, content in files.items()}
     assets = sum(sizes[name] for name in contents.assets.files)
     binaries = sum(sizes[name] for name in built)

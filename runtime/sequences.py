@@ -109,19 +109,23 @@ class SequenceEngine:
             self.leave(row)
         return self.join_all(prompts)[1]
 
-    def decode(self, tokens: Sequence[int] | Tensor) -> Tensor:
+    def decode(self, tokens: Sequence[int] | Tensor, *, out: Tensor | None = None) -> Tensor:
         """One more token for each of `rows`, -1 for one that takes no part; the logits [B, V] after it, which mean nothing for that one.
+
+        They are the caller's to keep. With `out` they are written there, so that a caller who gives the same memory again and again makes
+        the CPU engines take none at all.
 
         Raises:
             CapacityError: when a sequence has filled its part of the cache, before anything is computed.
-            EngineError: for another number of tokens than there are sequences, or a token that the model does not know.
+            EngineError: for another number of tokens than there are sequences, a token that the model does not know, or an `out` of another
+                number of rows.
         """
         rows = self.rows
         if not len(tokens) or len(tokens) != len(rows):
             raise EngineError(f"decode: expected a token for each of the {len(rows)} sequences of the batch, got {len(tokens)}")
         parts = [[int(token)] if token >= 0 else [] for token in tokens]
         self._require_tokens("decode", parts)
-        return self._feed("decode", dict(zip(rows, parts, strict=True)))
+        return self._feed("decode", dict(zip(rows, parts, strict=True)), out)
 
     def join(self, prompt: Sequence[int]) -> tuple[int, Tensor]:
         """Read a prompt into a free row: the row, and the logits [V] after its last token. Errors as `join_all`."""
@@ -161,8 +165,8 @@ class SequenceEngine:
         self.cache.reset([row])
         del self._histories[row]
 
-    def step(self, tokens: Mapping[int, int]) -> Tensor:
-        """One more token for some rows: the logits [n, V] after it, in the order of `tokens`.
+    def step(self, tokens: Mapping[int, int], *, out: Tensor | None = None) -> Tensor:
+        """One more token for some rows: the logits [n, V] after it, in the order of `tokens`; `out` as for `decode`.
 
         Raises:
             CapacityError: when a row or the pool of pages is full, before anything is computed.
@@ -172,7 +176,7 @@ class SequenceEngine:
         if not tokens:
             raise EngineError("step: expected a token for at least one row, got none")
         self._require_tokens("step", [[token] for token in tokens.values()], list(tokens))
-        return self._feed("decode", {row: [int(token)] for row, token in tokens.items()})
+        return self._feed("decode", {row: [int(token)] for row, token in tokens.items()}, out)
 
     def fork(self, row: int) -> int:
         """A new row that goes on from where `row` is: pages are shared until one of both writes to them.
@@ -284,19 +288,31 @@ class SequenceEngine:
                 self._histories[row] = list(joining[row][: part.length])
                 yield row
 
-    def _feed(self, name: str, parts: Mapping[int, Sequence[int]]) -> Tensor:
-        """Run the next tokens of rows through an entry: the last logits [n, V] of each."""
+    def _feed(self, name: str, parts: Mapping[int, Sequence[int]], out: Tensor | None = None) -> Tensor:
+        """Run the next tokens of rows through an entry: the last logits [n, V] of each, in `out` if it is given."""
         rows, counts = list(parts), [len(part) for part in parts.values()]
-        width = max(1, *counts)
-        ids = torch.tensor([[*part, *[0] * (width - len(part))] for part in parts.values()])
-        starts = [self.cache.lengths[row] for row in rows]
-        positions = [[*range(start, start + count), *[PADDING] * (width - count)] for start, count in zip(starts, counts, strict=True)]
-        logits = self._advance(name, rows, counts, ids, torch.tensor(positions))
+        if out is not None and len(out) != len(rows):
+            raise EngineError(f"{name}: out: expected logits of {len(rows)} rows, got shape {list(out.shape)}; leave it out for new memory")
+        with self.working():
+            self.cache.reserve(counts, rows)
+            logits = self._run_tokens(name, parts, out)
+        self.cache.advance(counts, rows)
         for row, part in parts.items():
             history = self._histories[row]
             if history is not None:
                 history.extend(part)
         return logits
+
+    def _run_tokens(self, name: str, parts: Mapping[int, Sequence[int]], out: Tensor | None) -> Tensor:
+        """What `_feed` does once there is room."""
+        rows, width = list(parts), max(1, *map(len, parts.values()))
+        ids = torch.tensor([[*part, *[0] * (width - len(part))] for part in parts.values()])
+        positions = []
+        for row, part in parts.items():
+            start = self.cache.lengths[row]
+            positions.append([*range(start, start + len(part)), *[PADDING] * (width - len(part))])
+        logits = self.compute(name, rows, ids, torch.tensor(positions))
+        return logits if out is None else out.copy_(logits)
 
     def _advance(self, name: str, rows: Sequence[int], counts: Sequence[int], ids: Tensor, positions: Tensor) -> Tensor:
         with self.working():

@@ -7,6 +7,7 @@ import json
 import mmap
 import struct
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -96,13 +97,25 @@ class WeightsFile:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(self._map, dtype=dtype, count=prod(shape), offset=begin).view(shape)
 
-    def verify_all(self) -> None:
-        """Verify every chunk now.
+    def verify_all(self, threads: int = 1) -> None:
+        """Verify every chunk now, by so many threads.
 
         Raises:
             ArtifactError: naming the first damaged chunk.
         """
-        self._verify(0, len(self._map))
+        if threads == 1:
+            self._verify(0, len(self._map))
+            return
+        firsts = range(0, len(self._map), self.chunk_bytes)
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda first: self._verify(first, first + 1), firsts))
+
+    def release(self, name: str) -> None:
+        """Let the system have the memory back that holds the tensor called `name`; who reads it again gets it from the file."""
+        _, _, begin, end = self.header[name]
+        first, last = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+        if first < last and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def _verify(self, begin: int, end: int) -> None:
         for index in range(begin // self.chunk_bytes, -(-end // self.chunk_bytes)):
@@ -143,3 +156,7 @@ class ArtifactSource:
     def load(self) -> Tensor:
         """The tensor over the mapped file; verified when first read."""
         return self.file.tensor(self.name)
+
+    def release(self) -> None:
+        """Let the memory of the tensor go; it is read from the file again if need be."""
+        self.file.release(self.name)

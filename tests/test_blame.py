@@ -75,7 +75,7 @@ def int4_blame(int4: CompiledModel, llama: nn.Module) -> Blame:
 
 
 def compiled(model: Any, target: str, **options: Any) -> CompiledModel:
-    return qcompile.compile(model, target, **{"recipe": "nearest", "max_context": 64, "max_batch": 2} | options)
+    return qcompile.compile(model, target, **{"recipe": "nearest", "max_context": 64, "max_batch": 2, "engine": "torch_cpu"} | options)
 
 
 def kl(model: CompiledModel, plain: CompiledModel) -> float:
@@ -230,7 +230,7 @@ def test_a_rotation_that_skips_a_weight_is_named(llama: nn.Module) -> None:
 def test_every_kind_of_cache_can_be_switched_off(target: str, llama: nn.Module) -> None:
     data = torch.randint(3, 100, (4, 48))
     window = {} if "kvquant" in target or "xquant" in target else {"cache_window": 4}
-    model = qcompile.compile(llama, target, max_context=64, calibration=data, **window)
+    model = qcompile.compile(llama, target, max_context=64, calibration=data, engine="torch_cpu", **window)
     found = qcompile.blame(model, llama, tokens=TOKENS, calibration=data)
     assert [item.layer for item in sorted(found.cells, key=lambda item: item.node)] == [0, 1]
     assert found.floor < 1e-6 < found.total
@@ -254,7 +254,7 @@ def test_a_saved_artifact_and_a_checkpoint_give_the_same(tmp_path: Path, llama: 
 
 def test_a_module_is_judged_by_noise_over_signal() -> None:
     model, inputs = tiny("resnet"), example_inputs("resnet", batch=3)
-    made = qcompile.compile(model, "cpu-w8a8", example_inputs=inputs, calibration=[inputs])
+    made = qcompile.compile(model, "cpu-w8a8", example_inputs=inputs, calibration=[inputs], engine="torch_cpu")
     found = qcompile.blame(made, model, example_inputs=inputs, inputs=[inputs], calibration=[inputs])
     wanted, got = model(**inputs).last_hidden_state, made(**inputs)["last_hidden_state"]
     assert found.unit == "noise over signal"

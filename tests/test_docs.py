@@ -93,7 +93,7 @@ def test_paths_and_names_exist(path: Path) -> None:
 
 @BY_NAME
 def test_links_lead_somewhere(path: Path) -> None:
-    targets = re.findall(r"\]\(([^)#:]+)\)", path.read_text())
+    targets = re.findall(r"\]\(([^)#:]+)\)", FENCE.sub("", path.read_text()))
     assert [target for target in targets if not (path.parent / target).exists()] == []
 
 

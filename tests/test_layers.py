@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "version", "data", "progress", "kept"),
+    ("errors", "version", "data", "progress", "kept", "collecting"),
     ("quant",),
     ("target",),
     ("ir",),

@@ -23,7 +23,7 @@ NEW_TOKENS = 30
 
 @pytest.fixture(scope="module")
 def compiled(smollm2_gguf: Path) -> CompiledModel:
-    return qcompile.compile(smollm2_gguf, "cpu-fp32", max_batch=len(PROMPTS), max_context=128)
+    return qcompile.compile(smollm2_gguf, "cpu-fp32", max_batch=len(PROMPTS), max_context=128, engine="torch_cpu")
 
 
 @pytest.fixture(scope="module")

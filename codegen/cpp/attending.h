@@ -1,106 +1,157 @@
-// Queries that read the same head of keys and values: which keys each of them sees, and what it has gathered. The sums of a query are
-// the same whichever queries are beside it.
-template <class Keys, class Values, int MANY_QUERIES>
-struct Attention {
-    static constexpr int Q = MANY_QUERIES;
-    static constexpr int64_t STRETCH = Keys::STRETCH, ROOM = std::max(Values::SPACE, Values::PLAIN);
-    // As it came, as the codes of keys lie, and its sums over groups of channels.
-    float plain[Q][Keys::PLAIN], query[Q][Keys::SPACE], sums[Q][Keys::GROUPS];
-    // Keys from `low` up to `high` are seen in this walk.
-    int64_t low[Q], high[Q];
-    float peak[Q], total[Q], mixed[Q][ROOM], scores[Q][STRETCH];
+// Queries that read the same head of keys and values: what each of them sees and has gathered. The sums of a query are the same
+// whichever queries are beside it: keys come in stretches, which begin at multiples of their length, and so do the parts of a
+// sequence, whose results are put together in order.
+
+// Tokens of a part: what threads share a sequence by.
+constexpr int64_t PART = 256;
+
+// What queries have gathered: their greatest score, the sum of weights, and of values by weights.
+template <int MANY, int64_t ROOM>
+struct Gathered {
+    alignas(64) float mixed[MANY][ROOM];
+    float peak[MANY], total[MANY];
 };
 
-// The lanes' pairs added: first those of a, then those of b.
-static inline Floats pairs(Floats a, Floats b) {
-#if defined(__clang__)
-    Floats even, odd;
-    for (int lane = 0; lane < LANES; lane++) {
-        const Floats& from = lane < LANES / 2 ? a : b;
-        even[lane] = from[2 * lane % LANES];
-        odd[lane] = from[2 * lane % LANES + 1];
-    }
-    return even + odd;
+template <class Keys, class Values, int MANY, int TOGETHER>
+struct Attention {
+    typedef Keys KeyForm;
+    typedef Values ValueForm;
+    // Queries whose products are computed at once, tokens whose scores are computed before they are weighed.
+    static constexpr int Q = MANY, ROWS = TOGETHER;
+    static constexpr int64_t STRETCH = 128, ROOM = Values::PLAIN;
+    int64_t count, position[Q];
+    // Keys from `low` up to `high` are seen in this walk.
+    int64_t low[Q], high[Q];
+    alignas(64) float query[Q][Keys::PLAIN];
+    alignas(64) float scores[Q][STRETCH];
+    float sums[Q][Keys::GROUPS], shrink[Q];
+    Gathered<Q, ROOM> found;
+};
+
+// Those of one batch and head that are taken at once, counted token after token, heads beside each other.
+struct Block {
+    int64_t batch, head, first, count;
+};
+
+static inline Floats highest(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return _mm512_max_ps(a, b);
 #else
-    const Ints even = lane_numbers() * 2;
-    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
+    return largest(a, b);
 #endif
 }
 
-// The sum of each of so many vectors as a vector has lanes.
-static inline Floats sums_of(Floats* vectors) {
-    UNROLL for (int count = LANES / 2; count > 0; count /= 2)
-        UNROLL for (int place = 0; place < count; place++) vectors[place] = pairs(vectors[2 * place], vectors[2 * place + 1]);
-    return vectors[0];
+static inline float highest(Floats vector) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(vector);
+#else
+    return largest(vector);
+#endif
 }
 
-// Vectors of `dims` numbers as they are, where `Packed` says how others lie.
-template <int64_t dims>
-struct Plain {
-    static constexpr int64_t DIMS = dims, PLAIN = (dims + LANES - 1) / LANES * LANES, SPACE = PLAIN, GROUPS = 1, STRETCH = 64;
-    static constexpr bool BY_CHANNEL = true;
-    static int64_t place(int64_t dim) { return dim; }
-};
-
-// No query yet; one that is not there sees nothing.
-template <class A>
-static inline void clear(A& a) {
-    std::memset(&a, 0, sizeof a);
-    for (int q = 0; q < A::Q; q++) a.peak[q] = -INFINITY;
+// e to the power of x for x up to 0, within 2 units in the last place (the polynomial of Cephes); 0 below the normal numbers.
+static inline Floats weight_of(Floats x) {
+    const Floats magic = splat(0x1.8p23f), least = splat(-87.3f);
+    const Floats inside = highest(least, x);
+    Floats steps = fma(inside, splat(0x1.715476p0f), magic);
+    const Ints exponent = reinterpret_cast<Ints>(steps) << 23;
+    steps = steps - magic;
+    const Floats rest = fma(steps, splat(-0x1.7f7d1cp-20f), fma(steps, splat(-0x1.62e4p-1f), inside));
+    Floats power = fma(rest, splat(1.9875691500e-4f), splat(1.3981999507e-3f));
+    power = fma(rest, power, splat(8.3334519073e-3f));
+    power = fma(rest, power, splat(4.1665795894e-2f));
+    power = fma(rest, power, splat(1.6666665459e-1f));
+    power = fma(rest, power, splat(5.0000001201e-1f));
+    power = fma(rest * rest, power, rest + splat(1.0f));
+    const Floats scaled = reinterpret_cast<Floats>(reinterpret_cast<Ints>(power) + exponent);
+#if defined(__AVX512F__)
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ), scaled);
+#else
+    return choose(x < least, Floats{}, scaled);
+#endif
 }
 
-template <class Keys, class A>
-static inline void set_query(A& a, int q, const float* from) {
-    for (int64_t dim = 0; dim < Keys::DIMS; dim++) {
-        a.plain[q][dim] = from[dim];
-        a.query[q][Keys::place(dim)] = from[dim];
-    }
-    if constexpr (!Keys::BY_CHANNEL)
-        for (int64_t group = 0; group < Keys::GROUPS; group++)
-            a.sums[q][group] = sum(from + group * Keys::GROUP, Keys::GROUP);
-}
+static inline float weight_of(float x) { return weight_of(splat(x))[0]; }
 
-// Where tokens lie that follow each other in pages [P, L, R, W], from `start` on.
-template <class T>
-static inline void find_cells(
-    const Tensor& pages, const int32_t* table, int64_t head, int64_t start, int64_t count, const T** cells) {
-    const int64_t page_tokens = pages.size[2], step = pages.stride[2];
-    int64_t page = start / page_tokens, row = start % page_tokens;
-    const T* cell = pages.at<T>(table[page], head, row);
-    for (int64_t place = 0; place < count; place++, row++, cell += step) {
-        if (row == page_tokens) {
-            row = 0;
-            cell = pages.at<T>(table[++page], head);
-        }
-        cells[place] = cell;
+// Nothing gathered yet.
+template <int Q, int64_t ROOM>
+static inline void clear(Gathered<Q, ROOM>& found, int64_t count) {
+    for (int64_t q = 0; q < count; q++) {
+        found.peak[q] = -INFINITY;
+        found.total[q] = 0.0f;
+        std::memset(found.mixed[q], 0, sizeof found.mixed[q]);
     }
 }
 
-// Scores become weights, 0 for keys that a query does not see; what was gathered shrinks as the peak grows.
+// What one part of a sequence gave joins what those before it did.
+template <int Q, int64_t ROOM>
+static inline void join(Gathered<Q, ROOM>& whole, const Gathered<Q, ROOM>& part, int64_t count) {
+    for (int64_t q = 0; q < count; q++) {
+        const float peak = std::max(whole.peak[q], part.peak[q]), base = peak == -INFINITY ? 0.0f : peak;
+        const float kept = weight_of(whole.peak[q] - base), added = weight_of(part.peak[q] - base);
+        whole.peak[q] = peak;
+        whole.total[q] = whole.total[q] * kept + part.total[q] * added;
+        for (int64_t dim = 0; dim < ROOM; dim += LANES)
+            store(whole.mixed[q] + dim, fma(load(part.mixed[q] + dim), splat(added), load(whole.mixed[q] + dim) * splat(kept)));
+    }
+}
+
+template <class A, class T>
+static inline void set_query(A& a, int64_t q, const T* from) {
+    typedef typename A::KeyForm Keys;
+    for (int64_t dim = 0; dim < Keys::DIMS; dim += LANES)
+        store(a.query[q] + dim, load(from + dim, std::min<int64_t>(LANES, Keys::DIMS - dim)));
+    if constexpr (Keys::SCALED && !Keys::BY_CHANNEL)
+        for (int64_t group = 0; group < Keys::GROUPS; group++) a.sums[q][group] = sum(a.query[q] + group * Keys::GROUP, Keys::GROUP);
+}
+
+// Queries that fill up the last rows see nothing.
 template <class A>
-static inline void weigh(A& a, int64_t start, int64_t count, float scale, float softcap) {
-    for (int q = 0; q < A::Q; q++) {
-        float* scores = a.scores[q];
-        Floats highest = splat(-INFINITY), total{};
-        for (int64_t place = 0; place < count; place += LANES) {
-            Floats score = load(scores + place) * splat(scale);
-            if (softcap != 0.0f) score = splat(softcap) * each(score / splat(softcap), [](float x) { return std::tanh(x); });
+static inline void set_rest(A& a) {
+    for (int64_t q = a.count; q < A::Q && q % A::ROWS; q++) {
+        std::memset(a.query[q], 0, sizeof a.query[q]);
+        std::memset(a.sums[q], 0, sizeof a.sums[q]);
+        std::memset(a.scores[q], 0, sizeof a.scores[q]);
+        std::memset(a.found.mixed[q], 0, sizeof a.found.mixed[q]);
+        a.shrink[q] = 0.0f;
+    }
+}
+
+// The scores that a query sees, scaled, -inf for the others; its greatest so far, and how much what was gathered shrinks as that grows.
+template <class A>
+static inline void scale_scores(A& a, int64_t q, int64_t start, int64_t count, float scale, float softcap) {
+    float* scores = a.scores[q];
+    Floats greatest = splat(-INFINITY);
+    const bool all = a.low[q] <= start && start + count <= a.high[q] && count % LANES == 0;
+    for (int64_t place = 0; place < count; place += LANES) {
+        Floats score = load(scores + place) * splat(scale);
+        if (softcap != 0.0f) score = splat(softcap) * each(score / splat(softcap), [](float x) { return std::tanh(x); });
+        if (!all) {
             const Ints key = lane_numbers() + static_cast<int>(start + place);
             const Ints seen = (key >= static_cast<int>(a.low[q])) & (key < static_cast<int>(a.high[q]));
             score = choose(seen, score, splat(-INFINITY));
-            store(scores + place, score);
-            highest = largest(highest, score);
         }
-        const float next = std::max(a.peak[q], largest(highest));
-        const float base = next == -INFINITY ? 0.0f : next, shrink = std::exp(a.peak[q] - base);
-        a.peak[q] = next;
+        store(scores + place, score);
+        greatest = highest(greatest, score);
+    }
+    const float before = a.found.peak[q], peak = std::max(before, highest(greatest));
+    a.shrink[q] = peak == before || before == -INFINITY ? 1.0f : weight_of(before - peak);
+    a.found.peak[q] = peak;
+}
+
+// Scores become weights, 0 for keys that a query does not see.
+template <class A>
+static inline void weigh(A& a, int64_t start, int64_t count, float scale, float softcap) {
+    for (int64_t q = 0; q < a.count; q++) scale_scores(a, q, start, count, scale, softcap);
+    for (int64_t q = 0; q < a.count; q++) {
+        const Floats base = splat(a.found.peak[q] == -INFINITY ? 0.0f : a.found.peak[q]);
+        Floats total{};
         for (int64_t place = 0; place < count; place += LANES) {
-            const Floats weight = exp(load(scores + place) - splat(base));
-            store(scores + place, weight);
+            const Floats weight = weight_of(load(a.scores[q] + place) - base);
+            store(a.scores[q] + place, weight);
             total += weight;
         }
-        a.total[q] = a.total[q] * shrink + sum(total);
-        for (int64_t dim = 0; dim < A::ROOM; dim += LANES) store(a.mixed[q] + dim, load(a.mixed[q] + dim) * splat(shrink));
+        a.found.total[q] = a.found.total[q] * a.shrink[q] + sum(total);
     }
 }
 
@@ -108,16 +159,33 @@ static inline void weigh(A& a, int64_t start, int64_t count, float scale, float 
 template <class A>
 static inline Range seen_by(const A& a) {
     Range seen{INT64_MAX, 0};
-    for (int q = 0; q < A::Q; q++) {
+    for (int64_t q = 0; q < a.count; q++) {
         if (a.low[q] >= a.high[q]) continue;
         seen = {std::min(seen.first, a.low[q]), std::max(seen.last, a.high[q])};
     }
     return seen.last ? seen : Range{0, 0};
 }
 
-// The result of a query; 0 where it saw nothing.
+// Parts of a sequence with keys that any query sees.
 template <class A>
-static inline void put_result(const A& a, int q, float* to, int64_t dims) {
-    const float share = a.total[q] > 0.0f ? 1.0f / a.total[q] : 0.0f;
-    for (int64_t dim = 0; dim < dims; dim++) to[dim] = a.mixed[q][dim] * share;
+static inline Range parts_of(const A& a) {
+    const Range seen = seen_by(a);
+    return {seen.first / PART, (seen.last + PART - 1) / PART};
+}
+
+// What a query sees, of one part alone.
+template <class A>
+static inline void only_part(A& a, int64_t part) {
+    for (int64_t q = 0; q < a.count; q++) {
+        a.low[q] = std::max(a.low[q], part * PART);
+        a.high[q] = std::min(a.high[q], (part + 1) * PART);
+    }
+}
+
+// The result of a query; 0 where it saw nothing.
+template <int Q, int64_t ROOM, class T>
+static inline void put_result(const Gathered<Q, ROOM>& found, int64_t q, T* to, int64_t dims) {
+    const Floats share = splat(found.total[q] > 0.0f ? 1.0f / found.total[q] : 0.0f);
+    for (int64_t dim = 0; dim < dims; dim += LANES)
+        store(to + dim, load(found.mixed[q] + dim) * share, std::min<int64_t>(LANES, dims - dim));
 }

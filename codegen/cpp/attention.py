@@ -1,146 +1,155 @@
 """Attention over the cache: queries that read the same head of keys are taken together, so that these are loaded and unpacked once.
 
-What a query sees and gathers is the same whichever queries are beside it (`attending.h`): results depend neither on threads nor on rows.
+What a query sees and gathers is the same whichever queries are beside it (`attending.h`), and is put together part by part of its sequence
+(`sharing.h`): results depend neither on threads nor on rows.
 """
 
 from __future__ import annotations
 
-from qcompile.codegen.contract import same_storage
+from qcompile.codegen.contract import FLOATS, same_storage
 from qcompile.codegen.cpp.contract import Operator, kernel, type_of
 from qcompile.codegen.cpp.packed_forms import form_type, helpers, refuses_forms, refuses_size
 from qcompile.codegen.cpp.retained import POLICY, policy_type, refuses_policy
 from qcompile.codegen.cpp.source import Lines, block, constants, number
 from qcompile.ir.lowered import BUCKETS, Kernel, KernelSpec
 
-PAGES = ("packed", "attending", "packed_pages")
-"""Headers that a walk over packed pages needs."""
-MOST_TOGETHER = 4
-"""Queries that are taken together: as many sums as there are registers for."""
+READING = ("packed", "codes", "attending", "stretches", "sharing")
+"""Headers that attention needs."""
+MOST_ROWS = 4
+"""Queries whose products are computed at once: as many sums as there are registers for."""
+BLOCK, BLOCK_NUMBERS = 48, 6144
+"""Queries of a prompt that are taken together, and numbers of them."""
 
 
-def queries_together(spec: KernelSpec) -> int:
-    """Those of one token, where they share keys, and do not take too many registers."""
+def together(spec: KernelSpec) -> tuple[int, int]:
+    """How many of the queries of a token that share keys are computed at once, and how many of these there are."""
     group = spec.size("H") // spec.size("L")
-    return group if 1 < group <= MOST_TOGETHER else MOST_TOGETHER
+    times = -(-group // MOST_ROWS)
+    return -(-group // times), times
 
 
 def parts_of(spec: KernelSpec) -> dict[str, tuple[int, str]]:
     """The compile-time numbers of the kernel."""
     return {
-        "heads": (spec.size("H"), "of queries"),
-        "group": (spec.size("H") // spec.size("L"), "heads that share keys and values"),
+        "heads": (spec.size("L"), "of keys and values"),
+        "group": (spec.size("H") // spec.size("L"), "heads of queries for each of them"),
         "dims": (spec.size("D"), "of a head"),
     }
 
 
-def every_query(spec: KernelSpec) -> Lines:
-    """Shares of the queries, in order of sequence, head of keys, token, head: neighbours are taken together where they read one head."""
-    together = queries_together(spec)
+def attention_types(spec: KernelSpec) -> Lines:
+    """The queries of a token, and many of a prompt."""
+    rows, times = together(spec)
+    many = max(1, min(BLOCK, BLOCK_NUMBERS // spec.size("D")) // MOST_ROWS) * MOST_ROWS
     return [
-        "const Range mine = team.share(q.size[0] * heads * tokens);",
-        *block(
-            "for (int64_t next = mine.first, count; next < mine.last; next += count)",
-            [
-                f"count = std::min({{int64_t({together}), mine.last - next, beside - next % beside}});",
-                "if (count == 1) attend(std::integral_constant<int, 1>(), next, count);",
-                f"else attend(std::integral_constant<int, {together}>(), next, count);",
-            ],
-        ),
+        f"typedef Attention<Keys, Values, {min(rows * times, many)}, {rows}> Few;",
+        f"typedef Attention<Keys, Values, {many}, {MOST_ROWS}> Many;",
     ]
 
 
-def attend_function(spec: KernelSpec, before: Lines, ranges: Lines, walks: Lines) -> Lines:
-    """`attend`, for `count` queries from number `next` on: `ranges` sets which keys query `i` sees of the pages by its `position`."""
-    sinks = ["a.peak[i] = *sinks.at<float>(at_head);", "a.total[i] = 1.0f;"] if spec.format("sinks") else []
-    begin = [
-        "const int64_t pair = (next + i) % beside, token = pair / group, at_head = head * group + pair % group;",
-        "const int64_t position = *positions.at<int64_t>(batch, token);",
-        "set_query<Keys>(a, i, q.at<float>(batch, at_head, token));",
+def every_query(spec: KernelSpec, ranges: Lines, parts: Lines, walk: Lines) -> Lines:
+    """All queries: `ranges` sets which keys of the pages query `i` sees, `parts` which parts there are, `walk` goes through one."""
+    sinks = []
+    if spec.format("sinks"):
+        sinks = [f"whole.peak[i] = load(sinks.at<{type_of(spec, 'sinks')}>(at_head), 1)[0];", "whole.total[i] = 1.0f;"]
+    look = [
+        "a.count = block.count;",
+        "for (int64_t i = 0; i < a.count; i++) a.position[i] = *positions.at<int64_t>(block.batch, (block.first + i) / group);",
+        "see_pages(a);",
+        *parts,
+    ]
+    read = [
+        "const int64_t token = (block.first + i) / group, at_head = block.head * group + (block.first + i) % group;",
+        f"set_query(a, i, q.at<{type_of(spec, 'q')}>(block.batch, at_head, token));",
         *sinks,
-        *ranges,
     ]
-    end = [
-        "const int64_t pair = (next + i) % beside;",
-        "put_result(a, i, out.at<float>(batch, head * group + pair % group, pair / group), dims);",
+    put = [
+        "const int64_t token = (block.first + i) / group, at_head = block.head * group + (block.first + i) % group;",
+        f"put_result(whole, i, out.at<{type_of(spec, 'out')}>(block.batch, at_head, token), dims);",
     ]
-    body = [
-        "Attention<Keys, Values, decltype(most)::value> a;",
-        "clear(a);",
-        "const int64_t head = next / beside % (heads / group), batch = next / beside / (heads / group);",
-        "const int32_t* table = page_table.at<int32_t>(batch);",
-        *before,
-        *block("for (int i = 0; i < count; i++)", begin),
-        *walks,
-        *block("for (int i = 0; i < count; i++)", end),
+    given = "team, q.size[0], heads, beside, look, read, walk, put"
+    return [
+        "const int64_t beside = q.size[2] * group;",
+        *_lambda("see_pages = [&](auto& a)", block("for (int64_t i = 0; i < a.count; i++)", ranges)),
+        *_lambda("look = [&](auto& a, const Block& block)", look),
+        *_lambda(
+            "read = [&](auto& a, const Block& block, auto& whole)",
+            ["clear(whole, block.count);", *block("for (int64_t i = 0; i < block.count; i++)", read), "set_rest(a);"],
+        ),
+        *_lambda("walk = [&](auto& a, const Block& block, int64_t part, Range parts)", ["see_pages(a);", *walk]),
+        *_lambda("put = [&](const auto& whole, const Block& block)", block("for (int64_t i = 0; i < block.count; i++)", put)),
+        f"if (beside <= Few::Q) attend<Few>({given});",
+        f"else attend<Many>({given});",
     ]
-    return [*block("const auto attend = [&](auto most, int64_t next, int64_t count)", body)[:-1], "};"]
+
+
+def _lambda(head: str, body: Lines) -> Lines:
+    return [*block(f"const auto {head}", body)[:-1], "};"]
 
 
 def _least(spec: KernelSpec) -> str:
     window = int(spec.option("window", 0))
-    return f"std::max<int64_t>(0, position + 1 - {window})" if window else "0"
+    return f"std::max<int64_t>(0, a.position[i] + 1 - {window})" if window else "0"
 
 
 def _numbers(spec: KernelSpec) -> str:
     return f"{number(spec.option('scale'))}, {number(spec.option('softcap', 0.0))}"
 
 
+def _pages(spec: KernelSpec) -> Lines:
+    """Through the pages of a part."""
+    return [
+        "only_part(a, part);",
+        "const int32_t* table = page_table.at<int32_t>(block.batch);",
+        f"attend_pages<Keys, Values>(a, keys, values, table, block.head, {_numbers(spec)});",
+    ]
+
+
 def emit_attend_packed(spec: KernelSpec) -> Kernel:
-    """Attention of q [B, H, S, D] over keys and values uint8 [P, L, R, W]; a thread takes queries, and each reads its keys in order."""
-    ranges = [f"a.low[i] = {_least(spec)};", "a.high[i] = position + 1;"]
-    walks = [f"attend_pages<Keys, Values>(a, keys, values, table, head, {_numbers(spec)});", "unfold<Values>(a);"]
-    return _attention(spec, ATTEND_PACKED, _forms(spec), attend_function(spec, [], ranges, walks), PAGES)
-
-
-def emit_attend_settled(spec: KernelSpec) -> Kernel:
-    """The pages first, whose slots count from position `first` on, then what is kept as it came: first tokens, and late ones."""
-    kept = type_of(spec, "exact_keys")
-    before = [
-        "int64_t places[decltype(most)::value], least[decltype(most)::value];",
-        "if (row.batch != batch) row = arrivals_of(positions, batch);",
-    ]
-    ranges = [
-        "places[i] = position;",
-        f"least[i] = {_least(spec)};",
-        "a.low[i] = std::max<int64_t>(0, least[i] - Policy::FIRST);",
-        "a.high[i] = Policy::settled(position + 1) - Policy::FIRST;",
-    ]
-    walk = f"attend_kept<Policy, Keys, Values, {kept}>(a, exact_keys, exact_values, positions, row, head, {_numbers(spec)});"
-    early = ["a.low[i] = least[i];", "a.high[i] = std::min(int64_t(Policy::FIRST), places[i] + 1);"]
-    late = ["a.low[i] = std::max(least[i], Policy::settled(places[i] + 1));", "a.high[i] = places[i] + 1;"]
-    walks = [
-        f"attend_pages<Keys, Values>(a, keys, values, table, head, {_numbers(spec)});",
-        "unfold<Values>(a);",
-        *block("for (int i = 0; i < count; i++)", early),
-        walk,
-        *block("for (int i = 0; i < count; i++)", late),
-        walk,
-    ]
-    types = [*_forms(spec), policy_type(spec), "Arrivals row{-1, 0, 0, 0};"]
-    attend = attend_function(spec, before, ranges, walks)
-    return _attention(spec, ATTEND_SETTLED, types, attend, (*PAGES, "settled", "numbers", "kept"))
+    """Attention of q [B, H, S, D] over keys and values uint8 [P, L, R, W]."""
+    return _attend_pages(spec, ATTEND_PACKED, _forms(spec))
 
 
 def emit_attend(spec: KernelSpec) -> Kernel:
     """Attention of q [B, H, S, D] over keys and values [P, L, R, D] that are numbers."""
-    ranges = [f"a.low[i] = {_least(spec)};", "a.high[i] = position + 1;"]
-    walks = [f"attend_numbers<Keys, {type_of(spec, 'keys')}>(a, keys, values, table, head, {_numbers(spec)});"]
-    types = [f"typedef Plain<{spec.size('D')}> Keys;", "typedef Keys Values;"]
-    return _attention(spec, ATTEND, types, attend_function(spec, [], ranges, walks), ("packed", "attending", "numbers"))
+    return _attend_pages(spec, ATTEND, [f"typedef Numbers<{spec.size('D')}, {type_of(spec, 'keys')}> Keys;", "typedef Keys Values;"])
+
+
+def _attend_pages(spec: KernelSpec, operator: Operator, types: Lines) -> Kernel:
+    ranges = [f"a.low[i] = {_least(spec)};", "a.high[i] = a.position[i] + 1;"]
+    return _attention(spec, operator, types, every_query(spec, ranges, ["return parts_of(a);"], _pages(spec)), READING)
+
+
+def emit_attend_settled(spec: KernelSpec) -> Kernel:
+    """The pages first, whose slots count from position `first` on; then, as one part, what is kept as it came: first and late tokens."""
+    kept, least = type_of(spec, "exact_keys"), _least(spec)
+    ranges = [
+        f"a.low[i] = std::max<int64_t>(0, {least} - Policy::FIRST);",
+        "a.high[i] = Policy::settled(a.position[i] + 1) - Policy::FIRST;",
+    ]
+    parts = ["const Range parts = parts_of(a);", "return Range{parts.first, parts.last + 1};"]
+    walk = f"attend_kept<Policy, Kept>(a, exact_keys, exact_values, positions, row, block.head, {_numbers(spec)});"
+    early = [f"a.low[i] = {least};", "a.high[i] = std::min<int64_t>(Policy::FIRST, a.position[i] + 1);"]
+    late = [f"a.low[i] = std::max<int64_t>({least}, Policy::settled(a.position[i] + 1));", "a.high[i] = a.position[i] + 1;"]
+    every = "for (int64_t i = 0; i < a.count; i++)"
+    walks = [
+        *block("if (part + 1 < parts.last)", [*_pages(spec), "return;"]),
+        "if (row.batch != block.batch) row = arrivals_of(positions, block.batch);",
+        *block(every, early),
+        walk,
+        *block(every, late),
+        walk,
+    ]
+    types = [*_forms(spec), f"typedef Numbers<{spec.size('D')}, {kept}> Kept;", policy_type(spec), "Arrivals row{-1, 0, 0, 0};"]
+    return _attention(spec, ATTEND_SETTLED, types, every_query(spec, ranges, parts, walks), (*READING, "settled", "kept"))
 
 
 def _forms(spec: KernelSpec) -> Lines:
     return [form_type(spec, "k_form", "Keys"), form_type(spec, "v_form", "Values")]
 
 
-def _attention(spec: KernelSpec, operator: Operator, types: Lines, attend: Lines, files: tuple[str, ...]) -> Kernel:
-    body = [
-        *types,
-        *constants(parts_of(spec)),
-        "const int64_t tokens = q.size[2], beside = tokens * group;",
-        *attend,
-        *every_query(spec),
-    ]
+def _attention(spec: KernelSpec, operator: Operator, types: Lines, queries: Lines, files: tuple[str, ...]) -> Kernel:
+    body = [*types, *attention_types(spec), *constants(parts_of(spec)), *queries]
     alone = KernelSpec(spec.operator, spec.sizes, spec.formats, spec.options)  # one kernel serves every number of queries
     return kernel(alone, operator.present(spec), body, helpers(*files))
 
@@ -163,11 +172,11 @@ def refuses_attend_settled(spec: KernelSpec) -> str | None:
     return reason or same_storage(spec, "exact_keys", "exact_values")
 
 
-_FLOAT, _BYTES, _ROWS = ("fp32",), ("uint8",), ("fp16", "bf16", "fp32")
-_PLACES = {"page_table": ("i32",), "positions": ("i64",), "sinks": _FLOAT, "out": _FLOAT}
+_BYTES = ("uint8",)
+_PLACES = {"page_table": ("i32",), "positions": ("i64",), "sinks": FLOATS, "out": FLOATS}
 ATTEND = Operator(
     emit=emit_attend,
-    operands={"q": _FLOAT, "keys": _ROWS, "values": _ROWS, **_PLACES},
+    operands={"q": FLOATS, "keys": FLOATS, "values": FLOATS, **_PLACES},
     optional=frozenset({"sinks"}),
     sizes=("H", "L", "D"),
     options=("scale", "window", "softcap"),
@@ -177,7 +186,7 @@ ATTEND = Operator(
 )
 ATTEND_PACKED = Operator(
     emit=emit_attend_packed,
-    operands={"q": _FLOAT, "keys": _BYTES, "values": _BYTES, **_PLACES},
+    operands={"q": FLOATS, "keys": _BYTES, "values": _BYTES, **_PLACES},
     optional=frozenset({"sinks"}),
     sizes=("H", "L", "D"),
     options=("k_form", "v_form", "scale", "window", "softcap"),
@@ -187,7 +196,7 @@ ATTEND_PACKED = Operator(
 )
 ATTEND_SETTLED = Operator(
     emit=emit_attend_settled,
-    operands={"q": _FLOAT, "keys": _BYTES, "values": _BYTES, "exact_keys": _ROWS, "exact_values": _ROWS, **_PLACES},
+    operands={"q": FLOATS, "keys": _BYTES, "values": _BYTES, "exact_keys": FLOATS, "exact_values": FLOATS, **_PLACES},
     optional=frozenset({"sinks"}),
     sizes=("H", "L", "D"),
     options=("k_form", "v_form", *POLICY, "scale", "window", "softcap"),

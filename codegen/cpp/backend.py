@@ -5,14 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from qcompile.codegen.cpp import attention, cache, code_linear, elementwise, embedding, linear, norm, pack, quantize, retained, rotary
+from qcompile.codegen.cpp import (
+    attention,
+    cache,
+    code_linear,
+    elementwise,
+    embedding,
+    float_linear,
+    linear,
+    norm,
+    pack,
+    pointwise,
+    quantize,
+    retained,
+    rotary,
+    shaping,
+    whole_attention,
+)
 from qcompile.codegen.cpp.contract import Operator
 from qcompile.errors import CoverageError
 from qcompile.ir.lowered import Kernel, KernelSpec
 
 OPERATORS: Mapping[str, Operator] = MappingProxyType(
     {
-        "linear": linear.LINEAR,
+        "linear": float_linear.LINEAR,
         "quantized_linear": linear.QUANTIZED_LINEAR,
         "integer_linear": code_linear.INTEGER_LINEAR,
         **quantize.OPERATORS,
@@ -35,6 +51,14 @@ OPERATORS: Mapping[str, Operator] = MappingProxyType(
         "attend_settled": attention.ATTEND_SETTLED,
         "embedding": embedding.EMBEDDING,
         "gather_last": embedding.GATHER_LAST,
+        "pointwise": pointwise.POINTWISE,
+        "cat": shaping.CAT,
+        "select_places": shaping.SELECT,
+        "gather_places": shaping.GATHER,
+        "softmax": shaping.SOFTMAX,
+        "row_sum": shaping.SUM,
+        "greatest": shaping.GREATEST,
+        "attention": whole_attention.ATTENTION,
     }
 )
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from qcompile.codegen.contract import same_storage
+from qcompile.codegen.contract import FLOATS, same_storage
 from qcompile.codegen.cpp.contract import Operator, kernel, type_of
-from qcompile.codegen.cpp.norm import every_row
+from qcompile.codegen.cpp.loops import every_row
 from qcompile.codegen.cpp.source import block, constants
 from qcompile.ir.lowered import Kernel, KernelSpec
 
@@ -46,23 +46,22 @@ def emit_append(spec: KernelSpec) -> Kernel:
 
 def refuses_append(spec: KernelSpec) -> str | None:
     """Keys and values of different types, bytes that do not come as bytes."""
-    wanted = "uint8" if _is_packed(spec) else "fp32"
-    wrong = [name for name in ("k", "v") if spec.format(name) != wanted]
+    wanted = ("uint8",) if _is_packed(spec) else FLOATS
+    wrong = [name for name in ("k", "v") if spec.format(name) not in wanted]
     if wrong:
-        return f"{wrong[0]} is {spec.format(wrong[0])}: expected {wanted} for keys of {spec.format('keys')}"
-    return same_storage(spec, "keys", "values")
+        return f"{wrong[0]} is {spec.format(wrong[0])}: expected {' or '.join(wanted)} for keys of {spec.format('keys')}"
+    return same_storage(spec, "keys", "values") or same_storage(spec, "k", "v")
 
 
 def _is_packed(spec: KernelSpec) -> bool:
     return spec.format("keys") == "uint8"
 
 
-_FLOAT, _STORED = ("fp32",), ("fp32", "fp16", "bf16")
+_EITHER = (*FLOATS, "uint8")
 APPEND = Operator(
     emit=emit_append,
     operands={
-        "keys": (*_STORED, "uint8"), "values": (*_STORED, "uint8"), "k": (*_FLOAT, "uint8"), "v": (*_FLOAT, "uint8"),
-        "page_table": ("i32",), "positions": ("i64",),
+        "keys": _EITHER, "values": _EITHER, "k": _EITHER, "v": _EITHER, "page_table": ("i32",), "positions": ("i64",),
     },
     sizes=("L", "D"),
     refuses=refuses_append,

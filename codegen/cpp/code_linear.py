@@ -1,182 +1,94 @@
 """Linear layers over quantized activations: integer products of codes over tiles of 16 rows of the weight.
 
-A word of the weight holds codes of one row; unsigned they are multiplied with four signed codes of x at a time (VNNI's `vpdpbusd`).
+A word of the weight holds codes of one row; unsigned they are multiplied with four signed codes of x at a time (VNNI's `vpdpbusd`),
+which are read where they stand.
 With C the weight's code, Z its zero point, X the activation's code and z its zero point, a run of columns that share their scales sums to
 `Σ (C - Z)(X - z) = Σ C·X - Z·Σ (X - z) - z·Σ C`: exact, so that a result is the definition's in float32 bit for bit.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from qcompile.codegen.contract import FLOATS
+from qcompile.codegen.contract import FLOATS, same_storage
 from qcompile.codegen.cpp.code_dot import dot_helpers
+from qcompile.codegen.cpp.code_rows import CODE_ROWS, Product, each_run, few_columns, plain, prepare_function, prepare_name, product_of
 from qcompile.codegen.cpp.contract import Operator, kernel, type_of
 from qcompile.codegen.cpp.source import Lines, block, call, constants, function, when
-from qcompile.codegen.cpp.weights import Weight, refuses_weight, weight_of
+from qcompile.codegen.cpp.weights import refuses_weight
 from qcompile.ir.lowered import BUCKETS, Kernel, KernelSpec
 
 MOST_COLUMNS = 1 << 15
 """Of a row: its products stay within 32 bits whatever the codes are, and rows of x fit on the stack."""
-MOST_ROWS = 8
-"""Rows of x that are multiplied together at most."""
-
-
-@dataclass(frozen=True)
-class Product:
-    """A weight, and the codes that it is multiplied with.
-
-    Attributes:
-        weight: in tiles.
-        columns: of both.
-        group: columns of x that share a scale, 0 for all of a row.
-        scale: C++ type of the scales of x.
-        static: whether x has one scale for every row.
-        zero: whether x has zero points.
-    """
-
-    weight: Weight
-    columns: int
-    group: int
-    scale: str
-    static: bool
-    zero: bool
-
-    @property
-    def run(self) -> int:
-        """Columns whose products are summed as integers: they share all scales."""
-        return min(self.group or self.columns, self.weight.group or self.columns)
-
-    @property
-    def runs(self) -> int:
-        """In a row."""
-        return -(-self.columns // self.run)
-
-    @property
-    def whole(self) -> bool:
-        """Whether a row is one run."""
-        return self.runs == 1
-
-    @property
-    def words(self) -> int:
-        """Words of a row of the weight that its runs meet; one at a border is met twice."""
-        per = self.weight.per_word
-        return sum(-(-min(first + self.run, self.columns) // per) - first // per for first in range(0, self.columns, self.run))
-
-    @property
-    def name(self) -> str:
-        """What functions for this product begin with; those over whole rows serve any number of columns."""
-        size = "" if self.whole else f"_run{self.run}"
-        return f"{self.weight.name}_codes{size}{'_moved' if self.zero else ''}"
-
-    @property
-    def rows(self) -> str:
-        """Sums beside each other: rows of x, and one of ones for the sum of the weight's codes."""
-        return "ROWS + 1" if self.zero else "ROWS"
-
-
-def _each_run(product: Product, lines: Lines) -> Lines:
-    """The lines for every run, `first` to `last`; `place` counts words of x."""
-    if product.whole:
-        return ["const int64_t run = 0, runs = 1, first = 0, last = columns;", "int64_t place = 0;", *lines]
-    body = [f"const int64_t first = run * {product.run}, last = std::min(columns, first + {product.run});", *lines]
-    return [
-        f"const int64_t runs = (columns + {product.run - 1}) / {product.run};",
-        "int64_t place = 0;",
-        *block("for (int64_t run = 0; run < runs; run++)", body),
-    ]
-
-
-def prepare_function(product: Product) -> Lines:
-    """Rows of x as products want them: words of codes, their sums, scales and zero points."""
-    bits, per = product.weight.bits, product.weight.per_word
-    # Runs of whole words lie in words as the row does; others have words of their own at their borders.
-    aligned = product.whole or product.run % per == 0
-    fill = [f"int{bits}_words(from, {{}}, x.words + r * x.held + {{}}, x.plane);"]
-    rest = [
-        f"x.scales[r * runs + run] = load({_own(product, 'scale', product.scale)} + {_x_group(product)}, 1)[0];",
-        *_sum_of(product),
-    ]
-    row = [
-        f"const int8_t* from = {'r == ROWS ? nullptr : ' if product.zero else ''}codes.row<int8_t>(row + r);",
-        *([fill[0].format("0, columns", "0")] if aligned else _each_run(product, _filled_run(fill[0], per))),
-        *when(product.zero, ["if (r == ROWS) return;"]),
-        *(_each_run(product, rest) if aligned else block("", _each_run(product, rest))),
-    ]
-    head = f"template <int ROWS>\nstatic void {_prepare_name(product)}"
-    parameters = ["const Tensor& codes", "const Tensor& scale", *["const Tensor& zero"] * product.zero, "int64_t row", "int64_t columns"]
-    body = block(f"for (int r = 0; r < {product.rows}; r++)", row)
-    return function(head, [*parameters, "const CodeRows& x"], "Rows of x in words, and what belongs to each run of them.", body)
-
-
-def _filled_run(fill: str, per: int) -> Lines:
-    return [fill.format("first, last", "place"), f"place += (last + {per - 1}) / {per} - first / {per};"]
-
-
-def _x_group(product: Product) -> str:
-    """The group of x that a run lies in."""
-    return f"first / {product.group}" if product.group else "0"
-
-
-def _prepare_name(product: Product) -> str:
-    groups = "static" if product.static else f"g{product.group}" if product.group else "row"
-    return f"{product.name}_prepare_{groups}_{product.scale}"
-
-
-def _own(product: Product, operand: str, kind: str) -> str:
-    """Where the scales of a row of x are."""
-    return f"{operand}.at<{kind}>()" if product.static else f"{operand}.row<{kind}>(row + r)"
-
-
-def _sum_of(product: Product) -> Lines:
-    total = "sum_codes(from + first, last - first)"
-    if not product.zero:
-        return [f"x.sums[r * runs + run] = {total};"]
-    return [
-        f"const int32_t middle = {_own(product, 'zero', 'int32_t')}[{_x_group(product)}];",
-        "x.zeros[r * runs + run] = middle;",
-        f"x.sums[r * runs + run] = {total} - middle * static_cast<int32_t>(last - first);",
-    ]
 
 
 def product_function(product: Product) -> Lines:
     """`total` = ROWS rows of x times TILES tiles of a weight of this format."""
     weight, bits = product.weight, product.weight.bits
     per = weight.per_word
+    rows = f"UNROLL for (int r = 0; r < {product.rows}; r++)"
+    near = f"near[r][t][p] = int{bits}_{{}};"
     word = [
         "Ints word[TILES][PARTS];",
-        *_every_part(["word[t][p] = load_bits<Ints>(codes + (t * words + word_at) * TILE + p * LANES);"]),
+        *_every_part(["word[t][p] = load_bits<Ints>(codes + (t * words + word_at + w) * TILE + p * LANES);"]),
         *block(
             f"UNROLL for (int s = 0; s < INT{bits}_PARTS; s++)",
             [
                 "Ints code[TILES][PARTS];",
                 *_every_part([f"code[t][p] = int{bits}_part(word[t][p], s);"]),
                 *block(
-                    f"UNROLL for (int r = 0; r < {product.rows}; r++)",
+                    rows,
                     [
-                        "const Ints value = x.words[r * x.held + s * x.plane + place] - Ints{};",
-                        *_every_part([f"part[r][t][p] = int{bits}_dot(code[t][p], value, part[r][t][p]);"]),
+                        f"const Ints value = {_value(product)};",
+                        *_every_part([near.format("dot(code[t][p], value, near[r][t][p])")]),
                     ],
                 ),
             ],
         ),
     ]
+    chunk = [
+        f"Ints near[{product.rows}][TILES][PARTS];",
+        *_every_part([f"{rows} {near.format('open(part[r][t][p])')}"]),
+        *block(f"UNROLL for (int w = 0; w < {product.chunk}; w++)", word),
+        *_every_part([f"{rows} part[r][t][p] = int{bits}_close(near[r][t][p], part[r][t][p]);"]),
+    ]
     run = [
         f"Ints part[{product.rows}][TILES][PARTS];",
         *_every_part(_start(product)),
-        *block(f"for (int64_t word_at = first / {per}; word_at * {per} < last; word_at++, place++)", word),
+        *_every_chunk(product, chunk),
         *_every_part(_finish(product)),
     ]
     body = [
         f"const int64_t words = (columns + {per - 1}) / {per};",
         f"const int64_t groups = {f'(columns + {weight.group - 1}) / {weight.group}' if weight.group else '1'};",
-        *_each_run(product, run),
+        *when(not product.direct, ["int64_t place = 0;"]),
+        *each_run(product, run),
     ]
     parameters = ["const CodeRows& x", "const int32_t* codes", *weight.scale_parameters, "int64_t columns"]
     head = f"template <int ROWS, int TILES>\nstatic inline void {product.name}_product"
     return function(
         head, [*parameters, "Floats (&total)[ROWS][TILES][PARTS]"], f"ROWS rows of codes times TILES tiles of {weight.text}.", body
     )
+
+
+def _every_chunk(product: Product, lines: Lines) -> Lines:
+    """The lines for every chunk of words of a run, from `word_at` on; `place` counts words of copies of x."""
+    per, step = product.weight.per_word, product.chunk
+    if product.even and product.run == step * per:
+        return [f"const int64_t word_at = first / {per};", *lines]
+    until = f"last / {per}" if product.direct else f"(last + {per - 1}) / {per}"
+    place = "" if product.direct else f", place += {step}"
+    return block(f"for (int64_t word_at = first / {per}, until = {until}; word_at < until; word_at += {step}{place})", lines)
+
+
+def _value(product: Product) -> str:
+    """The word of row r that part s of word w meets."""
+    at = "word_at" if product.direct else "place"
+    at = f"(({at} + w) * INT{product.weight.bits}_PARTS + s) * 4"
+    if not product.zero:
+        return f"every_lane(x.rows[r] + {at})"
+    ones = "0x01010101 - Ints{}" if product.direct else f"every_lane(x.ones + {at})"
+    return f"r == ROWS ? {ones} : every_lane(x.rows[r] + {at})"
 
 
 def _every_part(lines: Lines) -> Lines:
@@ -190,11 +102,9 @@ def _group(product: Product) -> str:
 def _start(product: Product) -> Lines:
     """Sums begin with what the weight's zero point takes off."""
     weight = product.weight
-    lines = [f"UNROLL for (int r = 0; r < ROWS; r++) part[r][t][p] = -{weight.middle} * x.sums[r * runs + run] - Ints{{}};"]
+    lines = ["UNROLL for (int r = 0; r < ROWS; r++) part[r][t][p] = x.sums[r * runs + run] - Ints{};"]
     if weight.zero:
-        # Sums of so few columns fit into 16 bits, whose products are one instruction.
-        few = not product.whole and product.run * 255 < 1 << 15
-        taken = "dot_pairs(offset, (-x.sums[r * runs + run] & 0xffff) - Ints{}, Ints{})" if few else "offset * -x.sums[r * runs + run]"
+        taken = "dot_pairs(offset, x.sums[r * runs + run] - Ints{}, Ints{})" if few_columns(product) else "offset * x.sums[r * runs + run]"
         at = f"zero + (t * {weight.zero_stride} + {_group(product)}) * TILE + p * LANES"
         lines = [
             f"const Ints offset = __builtin_convertvector(load_bits<Bytes>({at}), Ints);",
@@ -220,7 +130,7 @@ def _finish(product: Product) -> Lines:
 
 
 def rows_function(product: Product) -> Lines:
-    """ROWS rows of x from `row` on times the tiles of a range, and what comes after the sum."""
+    """ROWS rows of x, those of `out` from `row` on, times the tiles of a range, and what comes after the sum."""
     weight = product.weight
     names = [name for name, _ in weight.scale_strides]
     shares = [f"{name} + tile * {stride} * TILE" for name, stride in weight.scale_strides]
@@ -231,10 +141,13 @@ def rows_function(product: Product) -> Lines:
         "const int64_t count = std::min<int64_t>(LANES, rows - first);",
         "if (count <= 0) continue;",
         "if (bias) UNROLL for (int r = 0; r < ROWS; r++) total[r][t][p] += load(bias + first, count);",
-        "UNROLL for (int r = 0; r < ROWS; r++) store(out.row<float>(row + r) + first, total[r][t][p], count);",
+        "if (count == LANES) UNROLL for (int r = 0; r < ROWS; r++) store(to[r] + first, total[r][t][p]);",
+        "else for (int r = 0; r < ROWS; r++) store(to[r] + first, total[r][t][p], count);",
     ]
     body = [
         *weight.stride_constants,
+        "Real* to[ROWS];",
+        "UNROLL for (int r = 0; r < ROWS; r++) to[r] = out.row<Real>(row + r);",
         "int64_t tile = tiles.first;",
         *block(
             "for (; tile + TILES <= tiles.last; tile += TILES)",
@@ -243,10 +156,10 @@ def rows_function(product: Product) -> Lines:
         *block("if constexpr (TILES > 1)", call(f"{product.name}_rows<ROWS, TILES / 2>", rest)),
     ]
     parameters = [
-        "const CodeRows& x", "const int32_t* codes", *weight.scale_parameters, "const float* bias", "const Tensor& out", "int64_t row",
+        "const CodeRows& x", "const int32_t* codes", *weight.scale_parameters, "const Real* bias", "const Tensor& out", "int64_t row",
         "Range tiles", "int64_t rows", "int64_t columns",
     ]  # fmt: skip
-    head = f"template <int ROWS, int TILES>\nstatic void {product.name}_rows"
+    head = f"template <int ROWS, int TILES, class Real>\nstatic void {product.name}_rows"
     return function(head, parameters, f"ROWS rows of codes times a range of tiles of {weight.text}, stored.", body)
 
 
@@ -256,87 +169,91 @@ def emit_integer_linear(spec: KernelSpec) -> Kernel:
     if not single:
         spec = replace(spec, bucket="m2-63")  # one kernel for any number of rows but one
     product = product_of(spec)
-    weight, most = product.weight, 1 if single else MOST_ROWS
+    weight = product.weight
     pointers = [f"w_{name}.at<{type_of(spec, f'w_{name}')}>()" for name, _ in weight.scale_strides]
-    pointers = ["w_codes.at<int32_t>()", *pointers, "bias.at<float>()" if spec.format("bias") else "nullptr"]
+    real = type_of(spec, "out")
+    pointers = ["w_codes.at<int32_t>()", *pointers, f"bias.at<{real}>()" if spec.format("bias") else f"static_cast<{real}*>(nullptr)"]
     body = [
         *constants({"rows": (spec.size("N"), "of the weight"), "columns": (spec.size("K"), "of the weight and of x")}),
-        *constants({"most": (most, "rows of x at once"), "runs": (product.runs, "of columns that share their scales")}),
-        f"constexpr int64_t plane = {product.words}, held = plane * INT{weight.bits}_PARTS;",
-        f"int32_t words[held * (most{' + 1' if product.zero else ''})], sums[runs * most]{', zeros[runs * most]' if product.zero else ''};",
-        "float scales[runs * most];",
-        f"const CodeRows some{{words, sums, {'zeros' if product.zero else 'nullptr'}, scales, held, plane}};",
+        *_kept(product, 1 if single else product.most),
         "const Range mine = team.share((rows + TILE - 1) / TILE);",
         *(_one_row(product, pointers) if single else _many_rows(product, pointers)),
     ]
-    layouts = {"w_codes": "tiles-codes", "w_scale": "tiles", "w_zero": weight.zero_layout}
+    layouts = {"w_codes": f"tiles-planes{weight.bits}", "w_scale": "tiles", "w_zero": weight.zero_layout}
     names = INTEGER_LINEAR.present(spec)
-    helpers = [*dot_helpers(weight.bits), _CODE_ROWS, prepare_function(product)]
+    helpers = [*dot_helpers(weight.bits), CODE_ROWS, prepare_function(product)]
     helpers += [product_function(product), rows_function(product)]
     return kernel(spec, names, body, helpers, [(name, layouts[name]) for name in names if name in layouts])
 
 
-_CODE_ROWS = [
-    "// Rows of codes as products want them: words, `held` a row and `plane` a part, and by row and run the sums, zero points and scales.",
-    "struct CodeRows {",
-    "    int32_t *words, *sums, *zeros;",
-    "    float* scales;",
-    "    int64_t held, plane;",
-    "};",
-]
+def _kept(product: Product, most: int) -> Lines:
+    """What is kept of rows of x while the weight passes, on the stack: `some`."""
+    named = {"most": (most, "rows of x at once"), "runs": (product.runs, "of columns that share their scales")}
+    arrays = ["const int8_t* at[most];", f"int32_t sums[runs * most]{', zeros[runs * most]' if product.zero else ''};"]
+    copies = [] if product.direct else [f"int8_t copies[held * most]{', ones[held]' if product.zero else ''};"]
+    named |= {} if product.direct else {"held": (product.held, "bytes of a copied row")}
+    zeros = "zeros" if product.zero else "nullptr"
+    copied = "nullptr, nullptr, 0" if product.direct else f"copies, {'ones' if product.zero else 'nullptr'}, held"
+    return [
+        *constants(named),
+        *arrays,
+        "float scales[runs * most];",
+        *copies,
+        f"const CodeRows some{{at, sums, {zeros}, scales, {copied}}};",
+    ]
 
 
-def _prepare(product: Product, rows: str, row: str) -> Lines:
+def _prepare(product: Product, row: str, count: str) -> Lines:
     zero = ["zero"] * product.zero
-    return call(f"{_prepare_name(product)}<{rows}>", ["codes", "scale", *zero, row, "columns", "some"])
+    return call(prepare_name(product), ["codes", "scale", *zero, row, count, "columns", "some"])
 
 
 def _one_row(product: Product, pointers: list[str]) -> Lines:
+    """One tile after the other: the weight is read as it lies in memory."""
     given = ["some", *pointers, "out", "0", "mine", "rows", "columns"]
-    return ["if (mine.first == mine.last) return;", *_prepare(product, "1", "0"), *call(f"{product.name}_rows<1, SINGLE_WIDE>", given)]
+    return ["if (mine.first == mine.last) return;", *_prepare(product, "0", "1"), *call(f"{product.name}_rows<1, 1>", given)]
 
 
 def _many_rows(product: Product, pointers: list[str]) -> Lines:
-    given = ["some", *pointers, "out", "row", "near", "rows", "columns"]
+    """Blocks of rows, and for each of them all tiles, as many at a time as stay near."""
+    given = ["x", *pointers, "out", "begin + row", "near", "rows", "columns"]
     blocks: Lines = []
-    for count in (8, 4, 2, 1):
-        made = [*_prepare(product, str(count), "row"), *call(f"{product.name}_rows<{count}, WIDE>", given), f"row += {count};"]
-        taken = block(f"if (left >= {count})", [*made, "continue;"]) if count > 1 else made
+    for count in (4, 2, 1):
+        made = [*call(f"{product.name}_rows<{count}, WIDE>", given), f"row += {count};"]
+        taken = block(f"if (here - row >= {count})", [*made, "continue;"]) if count > 1 else made
         blocks += block(f"if constexpr (MANY >= {count})", taken) if count > 2 else taken
+    zeros = "some.zeros + row * runs" if product.zero else "nullptr"
+    copied = "nullptr, nullptr, 0" if product.direct else "nullptr, some.ones, held"
+    rows = [
+        f"const CodeRows x{{some.rows + row, some.sums + row * runs, {zeros}, some.scales + row * runs, {copied}}};",
+        *blocks,
+    ]
+    near = [
+        "const Range near{first, std::min(first + step, mine.last)};",
+        *block("for (int64_t row = 0; row < here;)", rows),
+    ]
     return [
         f"constexpr int64_t tile_bytes = (columns * {product.weight.bits} + 7) / 8 * TILE;",
         "constexpr int64_t step = std::max<int64_t>(WIDE, NEAR_BYTES / tile_bytes / WIDE * WIDE);",
+        "if (mine.first == mine.last) return;",
         *block(
-            "for (int64_t first = mine.first; first < mine.last; first += step)",
+            "for (int64_t begin = 0, count = codes.rows(); begin < count; begin += most)",
             [
-                "const Range near{first, std::min(first + step, mine.last)};",
-                *block("for (int64_t row = 0, count = codes.rows(); row < count;)", ["const int64_t left = count - row;", *blocks]),
+                "const int64_t here = std::min(most, count - begin);",
+                *_prepare(product, "begin", "here"),
+                *block("for (int64_t first = mine.first; first < mine.last; first += step)", near),
             ],
         ),
     ]
 
 
-def _plain(spec: KernelSpec) -> KernelSpec:
-    """The specification of the weight by itself, as a weight-only product names it."""
-    formats = [(name.removeprefix("w_"), kind) for name, kind in spec.formats if name.startswith("w_")]
-    return replace(spec, formats=tuple(sorted(formats)))
-
-
-def product_of(spec: KernelSpec) -> Product:
-    """The product of a specification that is not refused."""
-    group, columns = int(spec.option("group_size")), spec.size("K")
-    whole = group == -1 or group >= columns
-    return Product(
-        weight_of(_plain(spec)), columns, 0 if whole else group, type_of(spec, "scale"), bool(spec.option("static", False)),
-        spec.format("zero") is not None,
-    )  # fmt: skip
-
-
 def refuses_integer_linear(spec: KernelSpec) -> str | None:
     """Weights that no function reads, groups that do not nest, sums that 32 bits may not hold."""
-    reason = refuses_weight(_plain(spec))
+    reason = refuses_weight(plain(spec))
     if reason is not None:
         return f"the weight's {reason}"
+    if (reason := same_storage(spec, "bias", "out")) is not None:
+        return reason
     product = product_of(spec)
     if product.columns > MOST_COLUMNS:
         return f"K={product.columns}: expected at most {MOST_COLUMNS} columns, whose products stay within 32 bits"
@@ -350,7 +267,7 @@ INTEGER_LINEAR = Operator(
     emit=emit_integer_linear,
     operands={
         "codes": ("i8",), "scale": ("fp32", "fp16"), "zero": ("i32",), "w_codes": (), "w_scale": FLOATS, "w_zero": ("uint8",),
-        "bias": ("fp32",), "out": ("fp32",),
+        "bias": FLOATS, "out": FLOATS,
     },
     optional=frozenset({"zero", "w_zero", "bias"}),
     sizes=("K", "N"),

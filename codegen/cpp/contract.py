@@ -17,7 +17,16 @@ from qcompile.codegen.cpp.source import Lines, function, joined
 from qcompile.ir.lowered import Kernel, KernelSpec, Launch, Parameter
 
 MACHINE = "cpu"
-TYPES = {"fp32": "float", "bf16": "bf16", "fp16": "fp16", "i64": "int64_t", "i32": "int32_t", "i8": "int8_t", "uint8": "uint8_t"}
+TYPES = {
+    "fp32": "float",
+    "bf16": "bf16",
+    "fp16": "fp16",
+    "i64": "int64_t",
+    "i32": "int32_t",
+    "i8": "int8_t",
+    "uint8": "uint8_t",
+    "bool": "bool",
+}
 """Storage -> C++ type, as `support.h` has it."""
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from qcompile.codegen.contract import FLOATS
 from qcompile.codegen.cpp.contract import Operator, kernel
-from qcompile.codegen.cpp.norm import COUNT, LANES_LOOP, every_row
-from qcompile.codegen.cpp.source import Lines, block, constants, function
+from qcompile.codegen.cpp.loops import EVERY_VECTOR, every_row, row_pointer, vectors
+from qcompile.codegen.cpp.source import Lines, constants, function
 from qcompile.ir.lowered import Kernel, KernelSpec
 
 BODIES: dict[str, Lines] = {
     "relu": ["return choose(x < Floats{}, Floats{}, x);"],
     "silu": ["return x / (splat(1.0f) + exp(-x));"],
-    "gelu": ["return x * 0.5f * (splat(1.0f) + each(x * 0.70710678f, [](float value) { return std::erf(value); }));"],
+    "gelu": ["return x * 0.5f * (splat(1.0f) + erf(x * 0.70710678f));"],
     "gelu_tanh": [
         "const Floats inside = 0.79788456f * (x + 0.044715f * x * x * x);",
-        "return x * 0.5f * (splat(1.0f) + each(inside, [](float value) { return std::tanh(value); }));",
+        "return x * 0.5f * (splat(1.0f) + tanh(inside));",
     ],
 }
 """Activation -> what its function does with `x`."""
@@ -24,17 +25,17 @@ def activation_function(name: str) -> Lines:
     return function(f"static inline Floats {name}", ["Floats x"], f"The activation {name}.", BODIES[name])
 
 
-def _rows(columns: int, operands: list[str], value: str) -> Lines:
+def _rows(spec: KernelSpec, columns: int, operands: list[str], value: str) -> Lines:
     """`out` = a value of vectors of the operands, which are called as their rows: `x_row`."""
-    pointers = [f"const float* {name}_row = {name}.row<float>(row);" for name in operands]
+    pointers = [row_pointer(spec, name, f"{name}_row") for name in operands]
     lanes = [f"const Floats {name}_lanes = load({name}_row + column, count);" for name in operands]
     return [
         *constants({"columns": (columns, "of a row")}),
         *every_row(
             [
                 *pointers,
-                "float* to = out.row<float>(row);",
-                *block(LANES_LOOP, [COUNT, *lanes, f"store(to + column, {value}, count);"]),
+                row_pointer(spec, "out", "to"),
+                *vectors([*lanes, f"store(to + column, {value}, count);"]),
             ]
         ),
     ]
@@ -43,21 +44,20 @@ def _rows(columns: int, operands: list[str], value: str) -> Lines:
 def emit_gated(spec: KernelSpec) -> Kernel:
     """`activation(gate) · up`."""
     name = spec.option("activation")
-    body = _rows(spec.size("I"), ["gate", "up"], f"{name}(gate_lanes) * up_lanes")
-    return kernel(spec, GATED_ACTIVATION.present(spec), body, [activation_function(name)])
+    body = _rows(spec, spec.size("I"), ["gate", "up"], f"{name}(gate_lanes) * up_lanes")
+    return kernel(spec, GATED_ACTIVATION.present(spec), body, [EVERY_VECTOR, activation_function(name)])
 
 
 def emit_activation(spec: KernelSpec) -> Kernel:
     """`activation(x)`."""
     name = spec.option("activation")
-    return kernel(
-        spec, ACTIVATION.present(spec), _rows(spec.size("K"), ["x"], f"{name}(x_lanes)"), [activation_function(name)]
-    )  # fmt: skip
+    body = _rows(spec, spec.size("K"), ["x"], f"{name}(x_lanes)")
+    return kernel(spec, ACTIVATION.present(spec), body, [EVERY_VECTOR, activation_function(name)])
 
 
 def emit_add(spec: KernelSpec) -> Kernel:
     """`x + y`."""
-    return kernel(spec, ADD.present(spec), _rows(spec.size("K"), ["x", "y"], "x_lanes + y_lanes"))
+    return kernel(spec, ADD.present(spec), _rows(spec, spec.size("K"), ["x", "y"], "x_lanes + y_lanes"), [EVERY_VECTOR])
 
 
 def refuses_activation(spec: KernelSpec) -> str | None:
@@ -66,13 +66,12 @@ def refuses_activation(spec: KernelSpec) -> str | None:
     return None if name in BODIES else f"activation {name!r}: expected one of {', '.join(BODIES)}"
 
 
-_FLOAT = ("fp32",)
 GATED_ACTIVATION = Operator(
-    emit=emit_gated, operands={"gate": _FLOAT, "up": _FLOAT, "out": _FLOAT}, sizes=("I",), options=("activation",),
+    emit=emit_gated, operands={"gate": FLOATS, "up": FLOATS, "out": FLOATS}, sizes=("I",), options=("activation",),
     required=("activation",), refuses=refuses_activation,
 )  # fmt: skip
 ACTIVATION = Operator(
-    emit=emit_activation, operands={"x": _FLOAT, "out": _FLOAT}, sizes=("K",), options=("activation",), required=("activation",),
+    emit=emit_activation, operands={"x": FLOATS, "out": FLOATS}, sizes=("K",), options=("activation",), required=("activation",),
     refuses=refuses_activation,
 )  # fmt: skip
-ADD = Operator(emit=emit_add, operands={"x": _FLOAT, "y": _FLOAT, "out": _FLOAT}, sizes=("K",))
+ADD = Operator(emit=emit_add, operands={"x": FLOATS, "y": FLOATS, "out": FLOATS}, sizes=("K",))

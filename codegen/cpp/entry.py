@@ -7,14 +7,17 @@ from pathlib import Path
 
 from qcompile.codegen.cpp.source import Lines, block, function, joined, unique
 from qcompile.ir.lowered import Entry, Kernel, Plan
+from qcompile.ir.memory import phases
 from qcompile.ir.native import NativeCall, Segment, bucket_conditions, native_kernels, plan_digest, segments
 
-SUPPORT = Path(__file__).with_name("support.h")
+SUPPORT = ("support.h", "team.h", "layouts.h")
+"""What comes first in the source."""
 HEAD = """\
 // {title}
 //
 // Made by qcompile. Each kernel is one function that every thread of a team calls; `qcompile_ENTRY_NUMBER` at the end calls them in
-// the order of the plan, over a table of tensors that the engine fills once. `qcompile_plan` says which plan that is.
+// the order of the plan, over a table of tensors that the engine fills once; threads wait for each other where a step reads what
+// one before it wrote. `qcompile_plan` says which plan that is.
 """
 
 
@@ -46,7 +49,8 @@ def kernels_source(kernels: Iterable[Kernel], title: str) -> str:
 
 def _whole(title: str, kernels: Iterable[Kernel], functions: Iterable[Lines]) -> str:
     shared = unique(kernel.source for kernel in kernels)
-    parts = [HEAD.format(title=title), SUPPORT.read_text(encoding="utf-8"), *(f"{text}\n" for text in shared)]
+    headers = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in SUPPORT]
+    parts = [HEAD.format(title=title), *headers, *(f"{text}\n" for text in shared)]
     return "\n".join([*parts, joined(functions)])
 
 
@@ -61,7 +65,12 @@ def _exported(name: str, steps: str) -> Lines:
 
 def entry_function(entry: Entry, segment: Segment, lines: Mapping[str, str]) -> tuple[Lines, Lines]:
     """The steps of a run as every thread makes them, and the function that the engine calls."""
-    body = [line for call in segment.calls for line in _call(entry, call, lines)]
+    places, body = phases(entry), Lines()
+    for call, following in zip(segment.calls, [*segment.calls[1:], None], strict=True):
+        body += _call(entry, call, lines)
+        # Behind the last step all threads are waited for anyway.
+        if following is not None and places[call.place] != places[following.place]:
+            body.append("team.wait();")
     name = segment.function.removeprefix("qcompile_")
     first, last = segment.places[0], segment.places[-1]
     comment = f"{entry.name}: steps {first} to {last} of {len(entry.steps)}, over {len(segment.table)} tensors."
@@ -69,7 +78,7 @@ def entry_function(entry: Entry, segment: Segment, lines: Mapping[str, str]) -> 
 
 
 def _call(entry: Entry, call: NativeCall, lines: Mapping[str, str]) -> Lines:
-    """One step, and the wait for it."""
+    """One step."""
     step = entry.steps[call.place]
     node = step.node or step.operator
     about = "  ".join(text for text in (node, lines.get(node, "")) if text)
@@ -77,10 +86,10 @@ def _call(entry: Entry, call: NativeCall, lines: Mapping[str, str]) -> Lines:
     choices = bucket_conditions(call.kernels)
     made = [f"// {about}"]
     if len(choices) == 1:
-        return [*made, f"{choices[0][1]}({given});", "team.wait();"]
+        return [*made, f"{choices[0][1]}({given});"]
     tensor, axis = call.counted
     rows = f"t[{call.tensors[tensor]}]" + (".rows()" if axis < 0 else f".size[{axis}]")
     for place, (most, kernel) in enumerate(choices):
         head = f"if ({rows} <= {most})" if place == 0 else f"else if ({rows} <= {most})"
         made += block("else" if place == len(choices) - 1 else head, [f"{kernel}({given});"])
-    return [*made, "team.wait();"]
+    return made

@@ -1,27 +1,21 @@
 // Where tokens are kept that are attended as they came; those before `least`, which no query sees, stand for nothing.
-template <class Policy, class T>
+template <class Policy, class A, class T>
 static inline void find_kept(
     const Tensor& exact, const Tensor& positions, const Arrivals& row, int64_t head, int64_t start, int64_t count, int64_t least,
     const T** cells) {
-    for (int64_t place = 0; place < count; place++) {
-        const int64_t position = std::max(start + place, least);
+    for (int64_t place = 0; place < A::STRETCH; place++) {
+        const int64_t position = std::max(start + std::min(place, count - 1), least);
         cells[place] = exact.at<T>(row.batch, head, column_of<Policy>(positions, row, position));
     }
 }
 
 // Walk what a sequence keeps as it came, in stretches as `attend_pages`.
-template <class Policy, class Keys, class Values, class T, class A>
+template <class Policy, class Kept, class A>
 static inline void attend_kept(
     A& a, const Tensor& keys, const Tensor& values, const Tensor& positions, const Arrivals& row, int64_t head, float scale,
     float softcap) {
-    const Range seen = seen_by(a);
-    for (int64_t start = seen.first / A::STRETCH * A::STRETCH; start < seen.last; start += A::STRETCH) {
-        const int64_t count = std::min(A::STRETCH, seen.last - start);
-        const T* cells[A::STRETCH];
-        find_kept<Policy>(keys, positions, row, head, start, count, seen.first, cells);
-        number_scores<Keys>(a, cells, count);
-        weigh(a, start, count, scale, softcap);
-        find_kept<Policy>(values, positions, row, head, start, count, seen.first, cells);
-        number_values<Values>(a, cells, count);
-    }
+    const int64_t least = seen_by(a).first;
+    attend_stretches<Kept, Kept>(a, keys, values, scale, softcap, [&](auto& exact, int64_t start, int64_t count, auto** cells) {
+        find_kept<Policy, A>(exact, positions, row, head, start, count, least, cells);
+    });
 }

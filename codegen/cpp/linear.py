@@ -1,4 +1,4 @@
-"""Linear layers over float32 activations: weights in tiles of 16 rows, so that 16 results are one vector and no sum crosses lanes.
+"""Linear layers over quantized weights: these lie in tiles of 16 rows, so that 16 results are one vector and no sum crosses lanes.
 
 The same function serves one row and many: it reads a word of codes once, and multiplies what it stands for with `ROWS` rows of x.
 A result is the sum over groups of scale times the sum of the group's products, in the order of the columns.
@@ -13,6 +13,29 @@ from qcompile.codegen.cpp.contract import Operator, kernel, type_of
 from qcompile.codegen.cpp.source import Lines, block, call, constants, function, when
 from qcompile.codegen.cpp.weights import MOST_GROUPS, Weight, refuses_weight, weight_of
 from qcompile.ir.lowered import BUCKETS, Kernel, KernelSpec
+
+MOST_COLUMNS = 1 << 15
+"""Of rows in halves: some of them stand on the stack as floats."""
+AS_FLOATS = [
+    *function(
+        "static inline const float* as_floats",
+        ["const float* from", "int64_t", "float*", "int64_t"],
+        "A row of numbers as floats, as it lies.",
+        ["return from;"],
+    ),
+    *function(
+        "template <class Real>\nstatic inline const float* as_floats",
+        ["const Real* from", "int64_t columns", "float* room", "int64_t place"],
+        "A row of numbers as floats, widened into the room from `place` on.",
+        [
+            "room += place;",
+            "int64_t column = 0;",
+            "for (; column + LANES <= columns; column += LANES) store(room + column, load(from + column));",
+            "if (column < columns) store(room + column, load(from + column, columns - column), columns - column);",
+            "return room;",
+        ],
+    ),
+]
 
 
 def product_function(weight: Weight) -> Lines:
@@ -112,12 +135,12 @@ def _finish(weight: Weight) -> Lines:
 def rows_function(weight: Weight) -> Lines:
     """ROWS rows of x from `row` on times the tiles of a range, and what comes after the sum."""
     names = [name for name, _ in weight.scale_strides]
-    rest = ["x", "codes", *names, "bias", "out", "row", "Range{tile, tiles.last}", "rows", "columns"]
+    rest = ["x", "codes", *names, "bias", "out", "row", "Range{tile, tiles.last}", "rows", "columns", "room"]
     shares = [f"{name} + tile * {stride} * TILE" for name, stride in weight.scale_strides]
     given = ["from", "codes + tile * words * TILE", *shares, *["sums"] * weight.zero, "columns", "total"]
     body = [
         "const float* from[ROWS];",
-        "UNROLL for (int r = 0; r < ROWS; r++) from[r] = x.row<float>(row + r);",
+        "UNROLL for (int r = 0; r < ROWS; r++) from[r] = as_floats(x.row<Real>(row + r), columns, room, r * columns);",
         *weight.stride_constants,
         *(_sums(weight) if weight.zero else []),
         "int64_t tile = tiles.first;",
@@ -132,7 +155,7 @@ def rows_function(weight: Weight) -> Lines:
                         "const int64_t count = std::min<int64_t>(LANES, rows - first);",
                         "if (count <= 0) continue;",
                         "if (bias) UNROLL for (int r = 0; r < ROWS; r++) total[r][t][p] += load(bias + first, count);",
-                        "UNROLL for (int r = 0; r < ROWS; r++) store(out.row<float>(row + r) + first, total[r][t][p], count);",
+                        "UNROLL for (int r = 0; r < ROWS; r++) store(out.row<Real>(row + r) + first, total[r][t][p], count);",
                     ]
                 ),
             ],
@@ -140,10 +163,10 @@ def rows_function(weight: Weight) -> Lines:
         *block("if constexpr (TILES > 1)", call(f"{weight.name}_rows<ROWS, TILES / 2>", rest)),
     ]
     parameters = [
-        "const Tensor& x", f"const {weight.word}* codes", *weight.scale_parameters, "const float* bias", "const Tensor& out", "int64_t row",
-        "Range tiles", "int64_t rows", "int64_t columns",
+        "const Tensor& x", f"const {weight.word}* codes", *weight.scale_parameters, "const Real* bias", "const Tensor& out", "int64_t row",
+        "Range tiles", "int64_t rows", "int64_t columns", "float* room",
     ]  # fmt: skip
-    head = f"template <int ROWS, int TILES>\nstatic void {weight.name}_rows"
+    head = f"template <int ROWS, int TILES, class Real>\nstatic void {weight.name}_rows"
     return function(head, parameters, f"ROWS rows of x times a range of tiles of {weight.text}, stored.", body)
 
 
@@ -153,27 +176,27 @@ def emit_linear(spec: KernelSpec) -> Kernel:
     if not single:
         spec = replace(spec, bucket="m2-63")  # one kernel for any number of rows but one
     weight = weight_of(spec)
-    operator = QUANTIZED_LINEAR if weight.quantized else LINEAR
-    codes = "codes" if weight.quantized else "weight"
     pointers = [f"{name}.at<{type_of(spec, name)}>()" for name, _ in weight.scale_strides]
-    pointers = [f"{codes}.at<{weight.word}>()", *pointers, "bias.at<float>()" if spec.format("bias") else "nullptr"]
+    real = type_of(spec, "x")
+    pointers = [f"codes.at<{weight.word}>()", *pointers, f"bias.at<{real}>()" if spec.format("bias") else f"static_cast<{real}*>(nullptr)"]
     body = [
         *constants({"rows": (spec.size("N"), "of the weight"), "columns": (spec.size("K"), "of the weight and of x")}),
+        "float* room = nullptr;  // rows are floats" if real == "float" else f"float room[{'1' if single else 'MANY'} * columns];",
         "const Range mine = team.share((rows + TILE - 1) / TILE);",
         *(_one_row(weight, pointers) if single else _many_rows(weight, pointers)),
     ]
-    layouts = {"weight": "tiles", "codes": f"tiles-int{weight.bits}", "scale": "tiles", "zero": weight.zero_layout}
-    names = operator.present(spec)
-    helpers = [*weight.helpers, product_function(weight), rows_function(weight)]
+    layouts = {"codes": f"tiles-int{weight.bits}", "scale": "tiles", "zero": weight.zero_layout}
+    names = QUANTIZED_LINEAR.present(spec)
+    helpers = [*weight.helpers, AS_FLOATS, product_function(weight), rows_function(weight)]
     return kernel(spec, names, body, helpers, [(name, layouts[name]) for name in names if name in layouts])
 
 
 def _one_row(weight: Weight, pointers: list[str]) -> Lines:
-    return call(f"{weight.name}_rows<1, SINGLE_WIDE>", ["x", *pointers, "out", "0", "mine", "rows", "columns"])
+    return call(f"{weight.name}_rows<1, SINGLE_WIDE>", ["x", *pointers, "out", "0", "mine", "rows", "columns", "room"])
 
 
 def _many_rows(weight: Weight, pointers: list[str]) -> Lines:
-    given = ["x", *pointers, "out", "row", "near", "rows", "columns"]
+    given = ["x", *pointers, "out", "row", "near", "rows", "columns", "room"]
     blocks: Lines = []
     for count in (8, 4, 2):
         made = block(f"if (left >= {count})", [*call(f"{weight.name}_rows<{count}, WIDE>", given), f"row += {count};", "continue;"])
@@ -196,22 +219,17 @@ def _many_rows(weight: Weight, pointers: list[str]) -> Lines:
 
 
 def refuses_linear(spec: KernelSpec) -> str | None:
-    """Formats that no function reads."""
-    return same_storage(spec, "x", "out") or refuses_weight(spec)
+    """Formats that no function reads, and rows in halves that do not fit on the stack as floats."""
+    if spec.size("K") > MOST_COLUMNS and spec.format("x") != "fp32":
+        return f"K={spec.size('K')}: expected at most {MOST_COLUMNS} columns of {spec.format('x')}"
+    return same_storage(spec, "x", "bias", "out") or refuses_weight(spec)
 
 
 _BUCKETS = tuple(BUCKETS)
 
-LINEAR = Operator(
-    emit=emit_linear,
-    operands={"x": ("fp32",), "weight": ("fp32",), "bias": ("fp32",), "out": ("fp32",)},
-    optional=frozenset({"bias"}),
-    sizes=("K", "N"),
-    buckets=_BUCKETS,
-)
 QUANTIZED_LINEAR = Operator(
     emit=emit_linear,
-    operands={"x": ("fp32",), "codes": (), "scale": FLOATS, "zero": ("uint8",), "bias": ("fp32",), "out": ("fp32",)},
+    operands={"x": FLOATS, "codes": (), "scale": FLOATS, "zero": ("uint8",), "bias": FLOATS, "out": FLOATS},
     optional=frozenset({"bias", "zero"}),
     sizes=("K", "N"),
     buckets=_BUCKETS,

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from qcompile.codegen.cpp.contract import Operator, kernel
-from qcompile.codegen.cpp.source import Lines, block, constants, number, when
+from qcompile.codegen.contract import FLOATS
+from qcompile.codegen.cpp.contract import Operator, kernel, type_of
+from qcompile.codegen.cpp.loops import EVERY_VECTOR, every_row, pointer, row_pointer, vectors
+from qcompile.codegen.cpp.source import constants, number, when
 from qcompile.ir.lowered import Kernel, KernelSpec
-
-LANES_LOOP = "for (int64_t column = 0; column < columns; column += LANES)"
-COUNT = "const int64_t count = std::min<int64_t>(LANES, columns - column);"
-
-
-def every_row(lines: Lines, rows: str = "out.rows()") -> Lines:
-    """The lines for each row of this thread's share; `row` is its number."""
-    return [
-        f"const Range mine = team.share({rows});",
-        *block("for (int64_t row = mine.first; row < mine.last; row++)", lines),
-    ]
 
 
 def _load(name: str) -> str:
@@ -34,32 +25,35 @@ def emit_norm(spec: KernelSpec) -> Kernel:
     """Root-mean-square normalization, with or without a residual sum that is stored as well."""
     summed = spec.operator == "add_rms_norm"
     result = "out1" if summed else "out"
-    value = f"{_load('from')} + {_load('other')}" if summed else _load("from")
+    value = f"as_stored<{type_of(spec, 'out')}>({_load('from')} + {_load('other')})" if summed else _load("from")
     names = (ADD_RMS_NORM if summed else RMS_NORM).present(spec)
     body = [
         *constants({"columns": (spec.size("K"), "of a row")}),
-        *when(spec.format("weight"), ["const float* gain = weight.at<float>();"]),
+        *pointer(spec, "weight", "gain"),
         *every_row(
             [
-                "const float* from = x.row<float>(row);",
-                *when(summed, ["const float* other = residual.row<float>(row);", "float* total = out.row<float>(row);"]),
-                f"float* to = {result}.row<float>(row);",
+                row_pointer(spec, "x", "from"),
+                *([row_pointer(spec, "residual", "other"), row_pointer(spec, "out", "total")] if summed else []),
+                row_pointer(spec, result, "to"),
                 "Floats squares{};",
-                *block(
-                    LANES_LOOP,
-                    [COUNT, f"const Floats value = {value};", *when(summed, ["store(total + column, value, count);"]),
-                     "squares = fma(value, value, squares);"],
+                *vectors(
+                    [
+                        f"const Floats value = {value};",
+                        *when(summed, ["store(total + column, value, count);"]),
+                        "squares = fma(value, value, squares);",
+                    ]
                 ),
                 f"const Floats factor = splat(1.0f / std::sqrt(sum(squares) / columns + {number(spec.option('eps'))}));",
-                *block(
-                    LANES_LOOP,
-                    [COUNT, f"const Floats value = {_load('total' if summed else 'from')} * factor;",
-                     f"store(to + column, {_normed(spec, 'value')}, count);"],
+                *vectors(
+                    [
+                        f"const Floats value = {_load('total' if summed else 'from')} * factor;",
+                        f"store(to + column, {_normed(spec, 'value')}, count);",
+                    ]
                 ),
             ]
         ),
-    ]  # fmt: skip
-    return kernel(spec, names, body)
+    ]
+    return kernel(spec, names, body, [EVERY_VECTOR])
 
 
 def emit_layer_norm(spec: KernelSpec) -> Kernel:
@@ -69,41 +63,38 @@ def emit_layer_norm(spec: KernelSpec) -> Kernel:
     value = f"{value} + {_load('shift')}" if spec.format("bias") else value
     body = [
         *constants({"columns": (spec.size("K"), "of a row")}),
-        *when(spec.format("weight"), ["const float* gain = weight.at<float>();"]),
-        *when(spec.format("bias"), ["const float* shift = bias.at<float>();"]),
+        *pointer(spec, "weight", "gain"),
+        *pointer(spec, "bias", "shift"),
         *every_row(
             [
-                "const float* from = x.row<float>(row);",
-                "float* to = out.row<float>(row);",
+                row_pointer(spec, "x", "from"),
+                row_pointer(spec, "out", "to"),
                 "const Floats mean = splat(sum(from, columns) / columns);",
                 "float squares = 0.0f;",
-                *block(
-                    LANES_LOOP,
+                *vectors(
                     [
-                        COUNT,
                         f"const Floats rest = {_load('from')} - mean;",
                         "float lanes[LANES];",
                         "store(lanes, rest * rest);",
                         "squares += sum(load(lanes, count));",
-                    ],
+                    ]
                 ),
                 f"const Floats factor = splat(1.0f / std::sqrt(squares / columns + {number(spec.option('eps'))}));",
-                *block(LANES_LOOP, [COUNT, f"store(to + column, {value}, count);"]),
+                *vectors([f"store(to + column, {value}, count);"]),
             ]
         ),
     ]
-    return kernel(spec, LAYER_NORM.present(spec), body)
+    return kernel(spec, LAYER_NORM.present(spec), body, [EVERY_VECTOR])
 
 
-_FLOAT = ("fp32",)
-_NORM = {"x": _FLOAT, "weight": _FLOAT, "out": _FLOAT}
+_NORM = {"x": FLOATS, "weight": FLOATS, "out": FLOATS}
 
 RMS_NORM = Operator(
     emit=emit_norm, operands=_NORM, optional=frozenset({"weight"}), sizes=("K",), options=("eps", "offset"), required=("eps",)
 )
 ADD_RMS_NORM = Operator(
     emit=emit_norm,
-    operands={"x": _FLOAT, "residual": _FLOAT, "weight": _FLOAT, "out": _FLOAT, "out1": _FLOAT},
+    operands={"x": FLOATS, "residual": FLOATS, "weight": FLOATS, "out": FLOATS, "out1": FLOATS},
     optional=frozenset({"weight"}),
     sizes=("K",),
     options=("eps", "offset"),
@@ -111,7 +102,7 @@ ADD_RMS_NORM = Operator(
 )
 LAYER_NORM = Operator(
     emit=emit_layer_norm,
-    operands={"x": _FLOAT, "weight": _FLOAT, "bias": _FLOAT, "out": _FLOAT},
+    operands={"x": FLOATS, "weight": FLOATS, "bias": FLOATS, "out": FLOATS},
     optional=frozenset({"weight", "bias"}),
     sizes=("K",),
     options=("eps",),

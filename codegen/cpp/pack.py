@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from qcompile.codegen.contract import same_storage
-from qcompile.codegen.cpp.contract import Operator, kernel
-from qcompile.codegen.cpp.norm import every_row
+from qcompile.codegen.contract import FLOATS, same_storage
+from qcompile.codegen.cpp.contract import Operator, kernel, type_of
+from qcompile.codegen.cpp.loops import every_row
 from qcompile.codegen.cpp.packed_forms import form_type, helpers, refuses_forms
 from qcompile.codegen.cpp.source import constants
 from qcompile.ir.lowered import Kernel, KernelSpec
@@ -16,7 +16,7 @@ def emit_pack(spec: KernelSpec) -> Kernel:
     """Pack x [..., D] into out uint8 [..., W]; a thread takes vectors."""
     body = [
         form_type(spec, "form", "Form"),
-        *every_row(["encode_token<Form>(x.row<float>(row), out.row<uint8_t>(row));"]),
+        *every_row([f"encode_token<Form>(x.row<{type_of(spec, 'x')}>(row), out.row<uint8_t>(row));"]),
     ]
     return kernel(spec, PACK.present(spec), body, helpers(*HELPERS))
 
@@ -35,8 +35,8 @@ def emit_append_packed(spec: KernelSpec) -> Kernel:
                 "// -1 is padding; a place beyond the table would be another sequence's page.",
                 "if (position < 0 || position / page_tokens >= page_table.size[1]) continue;",
                 "const int64_t page = *page_table.at<int32_t>(batch, position / page_tokens), cell = position % page_tokens;",
-                "encode_token<Keys>(k.at<float>(batch, head, token), keys.at<uint8_t>(page, head, cell));",
-                "encode_token<Values>(v.at<float>(batch, head, token), values.at<uint8_t>(page, head, cell));",
+                f"encode_token<Keys>(k.at<{type_of(spec, 'k')}>(batch, head, token), keys.at<uint8_t>(page, head, cell));",
+                f"encode_token<Values>(v.at<{type_of(spec, 'v')}>(batch, head, token), values.at<uint8_t>(page, head, cell));",
             ],
             "k.size[0] * heads * tokens",
         ),
@@ -51,10 +51,10 @@ def refuses_append_packed(spec: KernelSpec) -> str | None:
     return refuses_forms(spec, "k_form", "v_form", together=False) or same_storage(spec, "keys", "values")
 
 
-_FLOAT, _BYTES = ("fp32",), ("uint8",)
+_BYTES = ("uint8",)
 PACK = Operator(
     emit=emit_pack,
-    operands={"x": _FLOAT, "out": _BYTES},
+    operands={"x": FLOATS, "out": _BYTES},
     sizes=("D",),
     options=("form",),
     required=("form",),
@@ -62,7 +62,7 @@ PACK = Operator(
 )
 APPEND_PACKED = Operator(
     emit=emit_append_packed,
-    operands={"keys": _BYTES, "values": _BYTES, "k": _FLOAT, "v": _FLOAT, "page_table": ("i32",), "positions": ("i64",)},
+    operands={"keys": _BYTES, "values": _BYTES, "k": FLOATS, "v": FLOATS, "page_table": ("i32",), "positions": ("i64",)},
     sizes=("L", "D"),
     options=("k_form", "v_form", "hadamard_size"),
     required=("k_form", "v_form"),

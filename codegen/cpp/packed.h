@@ -1,29 +1,21 @@
-// Vectors of a cache below 16 bits, and attention over them: `Packed` says how they lie, as `quant/vector_format.py` defines it.
+// Vectors of a cache below 16 bits: `Packed` says how they lie, as `quant/vector_format.py` defines it.
 //
-// Codes of a byte belong to neighbours: to channels of a token, or to tokens of a channel where tokens share scales. They are read as
-// planes, each the codes at one place of all bytes, and what they are multiplied with is laid out in the same order.
+// Codes of a byte belong to neighbours: to channels of a token, or to tokens of a channel where tokens share scales.
 
 // Vectors of `dims` numbers as codes of `bits`: groups of channels of one token share a scale, or each channel of `tokens` of them.
 template <int64_t dims, int bits, int64_t group, int64_t tokens, bool is_signed>
 struct Packed {
     static constexpr int64_t DIMS = dims, GROUP = group, TOKENS = tokens, PER = 8 / bits;
     static constexpr int BITS = bits, TOP = (1 << bits) - 1, LOW = is_signed ? -(1 << (bits - 1)) : 0;
-    static constexpr bool SIGNED = is_signed, BY_CHANNEL = tokens > 1;
+    static constexpr bool SIGNED = is_signed, SCALED = true, BY_CHANNEL = tokens > 1;
     static constexpr int64_t GROUPS = BY_CHANNEL ? dims : dims / group;
     // Bytes of the codes that share a scale, of all codes, and of a token.
     static constexpr int64_t RUN = ((BY_CHANNEL ? tokens : group) + PER - 1) / PER;
     static constexpr int64_t BODY = (tokens * dims + PER - 1) / PER, ALL = BODY + GROUPS * (is_signed ? 2 : 4);
     static constexpr int64_t WIDTH = (ALL + tokens - 1) / tokens;
-    // A plane in vectors, a vector of numbers in planes, and one in the order of channels.
-    static constexpr int64_t PLANE = (RUN + LANES - 1) / LANES * LANES, PLAIN = (dims + LANES - 1) / LANES * LANES;
-    static constexpr int64_t SPACE = BY_CHANNEL ? PLAIN : GROUPS * PER * PLANE;
-    // Tokens whose scores are computed before they are weighed.
-    static constexpr int64_t STRETCH = tokens > 64 ? tokens : 64;
-    // Where channel `dim` stands among planes.
-    static int64_t place(int64_t dim) {
-        if (BY_CHANNEL) return dim;
-        return (dim / GROUP * PER + dim % GROUP % PER) * PLANE + dim % GROUP / PER;
-    }
+    // A vector of numbers, in whole vectors of the processor.
+    static constexpr int64_t PLAIN = (dims + LANES - 1) / LANES * LANES;
+    typedef uint8_t Cell;
 };
 
 static inline Ints lane_numbers() {
@@ -46,34 +38,6 @@ static inline Floats rounded_half(Floats vector) {
 static inline Floats halves_at(const uint8_t* from, int64_t count) {
     const fp16* half = nullptr;
     return widen(load_bits<Halves>(from, 2 * count), half);
-}
-
-// `count` bytes from any address, each in a lane; the other lanes 0.
-static inline Ints bytes_at(const uint8_t* from, int64_t count) {
-#if defined(__AVX512F__)
-    const __mmask16 there = count < LANES ? (1 << count) - 1 : 0xffff;
-    return reinterpret_cast<Ints>(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, from)));
-#elif defined(__AVX2__)
-    uint64_t bytes = 0;
-    if (count < LANES) std::memcpy(&bytes, from, count);
-    else std::memcpy(&bytes, from, LANES);
-    return reinterpret_cast<Ints>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes)));
-#else
-    return __builtin_convertvector(load_bits<Bytes>(from, std::min<int64_t>(count, LANES)), Ints);
-#endif
-}
-
-// The codes at place `plane` of each byte.
-template <class Form>
-static inline Floats codes_in(Ints bytes, int plane) {
-#if defined(__AVX512F__)
-    // A look-up reads four bits of a lane: what is above them need not be cut off.
-    constexpr int top = Form::TOP;
-    const Floats table = {0, 1, 2, 3, 4 & top, 5 & top, 6 & top, 7 & top, 8 & top, 9 & top, 10 & top, 11 & top,
-                          12 & top, 13 & top, 14 & top, 15 & top};
-    if (Form::BITS <= 4) return _mm512_permutexvar_ps(reinterpret_cast<__m512i>(bytes >> (plane * Form::BITS)), table);
-#endif
-    return __builtin_convertvector((bytes >> (plane * Form::BITS)) & Form::TOP, Floats);
 }
 
 // The scale of numbers whose greatest distance, or magnitude, is `spread`: at least the least normal number of 16 bits.
@@ -108,15 +72,15 @@ static inline void put_codes(uint8_t* to, const float* codes, int64_t count, int
 }
 
 // Pack the numbers of one token, whose channels share scales in groups.
-template <class Form>
-static inline void encode_token(const float* numbers, uint8_t* cell) {
+template <class Form, class T>
+static inline void encode_token(const T* numbers, uint8_t* cell) {
     for (int64_t group = 0; group < Form::GROUPS; group++) {
-        const float* from = numbers + group * Form::GROUP;
+        const T* from = numbers + group * Form::GROUP;
         Floats least = splat(INFINITY), greatest = splat(-INFINITY);
         for (int64_t dim = 0; dim < Form::GROUP; dim += LANES) {
             const int64_t count = std::min<int64_t>(LANES, Form::GROUP - dim);
             const Floats loaded = load(from + dim, count);
-            const Floats vector = choose(lane_numbers() < static_cast<int>(count), loaded, splat(from[dim]));
+            const Floats vector = choose(lane_numbers() < static_cast<int>(count), loaded, splat(get(from + dim)));
             least = smallest(least, vector);
             greatest = largest(greatest, Form::SIGNED ? absolute(vector) : vector);
         }

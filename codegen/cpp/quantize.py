@@ -7,22 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from qcompile.codegen.contract import FLOATS, same_storage
 from qcompile.codegen.cpp.contract import Operator, kernel
 from qcompile.codegen.cpp.elementwise import BODIES
-from qcompile.codegen.cpp.norm import every_row
-from qcompile.codegen.cpp.rows import EVERY_VECTOR, refuses_row, row_constants, row_helpers, row_lines, row_of, vectors
+from qcompile.codegen.cpp.loops import EVERY_VECTOR, every_row, row_pointer, vectors
+from qcompile.codegen.cpp.rows import kept, refuses_row, row_constants, row_helpers, row_lines, row_of
 from qcompile.codegen.cpp.source import Lines, block, constants, function, number, when
 from qcompile.ir.lowered import Kernel, KernelSpec
 from qcompile.quant.activations import HALF_LEAST, HALF_MAX
 
 _FAR = 1 << 20
 """Codes are rounded within it before a zero point is added: far beyond any range, and every sum exact."""
+_AT_MOST = function(
+    "static inline Floats at_most", ["Floats a", "Floats b"], "The smaller lanes, those of b where neither is.",
+    [
+        "#if defined(__AVX512F__)", "return _mm512_min_ps(a, b);", "#elif defined(__AVX2__)", "return _mm256_min_ps(a, b);", "#else",
+        "return choose(a < b, a, b);", "#endif",
+    ],
+)  # fmt: skip
 _ROUNDED = function(
     "static inline Ints rounded", ["Floats x", "float low", "float high"],
     "The whole numbers nearest to x within bounds below 2^22; ties go to the even one.",
     [
-        "x = choose(x > splat(low), x, splat(low));",
-        "x = choose(x < splat(high), x, splat(high));",
+        "x = at_most(largest(x, splat(low)), splat(high));",
         "// What is added to 1.5 * 2^23 has no fraction left, and its low bits are the number.",
         "const Floats magic = splat(0x1.8p23f);",
         "return reinterpret_cast<Ints>(x + magic) - reinterpret_cast<Ints>(magic);",
@@ -45,12 +52,11 @@ _STORE = function(
     ],
 )  # fmt: skip
 _HALF = function(
-    "static inline float stored_half", ["float scale"], "A scale as 16 bits hold it: to nearest, moved into their range.",
+    "static inline Floats stored_half", ["Floats scale"], "A scale as 16 bits hold it: to nearest, moved into their range.",
     [
-        f"const float size = std::min(std::max(std::abs(scale), {number(HALF_LEAST)}), {number(HALF_MAX)});",
-        "fp16 bits[LANES];",
-        "store(bits, splat(std::copysign(size, scale)));",
-        "return load(bits)[0];",
+        "const Ints bits = reinterpret_cast<Ints>(scale), size = bits & 0x7fffffff;",
+        f"const Floats inside = at_most(largest(reinterpret_cast<Floats>(size), splat({number(HALF_LEAST)})), splat({number(HALF_MAX)}));",
+        "return as_stored<fp16>(reinterpret_cast<Floats>(reinterpret_cast<Ints>(inside) | (bits & ~0x7fffffff)));",
     ],
 )  # fmt: skip
 
@@ -78,22 +84,25 @@ def refuses_quantize(spec: KernelSpec) -> str | None:
         return f"{results(spec)['scale']} is {scale}: expected {wanted} for the scale of {'a row' if group == -1 else 'groups'}"
     if spec.format("gate") and spec.option("activation") not in BODIES:
         return f"activation {spec.option('activation')!r}: expected one of {', '.join(BODIES)}"
-    return refuses_row(spec)
+    return same_storage(spec, "x", "residual", "gate", "up") or refuses_row(spec)
 
 
 def _range(spec: KernelSpec) -> Lines:
-    """`spread`, the scale of a group from `greatest` and `least`; for asymmetric codes also `middle`, the zero point."""
+    """`spread`, the scale of a group in every lane, from `greatest` and `least`; for asymmetric codes also `middle`, the zero point.
+
+    Vectors of one number: which end of a range is the longer one is no branch that a processor could foresee.
+    """
     bits, clip = int(spec.option("bits")), float(spec.option("clip", 1.0))
     half, whole = 1 << (bits - 1), int(spec.option("group_size")) == -1
-    store = ["if (spread == 0.0f) spread = 1.0f;", *when(not whole, ["spread = stored_half(spread);"])]
+    store = ["spread = choose(spread == 0.0f, splat(1.0f), spread);", *when(not whole, ["spread = stored_half(spread);"])]
     if not asymmetric(spec):
         # The end of larger magnitude becomes the lowest code, its sign kept in the scale: one level more for the longer tail.
-        return [f"float spread = (greatest > -least ? greatest : least) * {number(-clip / half)};", *store]
+        return [f"Floats spread = choose(greatest > -least, greatest, least) * splat({number(-clip / half)});", *store]
     return [
-        *when(clip != 1.0, [f"greatest *= {number(clip)};", f"least *= {number(clip)};"]),
-        f"float spread = (greatest - least) / {number(2 * half - 1)};",
+        *when(clip != 1.0, [f"greatest *= splat({number(clip)});", f"least *= splat({number(clip)});"]),
+        f"Floats spread = (greatest - least) / splat({number(2 * half - 1)});",
         *store,
-        f"const int middle = rounded(splat(-least / spread), 0.0f, {number(2 * half - 1)})[0] - {half};",
+        f"const int middle = rounded(-least / spread, 0.0f, {number(2 * half - 1)})[0] - {half};",
     ]
 
 
@@ -101,14 +110,15 @@ def _codes(spec: KernelSpec, value: str, zero: bool) -> str:
     """The codes of a vector, by `spread` and `middle`."""
     half = 1 << (int(spec.option("bits")) - 1)
     if not zero:
-        return f"rounded({value} / splat(spread), {number(-half)}, {number(half - 1)})"
-    return f"shifted(rounded({value} / splat(spread), {number(-_FAR)}, {number(_FAR)}), middle, {-half}, {half - 1})"
+        return f"rounded({value} / spread, {number(-half)}, {number(half - 1)})"
+    return f"shifted(rounded({value} / spread, {number(-_FAR)}, {number(_FAR)}), middle, {-half}, {half - 1})"
 
 
 def _quantize(spec: KernelSpec) -> Lines:
     """Codes, scales and zero points of the finished row, stored."""
     name, places = row_of(spec).name, results(spec)
     value, whole = f"load({name} + column, count)", int(spec.option("group_size")) == -1
+    value = kept(spec, value) if row_of(spec).size else value
     zero = asymmetric(spec)
     return [
         f"int8_t* codes_row = {places['codes']}.row<int8_t>(row);",
@@ -119,14 +129,14 @@ def _quantize(spec: KernelSpec) -> Lines:
             [
                 "const int64_t first = group * group_columns, last = std::min(columns, first + group_columns);",
                 "// Every range holds 0, which changes neither the longer end nor an asymmetric range.",
-                "Floats high{}, low{};",
+                "Floats high{}, low{};  // and the negative of the least",
                 *vectors(
-                    [f"const Floats value = {value};", "high = largest(high, value);", "low = -largest(-low, -value);"], "first", "last"
+                    [f"const Floats value = {value};", "high = largest(high, value);", "low = largest(low, -value);"], "first", "last"
                 ),
-                "float greatest = largest(high), least = -largest(-low);",
+                "Floats greatest = splat(largest(high)), least = splat(-largest(low));",
                 *_range(spec),
                 *vectors([f"store_codes(codes_row + column, {_codes(spec, value, zero)}, count);"], "first", "last"),
-                "store(scale_row + group, splat(spread), 1);",
+                "store(scale_row + group, spread, 1);",
                 *when(zero, ["zero_row[group] = middle;"]),
             ],
         ),
@@ -143,7 +153,7 @@ def emit_rows(spec: KernelSpec) -> Kernel:
         *constants(numbers),
         *every_row([*row_lines(spec), *_quantize(spec)], f"{results(spec)['codes']}.rows()"),
     ]
-    helpers = [*row_helpers(spec), _ROUNDED, *([_SHIFTED] if asymmetric(spec) else []), _STORE, *([] if group == -1 else [_HALF])]
+    helpers = [*row_helpers(spec), _AT_MOST, _ROUNDED, *([_SHIFTED] if asymmetric(spec) else []), _STORE, *([] if group == -1 else [_HALF])]
     return kernel(spec, OPERATORS[spec.operator].present(spec), body, helpers)
 
 
@@ -151,7 +161,7 @@ def emit_hadamard(spec: KernelSpec) -> Kernel:
     """Rotated rows."""
     row = row_of(spec)
     copy = vectors([f"store(to + column, load({row.name} + column), count);"])
-    body = [*row_constants(row), *every_row([*row_lines(spec), "float* to = out.row<float>(row);", *copy])]
+    body = [*row_constants(row), *every_row([*row_lines(spec), row_pointer(spec, "out", "to"), *copy])]
     return kernel(spec, OPERATORS[spec.operator].present(spec), body, row_helpers(spec))
 
 
@@ -160,30 +170,29 @@ def emit_static(spec: KernelSpec) -> Kernel:
     zero = spec.format("zero") is not None
     body = [
         *constants({"columns": (spec.size("K"), "of a row")}),
-        "const float spread = *scale.at<float>();",
+        "const Floats spread = splat(*scale.at<float>());",
         *when(zero, ["const int middle = *zero.at<int32_t>();"]),
         *every_row(
             [
-                "const float* from = x.row<float>(row);",
+                row_pointer(spec, "x", "from"),
                 "int8_t* codes_row = out.row<int8_t>(row);",
                 *vectors([f"store_codes(codes_row + column, {_codes(spec, 'load(from + column, count)', zero)}, count);"]),
             ]
         ),
     ]
-    helpers = [EVERY_VECTOR, _ROUNDED, *([_SHIFTED] if zero else []), _STORE]
+    helpers = [EVERY_VECTOR, _AT_MOST, _ROUNDED, *([_SHIFTED] if zero else []), _STORE]
     return kernel(spec, OPERATORS[spec.operator].present(spec), body, helpers)
 
 
-_FLOAT = ("fp32",)
 _RANGE = ("bits", "clip", "element", "group_size")
 _NORM = ("eps", "offset")
 _SCALES = ("fp32", "fp16")
-_MATRIX = {"matrix": _FLOAT}
+_MATRIX = {"matrix": ("fp32",)}
 
 
 def _rows(sources: Mapping[str, tuple[str, ...]], options: tuple[str, ...], required: tuple[str, ...], zero: bool) -> Operator:
     """An operator that quantizes rows: what it reads, its options beside the range's, and whether codes have zero points."""
-    kinds = [*([_FLOAT] if "residual" in sources else []), ("i8",), _SCALES, *([("i32",)] if zero else [])]
+    kinds = [*([FLOATS] if "residual" in sources else []), ("i8",), _SCALES, *([("i32",)] if zero else [])]
     return Operator(
         emit=emit_rows,
         operands={**sources, **{f"out{place or ''}": kind for place, kind in enumerate(kinds)}},
@@ -196,9 +205,9 @@ def _rows(sources: Mapping[str, tuple[str, ...]], options: tuple[str, ...], requ
 
 
 def _producers() -> dict[str, Operator]:
-    x, normed = {"x": _FLOAT}, {"x": _FLOAT, "weight": _FLOAT, **_MATRIX}
-    summed = {"x": _FLOAT, "residual": _FLOAT, "weight": _FLOAT, **_MATRIX}
-    gated = {"gate": _FLOAT, "up": _FLOAT, **_MATRIX}
+    x, normed = {"x": FLOATS}, {"x": FLOATS, "weight": FLOATS, **_MATRIX}
+    summed = {"x": FLOATS, "residual": FLOATS, "weight": FLOATS, **_MATRIX}
+    gated = {"gate": FLOATS, "up": FLOATS, **_MATRIX}
     rotated = ("hadamard_size",)
     made = {}
     for ending in ("", "_asym"):
@@ -214,11 +223,11 @@ def _producers() -> dict[str, Operator]:
 OPERATORS: dict[str, Operator] = {
     **_producers(),
     "hadamard": Operator(
-        emit=emit_hadamard, operands={"x": _FLOAT, **_MATRIX, "out": _FLOAT}, optional=frozenset({"matrix"}), sizes=("K",),
+        emit=emit_hadamard, operands={"x": FLOATS, **_MATRIX, "out": FLOATS}, optional=frozenset({"matrix"}), sizes=("K",),
         options=("hadamard_size",), required=("hadamard_size",), refuses=refuses_row,
     ),
     "quantize_static": Operator(
-        emit=emit_static, operands={"x": _FLOAT, "scale": _FLOAT, "zero": ("i32",), "out": ("i8",)}, optional=frozenset({"zero"}),
+        emit=emit_static, operands={"x": FLOATS, "scale": ("fp32",), "zero": ("i32",), "out": ("i8",)}, optional=frozenset({"zero"}),
         sizes=("K",), options=("bits", "element"), required=("bits",), refuses=refuses_quantize,
     ),
 }  # fmt: skip

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from qcompile.codegen.contract import same_storage
+from qcompile.codegen.contract import FLOATS, same_storage
 from qcompile.codegen.cpp.contract import Operator, kernel, type_of
-from qcompile.codegen.cpp.norm import every_row
+from qcompile.codegen.cpp.loops import every_row
 from qcompile.codegen.cpp.packed_forms import form_of, form_type, helpers, refuses_forms
 from qcompile.codegen.cpp.source import Lines, block, constants
 from qcompile.ir.lowered import Kernel, KernelSpec
@@ -29,7 +29,7 @@ def refuses_policy(spec: KernelSpec, *options: str) -> str | None:
 
 def emit_with_recent(spec: KernelSpec) -> Kernel:
     """Rows [C, L, N, D] of each sequence, then x [B, L, S, D]: out [B, L, N + S, D]; a thread takes rows of the result."""
-    kind = type_of(spec, "out")
+    kind, given = type_of(spec, "out"), type_of(spec, "x")
     dims = "for (int64_t dim = 0; dim < dims; dim += LANES)"
     copied = [
         "const int64_t slot = *slots.at<int32_t>(batch);",
@@ -50,7 +50,7 @@ def emit_with_recent(spec: KernelSpec) -> Kernel:
                 "const int64_t batch = row / columns / heads, head = row / columns % heads, column = row % columns;",
                 f"{kind}* to = out.at<{kind}>(batch, head, column);",
                 *block("if (column < kept)", copied),
-                "const float* from = x.at<float>(batch, head, column - kept);",
+                f"const {given}* from = x.at<{given}>(batch, head, column - kept);",
                 *block(dims, [count, "store(to + dim, load(from + dim, count), count);"]),
             ]
         ),
@@ -125,16 +125,15 @@ def refuses_settle(spec: KernelSpec) -> str | None:
     return refuses_forms(spec, "form") or refuses_policy(spec, "form")
 
 
-_FLOAT, _ROWS = ("fp32",), ("fp16", "bf16", "fp32")
 WITH_RECENT = Operator(
     emit=emit_with_recent,
-    operands={"rows": _ROWS, "x": _FLOAT, "slots": ("i32",), "out": _ROWS},
+    operands={"rows": FLOATS, "x": FLOATS, "slots": ("i32",), "out": FLOATS},
     sizes=("L", "N", "D"),
     refuses=lambda spec: same_storage(spec, "rows", "out"),
 )
 SETTLE = Operator(
     emit=emit_settle,
-    operands={"pages": ("uint8",), "exact": _ROWS, "page_table": ("i32",), "positions": ("i64",)},
+    operands={"pages": ("uint8",), "exact": FLOATS, "page_table": ("i32",), "positions": ("i64",)},
     sizes=("L", "D"),
     options=("form", *POLICY),
     required=("form", *POLICY),
@@ -142,7 +141,7 @@ SETTLE = Operator(
 )
 RETAIN = Operator(
     emit=emit_retain,
-    operands={"rows": _ROWS, "exact": _ROWS, "slots": ("i32",), "positions": ("i64",)},
+    operands={"rows": FLOATS, "exact": FLOATS, "slots": ("i32",), "positions": ("i64",)},
     sizes=("L", "D"),
     options=POLICY,
     required=POLICY,

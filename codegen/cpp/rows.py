@@ -8,21 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qcompile.codegen.cpp.contract import type_of
 from qcompile.codegen.cpp.elementwise import activation_function
+from qcompile.codegen.cpp.loops import EVERY_VECTOR, pointer, row_pointer, vectors
 from qcompile.codegen.cpp.source import Lines, block, constants, function, number, when
 from qcompile.ir.lowered import KernelSpec
 
 MOST_COLUMNS = 1 << 16
 """Of a row: two of them stand on the stack as floats."""
-EVERY_VECTOR = function(
-    "template <class Step>\nstatic inline void every_vector", ["int64_t first", "int64_t last", "Step step"],
-    "Columns by vectors: `step` is told where one begins and how many columns it has, LANES in all but the last.",
-    [
-        "int64_t column = first;",
-        "for (; column + LANES <= last; column += LANES) step(column, std::integral_constant<int64_t, LANES>());",
-        "if (column < last) step(column, last - column);",
-    ],
-)  # fmt: skip
 _TURN = function(
     "static inline Floats turn", ["Floats value", "int step"],
     "Sums and differences of the lanes that are `step` apart, a power of two.",
@@ -107,25 +100,21 @@ def row_lines(spec: KernelSpec) -> Lines:
     return [*_source(spec), *(_rotation(row) if row.size else [])]
 
 
-def vectors(lines: Lines, first: str = "0", last: str = "columns") -> Lines:
-    """The lines for every vector of columns: `column` is where it begins, `count` how many there are."""
-    return [f"every_vector({first}, {last}, [&](int64_t column, auto count) {{", *(f"    {line}" for line in lines), "});"]
-
-
 def _source(spec: KernelSpec) -> Lines:
     array = "alignas(64) float numbers[held];"
     if spec.format("gate"):
         value = f"{spec.option('activation')}(load(first + column, count)) * load(second + column, count)"
-        pointers = ["const float *first = gate.row<float>(row), *second = up.row<float>(row);"]
-        return [array, *pointers, *vectors([f"store(numbers + column, {value});"]), *_filled("numbers")]
+        pointers = [row_pointer(spec, "gate", "first"), row_pointer(spec, "up", "second")]
+        return [array, *pointers, *vectors([f"store(numbers + column, {kept(spec, value)});"]), *_filled("numbers")]
     if spec.option("eps") is not None:
         return [array, *_norm(spec), *_filled("numbers")]
-    return [
-        array,
-        "const float* from = x.row<float>(row);",
-        *vectors(["store(numbers + column, load(from + column, count));"]),
-        *_filled("numbers"),
-    ]
+    return [array, row_pointer(spec, "x", "from"), *vectors(["store(numbers + column, load(from + column, count));"]), *_filled("numbers")]
+
+
+def kept(spec: KernelSpec, value: str) -> str:
+    """A result of one of the operators that are fused, as it would be stored."""
+    kind = type_of(spec, "gate" if spec.format("gate") else "x")
+    return value if kind == "float" else f"as_stored<{kind}>({value})"
 
 
 def _filled(name: str) -> Lines:
@@ -140,20 +129,20 @@ def _norm(spec: KernelSpec) -> Lines:
     gain = f"({gain} + splat({number(offset)}))" if offset else gain
     scaled = "load(numbers + column) * factor" + (f" * {gain}" if spec.format("weight") else "")
     return [
-        "const float* from = x.row<float>(row);",
-        *when(summed, ["const float* other = residual.row<float>(row);", "float* total = out.row<float>(row);"]),
-        *when(spec.format("weight"), ["const float* gain = weight.at<float>();"]),
+        row_pointer(spec, "x", "from"),
+        *([row_pointer(spec, "residual", "other"), row_pointer(spec, "out", "total")] if summed else []),
+        *pointer(spec, "weight", "gain"),
         "Floats squares{};",
         *vectors(
             [
-                f"const Floats value = {value};",
+                f"const Floats value = {kept(spec, value) if summed else value};",
                 *when(summed, ["store(total + column, value, count);"]),
                 "store(numbers + column, value);",
                 "squares = fma(value, value, squares);",
             ]
         ),
         f"const Floats factor = splat(1.0f / std::sqrt(sum(squares) / columns + {number(spec.option('eps'))}));",
-        *vectors([f"store(numbers + column, {scaled});"]),
+        *vectors([f"store(numbers + column, {kept(spec, scaled)});"]),
     ]
 
 

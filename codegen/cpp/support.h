@@ -1,4 +1,4 @@
-// What every kernel of an artifact stands on: tensors, the team of threads, vectors of floats.
+// What every kernel of an artifact stands on: tensors, vectors of floats.
 //
 // Vectors are as wide as the instruction set that this file is compiled for has them. Every function here gives the same
 // bits whatever the number of threads; products and sums are fused only where `fma` says so.
@@ -7,14 +7,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
 #elif defined(__SSE2__)
 #include <emmintrin.h>
-#endif
-#if defined(_OPENMP)
-#include <omp.h>
 #endif
 
 // Numbers of 16 bits as they are stored.
@@ -65,39 +63,6 @@ struct Tensor {
         return static_cast<T*>(data) + offset;
     }
 };
-
-struct Range {
-    int64_t first, last;
-};
-
-// The threads that run a kernel together; each calls it with its own number.
-struct Team {
-    int64_t thread, threads;
-
-    // This thread's share of `count` outputs.
-    Range share(int64_t count) const { return {count * thread / threads, count * (thread + 1) / threads}; }
-
-    // Until every thread is here.
-    void wait() const {
-#if defined(_OPENMP)
-        if (threads > 1) {
-#pragma omp barrier
-        }
-#endif
-    }
-};
-
-// Call `steps` on every thread of a team; one thread starts no pool.
-static void run(int64_t threads, void (*steps)(const Team&, const Tensor*), const Tensor* tensors) {
-#if defined(_OPENMP)
-    if (threads > 1) {
-#pragma omp parallel num_threads(static_cast<int>(threads))
-        steps(Team{omp_get_thread_num(), omp_get_num_threads()}, tensors);
-        return;
-    }
-#endif
-    steps(Team{0, 1}, tensors);
-}
 
 // Before a short loop over registers: without it the compiler leaves them in memory.
 #define UNROLL _Pragma("GCC unroll 16")
@@ -220,6 +185,24 @@ static inline void store(T* to, Floats vector, int64_t count) {
     std::memcpy(to, &bits, count * sizeof(T));
 }
 
+// What is left of a vector when it is stored as T.
+template <class T>
+static inline Floats as_stored(Floats vector) {
+    const T* kind = nullptr;
+    return widen(narrow(vector, kind), kind);
+}
+
+// One number.
+template <class T>
+static inline float get(const T* from) { return load(from, 1)[0]; }
+
+static inline float get(const float* from) { return *from; }
+
+template <class T>
+static inline void put(T* to, float value) { store(to, splat(value), 1); }
+
+static inline void put(float* to, float value) { *to = value; }
+
 // a · b + c, rounded once where the instruction set can.
 static inline Floats fma(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
@@ -239,7 +222,16 @@ static inline Floats choose(Ints condition, Floats yes, Floats no) {
     return reinterpret_cast<Floats>((condition & reinterpret_cast<Ints>(yes)) | (~condition & reinterpret_cast<Ints>(no)));
 }
 
-static inline Floats largest(Floats a, Floats b) { return choose(a > b, a, b); }
+// The larger lanes, those of b where neither is: as `a > b ? a : b`.
+static inline Floats largest(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+    return _mm256_max_ps(a, b);
+#else
+    return choose(a > b, a, b);
+#endif
+}
 
 // The sum of all lanes, in halves.
 static inline float sum(Floats vector) {
@@ -255,9 +247,17 @@ static inline float sum(Floats vector) {
 }
 
 static inline float largest(Floats vector) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(vector);
+#elif defined(__AVX2__)
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(vector), _mm256_extractf128_ps(vector, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+#else
     float lanes[LANES];
     std::memcpy(lanes, &vector, sizeof lanes);
     return *std::max_element(lanes, lanes + LANES);
+#endif
 }
 
 // e to the power of x, within 2 units in the last place (the polynomial of Cephes); 0 below the normal numbers.
@@ -279,8 +279,42 @@ static inline Floats exp(Floats x) {
     return choose(x == x, scaled, x);
 }
 
+static inline Floats magnitude(Floats x) { return reinterpret_cast<Floats>(reinterpret_cast<Ints>(x) & 0x7fffffff); }
+
+static inline Floats with_sign(Floats size, Floats sign) {
+    return reinterpret_cast<Floats>(reinterpret_cast<Ints>(size) | (reinterpret_cast<Ints>(sign) & INT32_MIN));
+}
+
+// Within 4 units in the last place (the polynomial of Cephes; by e to the power of 2x further out).
+static inline Floats tanh(Floats x) {
+    const Floats square = x * x, size = magnitude(x);
+    Floats near = fma(square, splat(-5.70498872745e-3f), splat(2.06390887954e-2f));
+    near = fma(square, near, splat(-5.37397155531e-2f));
+    near = fma(square, near, splat(1.33314422036e-1f));
+    near = fma(square, near, splat(-3.33332819422e-1f));
+    const Floats far = splat(1.0f) - splat(2.0f) / (exp(size + size) + splat(1.0f));
+    return choose(size < splat(0.625f), fma(near * square, x, x), with_sign(far, x));
+}
+
+// Within 8 units in the last place (the quotient of polynomials that Eigen has); 1 from 4 on.
+static inline Floats erf(Floats x) {
+    const Floats square = x * x;
+    Floats above = fma(square, splat(-2.72614225801306e-10f), splat(2.77068142495902e-08f));
+    above = fma(square, above, splat(-2.10102402082508e-06f));
+    above = fma(square, above, splat(-5.69250639462346e-05f));
+    above = fma(square, above, splat(-7.34990630326855e-04f));
+    above = fma(square, above, splat(-2.95459980854025e-03f));
+    above = fma(square, above, splat(-1.60960333262415e-02f));
+    Floats below = fma(square, splat(-1.45660718464996e-05f), splat(-2.13374055278905e-04f));
+    below = fma(square, below, splat(-1.68282697438203e-03f));
+    below = fma(square, below, splat(-7.37332916720468e-03f));
+    below = fma(square, below, splat(-1.42647390514189e-02f));
+    return choose(magnitude(x) < splat(4.0f), x * above / below, choose(x == x, with_sign(splat(1.0f), x), x));
+}
+
 // The sum of `count` numbers.
-static inline float sum(const float* from, int64_t count) {
+template <class T>
+static inline float sum(const T* from, int64_t count) {
     Floats total{};
     for (; count >= LANES; count -= LANES, from += LANES) total += load(from);
     return sum(total + load(from, count));

@@ -13,6 +13,7 @@ from qcompile.cli import (
     bench,
     bisecting,
     blaming,
+    building,
     compiling,
     diffing,
     evaluating,
@@ -78,6 +79,7 @@ def _show_warning(
 
 app.command("compile")(compiling.compile_model)
 app.command("plan")(planning.plan_model)
+app.command("build")(building.build)
 app.command("run")(running.run)
 app.command("eval")(evaluating.evaluate_artifact)
 app.command("export")(exporting.export)

@@ -9,7 +9,7 @@ import typer
 from rich.status import Status
 
 import qcompile
-from qcompile.cli.output import JsonOption, emit, stderr
+from qcompile.cli.output import EngineOption, JsonOption, SetsOption, emit, stderr
 from qcompile.dump.rows import record_row
 from qcompile.dump.tables import coverage_rows, coverage_table, pass_table, readable, value_table
 from qcompile.errors import ArtifactError
@@ -54,6 +54,9 @@ def compile_model(
     ignore: Annotated[list[str] | None, typer.Option(help="Leave weights of this name alone (re: for a pattern); repeatable.")] = None,
     quantize_head: Annotated[bool, typer.Option("--quantize-head", help="Also quantize the output head.")] = False,
     quantize_embedding: Annotated[bool, typer.Option("--quantize-embedding", help="Also quantize token embeddings.")] = False,
+    matmul: Annotated[
+        str | None, typer.Option(help="With integer weights: exact, on floats; or fast, with activations rounded to int8 on the way.")
+    ] = None,
     activation_group_size: Annotated[int | None, typer.Option(help="Columns of a token per scale; -1 is the whole token.")] = None,
     activation_symmetric: Annotated[
         bool | None,
@@ -78,7 +81,9 @@ def compile_model(
     max_seq_length: Annotated[int | None, typer.Option(min=1, help="Tokens of a calibration window at most.")] = None,
     disable_pass: Annotated[list[str] | None, typer.Option(help="Leave a pass out; repeatable.")] = None,
     passes: Annotated[str | None, typer.Option(help="A pipeline, such as `canonicalize,raise-patterns`, in place of the default.")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Fail if an operator is left alone or a kernel refused.")] = False,
+    engine: EngineOption = None,
+    instruction_sets: SetsOption = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail if an operator is left alone, or a kernel refused or not built.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing artifact.")] = False,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with a checkpoint.")] = False,
@@ -98,13 +103,14 @@ def compile_model(
         compiled = qcompile.compile(
             model, target, recipe=recipe, passes=passes, disable=disable_pass or (), strict=strict, dump=dump, check=check or None,
             group_size=group_size, symmetric=symmetric, weight_format=weight_format, ignore=ignore, quantize_head=quantize_head or None,
-            quantize_embedding=quantize_embedding or None, activation_group_size=activation_group_size,
+            quantize_embedding=quantize_embedding or None, matmul=matmul, activation_group_size=activation_group_size,
             activation_symmetric=activation_symmetric, activation_static=activation_static, activation_clip=activation_clip,
             cache_keys=cache_keys, cache_values=cache_values, cache_sinks=cache_sinks, cache_window=cache_window,
             cache_before_positions=cache_before_positions, cache_bits=cache_bits,
             calibration=None if calibration is None else Path(calibration),
             num_calibration_samples=num_calibration_samples, max_seq_length=max_seq_length, max_batch=max_batch, max_context=max_context,
-            prefill_chunk=prefill_chunk, revision=revision, trust_remote_code=trust_remote_code, instruments=[StatusInstrument(status)],
+            prefill_chunk=prefill_chunk, revision=revision, trust_remote_code=trust_remote_code, engine=engine,
+            instruction_sets=instruction_sets, instruments=[StatusInstrument(status)],
         )  # fmt: skip
         status.update(f"writing {out}")
         compiled.save(out, overwrite=overwrite)
@@ -115,7 +121,12 @@ def compile_model(
 
 def sizes(compiled: CompiledModel) -> dict[str, Any]:
     """Target and sizes, as JSON values."""
-    return {"target": str(compiled.target), "weight_bytes": compiled.weight_bytes, "bits_per_weight": compiled.bits_per_weight}
+    return {
+        "target": str(compiled.target),
+        "weight_bytes": compiled.weight_bytes,
+        "bits_per_weight": compiled.bits_per_weight,
+        "matmul": compiled.matmul,
+    }
 
 
 def details(compiled: CompiledModel) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def read_tokens(path: Path | None, model: CompiledModel) -> Tensor:
 
 
 def open_reference(source: str) -> CompiledModel:
-    """An artifact as it is; anything else compiled to `cpu-fp32`."""
+    """An artifact as it is; anything else compiled to `cpu-fp32` for torch, which needs no library for one evaluation."""
     if (Path(source) / "manifest.json").is_file():
         return qcompile.load(source)
-    return qcompile.compile(source, "cpu-fp32")
+    return qcompile.compile(source, "cpu-fp32", engine="torch_cpu")

@@ -35,7 +35,7 @@ def export(
     """Write an artifact in another system's format, checked against the graph."""
     if form not in FORMATS:
         raise ExportError(f"format {form!r}: expected one of {', '.join(FORMATS)}")
-    model = qcompile.load(artifact)
+    model = qcompile.load(artifact, engine="reference")  # its graph is exported: nothing native is run or built
     written = model.export_onnx(
         out, profile=profile, opset=opset, external_data=external_data, accuracy_level=accuracy_level, genai=genai, overwrite=overwrite,
         compare=compare,

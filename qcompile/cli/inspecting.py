@@ -15,7 +15,16 @@ from qcompile.dump.facts import Facts, distribution_rows, facts_of_dump, facts_o
 from qcompile.dump.html.page import write_report
 from qcompile.dump.provenance import provenance, provenance_tables
 from qcompile.dump.reader import is_dump
-from qcompile.dump.tables import coverage_table, distribution_table, kernel_table, note_table, pass_rows_table, readable, value_table
+from qcompile.dump.tables import (
+    coverage_table,
+    distribution_table,
+    kernel_table,
+    library_table,
+    note_table,
+    pass_rows_table,
+    readable,
+    value_table,
+)
 
 
 def inspect(
@@ -60,7 +69,17 @@ def _tables(facts: Facts) -> list[RenderableType]:
     tables += cache_tables(facts.cache)
     if any(row["launches"] for row in facts.kernels):
         tables.append(kernel_table(facts.kernels))
-    values = {"model": facts.model, "target": facts.target, **facts.sizes, **facts.figures, "pipeline": facts.pipeline}
+    if facts.libraries:
+        tables.append(library_table(facts.libraries))
+    values = {
+        "model": facts.model,
+        "target": facts.target,
+        **({"engine": facts.engine} if facts.engine else {}),
+        "matmul": facts.matmul,
+        **facts.sizes,
+        **facts.figures,
+        "pipeline": facts.pipeline,
+    }
     tables.append(value_table(readable(values)))
     if facts.interruption:
         tables.append(f"[bold red]interrupted[/] {facts.interruption}")

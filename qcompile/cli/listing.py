@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from qcompile.cli.output import JsonOption, emit
+
+if TYPE_CHECKING:
+    from qcompile.target import Target
 
 
 def passes(as_json: JsonOption = False) -> None:
@@ -37,18 +40,35 @@ def _first_line(item: type[Any]) -> str:
 
 
 def targets(as_json: JsonOption = False) -> None:
-    """List the targets: what they compute in and how they store weights."""
+    """List the targets: what they compute in, how they store weights, and what runs them here."""
+    from qcompile.codegen.cpp.build import find_compiler, no_compiler
     from qcompile.quant.scheme import dtype_name
     from qcompile.target import known_targets, parse_target
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in known_targets():
         target = parse_target(name)
         compute = dtype_name(target.compute)
-        rows.append({"target": name, "compute": compute, "weights": str(target.scheme.weight or compute)})
-    table = Table()
+        engine, sets = _served_by(target)
+        rows.append(
+            {
+                "target": name, "compute": compute, "weights": str(target.scheme.weight or compute), "engine": engine,
+                "instruction_sets": list(sets),
+            }
+        )  # fmt: skip
+    missing = "" if find_compiler() else f"cpu-* is served by torch_cpu: {no_compiler()}"
+    table = Table(caption=missing or None, caption_justify="left")
     for header in rows[0]:
-        table.add_column(header)
+        table.add_column(header.replace("_", " "), overflow="fold")
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*(", ".join(cell) if isinstance(cell, list) else cell for cell in row.values()))
     emit(rows, [table], as_json=as_json)
+
+
+def _served_by(target: Target) -> tuple[str, tuple[str, ...]]:
+    """The engine of a target, and the instruction sets that libraries are built for here."""
+    from qcompile.codegen.cpp.build import find_compiler, instruction_sets
+
+    if target.arch == "cpu":
+        return ("native", instruction_sets()) if find_compiler() else ("torch_cpu", ())
+    return ("cuda" if target.is_cuda else "onnxruntime" if target.is_onnx else "reference"), ()

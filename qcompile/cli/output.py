@@ -14,11 +14,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 _PIPE_WIDTH = 160
 """Columns of a table that is read from a file: rich's default of 80 would fold most cells."""
 
-EngineOption = Annotated[str | None, typer.Option("--engine", help="Engine in place of the target's own, such as reference.")]
+_ENGINES = "Engine in place of the target's own: reference, torch_cpu, native, cuda or onnxruntime."
+EngineOption = Annotated[str | None, typer.Option("--engine", help=_ENGINES)]
+SetsOption = Annotated[
+    str | None, typer.Option("--instruction-sets", help="Of C++ libraries: avx512,avx2,portable, or here; default: all that can be built.")
+]
 ContextOption = Annotated[int | None, typer.Option("--max-context", min=1, help="Tokens that the cache holds; default: at most 2048.")]
 BytesOption = Annotated[int | None, typer.Option("--kv-bytes", min=1, help="Bytes of the cache; default: room for --max-context tokens.")]
 PageOption = Annotated[int | None, typer.Option("--page-tokens", min=1, help="Tokens of a page of the cache.")]
-NativeOption = Annotated[bool, typer.Option("--allow-native", help="Run kernels that were not built on this machine.")]
+NativeOption = Annotated[bool, typer.Option("--allow-native", help="Run native code that was not built on this machine.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
 
 

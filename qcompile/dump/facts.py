@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from qcompile.dump.graph_log import node_records
-from qcompile.dump.products import kernel_rows
+from qcompile.dump.products import binary_bytes, kernel_rows
 from qcompile.dump.reader import Dump, Listing
 from qcompile.dump.rows import record_row
 from qcompile.dump.tables import coverage_rows
 from qcompile.errors import SourceError
+from qcompile.ir.matmuls import matmul_text
+from qcompile.ir.native import INSTRUCTION_SETS, library_parts
 from qcompile.ir.records import Assets, CoverageRow, PassRecord
 from qcompile.ir.text import lines
 from qcompile.runtime.artifact import ArtifactContents
 from qcompile.runtime.cache_layers import CacheLayer
+from qcompile.runtime.native.processor import runs_here
 
 SPEED_FILE, ACCURACY_FILE = "bench.json", "eval.json"
 """What `qcompile bench --json` and `qcompile eval --json` print, kept beside a compilation so that `diff` finds it."""
@@ -86,6 +90,8 @@ class Facts:
         distributions: of weights and activations; None in an artifact.
         figures: what was measured of the result: KL, perplexity, tokens per second.
         blame: what `qcompile blame` left in a dump; None where it was not asked.
+        engine: what an artifact for CPUs was made for; "" where nothing says so.
+        libraries: of an artifact, as `library_rows` tells of them.
         listings: makes the graphs that are known, the last of them the final one.
     """
 
@@ -106,6 +112,13 @@ class Facts:
     figures: Mapping[str, float] = field(default_factory=dict)
     listings: Callable[[], Sequence[Listing]] = field(default=list, repr=False)
     blame: Mapping[str, Any] | None = None
+    engine: str = ""
+    libraries: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def matmul(self) -> str | None:
+        """How linears with quantized weights multiply, in a line."""
+        return matmul_text(self.coverage, self.target)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, without sources of kernels; of distributions only what tables show."""
@@ -113,7 +126,10 @@ class Facts:
             "kind": self.kind,
             "model": self.model,
             "target": self.target,
+            "engine": self.engine or None,
+            "libraries": [dict(row) for row in self.libraries],
             "pipeline": self.pipeline,
+            "matmul": self.matmul,
             "complete": not self.interruption,
             **self.sizes,
             "figures": dict(self.figures),
@@ -174,15 +190,31 @@ def facts_of_model(model: Compiled, path: Path) -> Facts:
         "kv_bytes_per_token": model.kv_bytes_per_token,
         "kv_bytes_per_sequence": model.kv_bytes_per_sequence,
         "arena_bytes": max((entry.arena_bytes for entry in contents.plan.entries.values()), default=0),
-        "binary_bytes": sum(map(len, contents.binaries.values())),
+        "binary_bytes": binary_bytes(contents),
     }
     sources = {name: kernel.source for name, kernel in contents.kernels.items() if kernel.source}
     rows = [record_row(record) for record in model.records]
     return Facts(
         path, "artifact", model.assets.name or model.assets.model_type, str(model.target), contents.pipeline, "", rows, model.coverage,
         model.cache_layers, sizes, kernel_rows(contents.plan, contents.kernels), sources, figures=measured(path, rows),
-        listings=lambda: [_final(contents)],
+        listings=lambda: [_final(contents)], engine=contents.settings.engine or "", libraries=library_rows(contents),
     )  # fmt: skip
+
+
+def library_rows(contents: ArtifactContents) -> list[dict[str, Any]]:
+    """The libraries of an artifact: for which machine and instruction set, how large, and whether this machine runs and built them."""
+    rows = []
+    for name, code in sorted(contents.binaries.items()):
+        machine, instruction_set = library_parts(name)
+        if machine:
+            runs = machine == platform.machine() and instruction_set in INSTRUCTION_SETS and runs_here(instruction_set)
+            rows.append(
+                {
+                    "file": name, "machine": machine, "instruction_set": instruction_set, "bytes": len(code), "runs_here": runs,
+                    "built_here": name not in contents.untrusted,
+                }
+            )  # fmt: skip
+    return rows
 
 
 def _final(contents: ArtifactContents) -> Listing:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qcompile.ir.lowered import Kernel, KernelSpec, Launch, Plan
+from qcompile.ir.native import NATIVE_SOURCE
 from qcompile.runtime.accounting import bits_per_weight, cache_bytes_per_sequence, cache_bytes_per_token
 from qcompile.runtime.artifact import ArtifactContents
 from qcompile.runtime.cache_layers import cache_layers
@@ -31,8 +32,13 @@ def size_values(contents: ArtifactContents) -> dict[str, Any]:
         "kv_bytes_per_token": cache_bytes_per_token(plan),
         "kv_bytes_per_sequence": cache_bytes_per_sequence(plan),
         "arena_bytes": max((entry.arena_bytes for entry in plan.entries.values()), default=0),
-        "binary_bytes": sum(map(len, contents.binaries.values())),
+        "binary_bytes": binary_bytes(contents),
     }
+
+
+def binary_bytes(contents: ArtifactContents) -> int:
+    """Of what was built of kernels, without the source of libraries."""
+    return sum(len(code) for name, code in contents.binaries.items() if name != NATIVE_SOURCE)
 
 
 def kernel_rows(plan: Plan, kernels: Mapping[str, Kernel]) -> list[dict[str, Any]]:

@@ -131,8 +131,24 @@ def kernel_table(kernels: Sequence[Mapping[str, Any]], title: str = "kernels") -
         head = (str(kernel["name"]), str(kernel["spec"]))
         for place, launch in enumerate(kernel["launches"]):
             numbers = (launch["registers"], format_bytes(launch["shared_bytes"]), launch["num_warps"], launch["num_stages"])
+            if str(kernel["file"]).endswith(".cpp"):  # a function of a library, which has none of these
+                numbers = ("-",) * 4
             name, spec, nodes = ("", "", "") if place else (*head, str(len(kernel["nodes"])))
             table.add_row(name, spec, launch["function"], nodes, *map(str, numbers))
+    return table
+
+
+def library_table(libraries: Sequence[Mapping[str, Any]], title: str = "libraries") -> Table:
+    """One line per library of an artifact: its file, what it is for, its size, and whether this machine runs it and built it."""
+    table = Table(title=title, title_justify="left")
+    for header in ("file", "machine", "instruction set"):
+        table.add_column(header, overflow="fold")
+    table.add_column("size", justify="right")
+    for header in ("runs here", "built here"):
+        table.add_column(header)
+    for row in libraries:
+        marks = ("yes" if row[key] else "no" for key in ("runs_here", "built_here"))
+        table.add_row(row["file"], row["machine"], row["instruction_set"], format_bytes(row["bytes"]), *marks)
     return table
 
 

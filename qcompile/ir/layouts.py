@@ -6,6 +6,7 @@ The artifact stores codes uint8 [N, ceil(K·b/8)], low bits first (`qcompile.qua
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -97,6 +98,11 @@ def tiles(stored: Tensor) -> Tensor:
     return padded.view(-1, TILE, stored.shape[1]).transpose(1, 2).contiguous()
 
 
+def tiles_pairs(stored: Tensor) -> Tensor:
+    """Numbers of 16 bits [N, K] to int32 [ceil(N/16), ceil(K/2), 16]: a word holds 2 columns of a row, low first; what fills up is 0."""
+    return tiles(torch.nn.functional.pad(stored, (0, stored.shape[1] % 2)).contiguous().view(torch.int32))
+
+
 def _word_tiles(codes: Tensor, middle: int) -> Tensor:
     padded = torch.nn.functional.pad(codes ^ middle, (0, -codes.shape[1] % 4))
     return tiles(padded.view(torch.int32))
@@ -117,9 +123,28 @@ def tiles_int2(codes: Tensor) -> Tensor:
     return _word_tiles(codes, 0xAA)
 
 
-def tiles_codes(codes: Tensor) -> Tensor:
-    """Packed codes uint8 [N, B] as they are to int32 [ceil(N/16), ceil(B/4), 16]: the words of `tiles_int4` and others, unsigned."""
+def tiles_planes8(codes: Tensor) -> Tensor:
+    """8-bit codes uint8 [N, K] as they are to int32 [ceil(N/16), ceil(K/4), 16]: a word holds 4 columns of a row, unsigned."""
     return _word_tiles(codes, 0)
+
+
+def tiles_planes4(codes: Tensor) -> Tensor:
+    """4-bit codes uint8 [N, ceil(K/2)] to int32 [ceil(N/16), ceil(K/8), 16]: byte i of a word holds columns i (low) and i + 4 of its 8.
+
+    Masked, a word is then four columns beside each other, one a byte, as activations of 8 bits lie in memory.
+    """
+    packed = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 4)).view(len(codes), -1, 2, 2)
+    low, high = packed[:, :, 0], packed[:, :, 1]
+    even, odd = (low & 15) | (high << 4), (low >> 4) | (high & 0xF0)
+    return tiles(torch.stack((even, odd), dim=-1).flatten(1).view(torch.int32))
+
+
+def tiles_planes2(codes: Tensor) -> Tensor:
+    """2-bit codes uint8 [N, ceil(K/4)] to int32 [ceil(N/16), ceil(K/16), 16]: byte i of a word holds columns i, i + 4, i + 8, i + 12."""
+    columns = unpack(torch.nn.functional.pad(codes, (0, -codes.shape[1] % 4)), 2, -(-codes.shape[1] // 4) * 16)
+    parts = columns.view(len(codes), -1, 4, 4)
+    words = parts[:, :, 0] | (parts[:, :, 1] << 2) | (parts[:, :, 2] << 4) | (parts[:, :, 3] << 6)
+    return tiles(words.flatten(1).view(torch.int32))
 
 
 def tiles_zero4(zero: Tensor) -> Tensor:
@@ -132,6 +157,31 @@ def tiles_zero2(zero: Tensor) -> Tensor:
     return tiles(unpack(zero, 2, 4 * zero.shape[1]))
 
 
+@dataclass(frozen=True)
+class Words:
+    """A layout that is `tiles` of words, as the libraries of artifacts make it (`codegen/cpp/layouts.h`).
+
+    Attributes:
+        size: bytes of a word; 0 is an element as it is stored.
+        mask: what each byte is combined with by exclusive or before.
+        bits: of codes that are dealt to the four bytes of a word in turn, byte i getting codes i, i + 4 …; 0 leaves them in order.
+    """
+
+    size: int = 0
+    mask: int = 0
+    bits: int = 0
+
+
+WORDS: dict[str, Words] = {
+    "tiles": Words(),
+    "tiles-int8": Words(4, 0x80),
+    "tiles-int4": Words(4, 0x88),
+    "tiles-int2": Words(4, 0xAA),
+    "tiles-codes": Words(4),
+}
+"""Layouts by name that need not go through torch."""
+
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "split-half": split_half,
     "split-half-signed": split_half_signed,
@@ -141,10 +191,13 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "float8": float8,
     "bytes": as_bytes,
     "tiles": tiles,
+    "tiles-pairs": tiles_pairs,
     "tiles-int8": tiles_int8,
     "tiles-int4": tiles_int4,
     "tiles-int2": tiles_int2,
-    "tiles-codes": tiles_codes,
+    "tiles-planes8": tiles_planes8,
+    "tiles-planes4": tiles_planes4,
+    "tiles-planes2": tiles_planes2,
     "tiles-zero4": tiles_zero4,
     "tiles-zero2": tiles_zero2,
 }

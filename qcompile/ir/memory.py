@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 
 from qcompile.errors import ArtifactError
+from qcompile.ir.allowed import ALLOWED
 from qcompile.ir.lowered import Buffer, Entry, Plan, Step
 from qcompile.ir.size import evaluate, names_in
 from qcompile.quant.scheme import DTYPE_NAMES
@@ -20,7 +22,7 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class Lifetime:
-    """Bytes that a buffer needs and the steps, both inclusive, between which it must keep them."""
+    """Bytes that a buffer needs and the steps or phases, both inclusive, between which it must keep them."""
 
     size: int
     first: int
@@ -93,6 +95,45 @@ def buffers_in(value: Any) -> Iterator[str]:
             yield from buffers_in(item)
 
 
+def phases(entry: Entry) -> list[int]:
+    """For each step the number of its phase, from 0 on: no step reads or writes what another of its phase writes.
+
+    Steps keep their order, so that a phase is a run of steps which threads may share out without waiting in between: the projections of
+    a layer that read the same rows, the rotations of queries and keys. A view needs no call, and is in the phase of what stands before
+    it. What is read in a phase keeps its memory to the end of it, so none of its steps writes where another still reads.
+    """
+    found, number = list[int](), 0
+    read, written = set[str](), set[str]()
+    for step in entry.steps:
+        reads, writes = _roots(entry, step)
+        if reads & written or writes & (read | written):
+            number += 1
+            read, written = set(), set()
+        read |= reads
+        written |= writes
+        found.append(number)
+    return found
+
+
+def _roots(entry: Entry, step: Step) -> tuple[set[str], set[str]]:
+    """The memory that a step reads, and that it writes; a view does neither."""
+    if step.outputs and all(entry.buffers[name].alias for name in step.outputs):
+        return set(), set()
+    changed = _changed(step.operator)
+    reads, writes = set[str](), {root_of(entry, name) for name in step.outputs}
+    for key, argument in [*enumerate(step.args), *step.kwargs.items()]:
+        (writes if key in changed else reads).update(root_of(entry, name) for name in buffers_in(argument))
+    return reads, writes
+
+
+@cache
+def _changed(operator: str) -> frozenset[int | str]:
+    """The arguments that an operator writes in place, by position and by name."""
+    schema = getattr(ALLOWED[operator], "_schema", None)
+    arguments = enumerate(schema.arguments if schema is not None else ())
+    return frozenset(key for place, item in arguments if item.alias_info and item.alias_info.is_write for key in (place, item.name))
+
+
 def undecided_sizes(entry: Entry) -> set[str]:
     """Names in the shapes of results that no input, state or constant has: values decide them while the entry runs."""
     given, made = set[str](), set[str]()
@@ -103,16 +144,16 @@ def undecided_sizes(entry: Entry) -> set[str]:
 
 def size_names(buffer: Buffer) -> set[str]:
     """The names in a buffer's shape."""
-    return {name for size in buffer.shape for name in names_in(size)}
+    return {name for size in buffer.shape if not isinstance(size, int) for name in names_in(size)}
 
 
 def _lifetimes(entry: Entry, limits: Mapping[str, int]) -> dict[str, Lifetime] | None:
-    """From the step that writes an intermediate to the last that touches it or a view of it; those of undecided size have none."""
+    """From the phase that writes an intermediate to the last that touches it or a view of it; those of undecided size have none."""
     undecided = undecided_sizes(entry)
     places: dict[str, list[int]] = {}
-    for index, step in enumerate(entry.steps):
+    for phase, step in zip(phases(entry), entry.steps, strict=True):
         for name in _touched(step):
-            places.setdefault(root_of(entry, name), []).append(index)
+            places.setdefault(root_of(entry, name), []).append(phase)
     lifetimes = {}
     for name, buffer in entry.buffers.items():
         if buffer.kind == "intermediate" and not buffer.alias and not undecided & size_names(buffer):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from qcompile.ir.allowed import ALLOWED
-from qcompile.ir.lowered import BUCKETS, Entry, Kernel, Plan, Step
-from qcompile.ir.memory import buffers_in, undecided_sizes
+from qcompile.ir.lowered import BUCKETS, Entry, Kernel, Plan, Step, item_operand
+from qcompile.ir.memory import buffers_in, root_of, undecided_sizes
 from qcompile.ir.operands import bind_arguments, output_name
 
 INSTRUCTION_SETS: dict[str, frozenset[str]] = {
@@ -34,6 +35,12 @@ TENSOR_WORDS = 2 + 2 * RANK
 def library_name(machine: str, instruction_set: str) -> str:
     """The file of an artifact's library: `native-x86_64-avx512.so`."""
     return f"native-{machine}-{instruction_set}.so"
+
+
+def library_parts(name: str) -> tuple[str, str]:
+    """Machine and instruction set of a library's file; ("", "") for any other file."""
+    match = re.fullmatch(r"native-(.+)-([a-z0-9]+)\.so", name)
+    return (match[1], match[2]) if match else ("", "")
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,8 @@ def native_operands(entry: Entry, step: Step, kernels: Mapping[str, Kernel]) -> 
     if not chosen or len(chosen) < len(step.kernels) or any(kernel.suffix != ".cpp" for kernel in chosen):
         return None
     given = bind_arguments(step.operator, ALLOWED[step.operator], step.args, step.kwargs)
+    lists = {key: value for key, value in given.items() if isinstance(value, list | tuple)}
+    given |= {item_operand(key, place): item for key, listed in lists.items() for place, item in enumerate(listed)}
     given |= {output_name(place): {"buffer": name} for place, name in enumerate(step.outputs)}
     layouts = dict(chosen[0].layouts)
     operands = {}
@@ -121,14 +130,23 @@ def _counted(step: Step, operands: list[str]) -> tuple[int, int]:
     return next((place for place, name in enumerate(operands) if name in ("x", "codes")), 0), -1
 
 
-def plan_digest(plan: Plan, kernels: Mapping[str, Kernel]) -> str:
-    """What a library was made for: every step, shape and kernel of a plan. Where buffers lie is not part of it."""
-    entries = {}
-    for name, entry in plan.entries.items():
-        buffers = {key: vars(buffer) | {"offset": 0} for key, buffer in entry.buffers.items()}
-        entries[name] = [entry.inputs, entry.outputs, entry.steps, buffers]
+def plan_digest(plan: Plan, kernels: Mapping[str, Kernel], runs: Mapping[str, list[Segment]] | None = None) -> str:
+    """What a library was made for: every run of native steps, the tensors in its table, and the kernels.
+
+    Steps between the runs and where buffers lie are not part of it. `runs` are the `segments` of each entry, if they are at hand.
+    """
+    found = {name: segments(entry, kernels) for name, entry in plan.entries.items()} if runs is None else runs
+    made = [[name, *_described(plan.entries[name], run)] for name in sorted(found) for run in found[name]]
     calls = [[name, kernel.spec, kernel.launches, kernel.layouts] for name, kernel in native_kernels(kernels)]
-    return hashlib.sha256(json.dumps([entries, calls], default=vars, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([made, calls], default=vars, sort_keys=True).encode()).hexdigest()
+
+
+def _described(entry: Entry, run: Segment) -> list[object]:
+    """A run for its digest: its calls, and of each tensor what memory it lies in and its type, shape and order."""
+    calls = [[call.place, call.kernels, call.tensors, call.counted] for call in run.calls]
+    buffers = ((entry.buffers[name], root_of(entry, name), layout) for name, layout in run.table)
+    table = [[item.name, root, layout, item.kind, item.dtype, item.shape, item.order] for item, root, layout in buffers]
+    return [run.function, calls, table]
 
 
 def native_kernels(kernels: Mapping[str, Kernel]) -> Iterator[tuple[str, Kernel]]:

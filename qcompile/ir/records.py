@@ -81,10 +81,13 @@ class Settings:
     Attributes:
         scheme: as `qcompile.quant.scheme_json` writes it; None in artifacts of versions that did not say.
         calibration: None where no data was read.
+        engine: what runs it on CPUs: `native` if it was lowered for C++ kernels, else what the caller chose; None where nothing was
+            chosen and nothing could be built, and in artifacts of versions that did not say.
     """
 
     scheme: dict[str, Any] | None = None
     calibration: Calibrated | None = None
+    engine: str | None = None
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qcompile.codegen.select import backend_for
+from qcompile.codegen.cpp import build as compiler
+from qcompile.codegen.cpp.entry import library_source
 from qcompile.errors import PipelineError
 from qcompile.ir.graph import Graph
 from qcompile.ir.lowered import Instrument, Kernel
+from qcompile.ir.native import NATIVE_SOURCE
 from qcompile.ir.records import Assets
 from qcompile.ir.tensor_file import constants_bytes
 from qcompile.passes.base import Pass, PassContext
@@ -22,6 +24,8 @@ from qcompile.runtime.artifact_size import ArtifactSize, artifact_size
 
 _BINARY_BYTES = 40_000
 """Of one launch's binary, the mean of some hundreds that were built; a plain one takes a tenth, attention over packed pages seven times."""
+_LIBRARY_BYTES, _LIBRARY_SHARE = 60_000, 0.65
+"""Of a library of C++ kernels: of any, and for each byte of its source, as of a model of 2 and one of 30 layers."""
 _ONNX_NODE_BYTES = 200
 """Of a node of an ONNX file, names included."""
 
@@ -57,7 +61,6 @@ def outline_model(
     Raises:
         QCompileError: as the compilation would.
     """
-    ctx = replace(ctx, backend=backend_for(ctx.target))
     found = _outlined(graph.clone(), assets, pipeline, replace(ctx, outline=Outline()), instruments)
     if not found.outline.is_open:
         return found
@@ -75,16 +78,26 @@ def _outlined(graph: Graph, assets: Assets, pipeline: Sequence[Pass], ctx: PassC
     if "plan" not in ctx.products:
         raise PipelineError(f"plan: expected a pipeline that ends in plan-memory, got {pipeline_text(pipeline)}; add it")
     kernels: dict[str, Kernel] = {name: kernel for name, kernel in ctx.products.get("kernels", {}).items() if kernel.source}
+    lines = {node.name: str(node.meta.get("source", "")) for node in graph.nodes}
+    native = bool(kernels) and not ctx.target.is_cuda
+    source = library_source(ctx.products["plan"], kernels, f"Kernels for {ctx.target}.", lines).encode() if native else b""
     contents = ArtifactContents(
-        graph=graph, plan=ctx.products["plan"], kernels=kernels, binaries={}, assets=assets, target=str(ctx.target),
-        pipeline=pipeline_text(pipeline), records=records, coverage=ctx.coverage,
+        graph=graph, plan=ctx.products["plan"], kernels=kernels, binaries={NATIVE_SOURCE: source} if native else {}, assets=assets,
+        target=str(ctx.target),        pipeline=pipeline_text(pipeline), records=records, coverage=ctx.coverage,
     )  # fmt: skip
     assert ctx.outline is not None
     resident = resident_bytes()  # now: sizing and measuring take memory that a compilation does not
     size = artifact_size(contents)
-    launches = sum(len(kernel.launches) for kernel in kernels.values())
     onnx = contents.weight_bytes + _ONNX_NODE_BYTES * len(graph.fx.nodes) if ctx.target.is_onnx else 0
-    return Outlined(contents, ctx.outline, replace(size, binaries=launches * _BINARY_BYTES, onnx=onnx), resident)
+    return Outlined(contents, ctx.outline, replace(size, binaries=_binary_bytes(contents, ctx), onnx=onnx), resident)
+
+
+def _binary_bytes(contents: ArtifactContents, ctx: PassContext) -> int:
+    """Of what will be built: a binary per launch for GPUs, a library per instruction set for CPUs."""
+    if ctx.target.is_cuda:
+        return _BINARY_BYTES * sum(len(kernel.launches) for kernel in contents.kernels.values())
+    source = contents.binaries.get(NATIVE_SOURCE)
+    return 0 if source is None else round(len(compiler.chosen_sets(None)) * (_LIBRARY_BYTES + _LIBRARY_SHARE * len(source)))
 
 
 def resident_bytes() -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Unpack
 
 from qcompile import frontend
+from qcompile.codegen.select import backend_for, instead_of_native
 from qcompile.compiler import DEFAULT_CONTEXT, goal_of, is_calibrated
 from qcompile.errors import CapacityError
 from qcompile.frontend.loaded import Loaded
@@ -23,9 +24,11 @@ from qcompile.planning.result import CompilationPlan, PlannedPass
 from qcompile.planning.speed import held_weight_bytes, predict_speed
 from qcompile.quant.scheme import QuantScheme
 from qcompile.quant.scheme_options import SchemeOptions
+from qcompile.rebuild import told
 from qcompile.runtime.accounting import bits_per_weight, memory_plan
 from qcompile.runtime.cache_layers import cache_layers
 from qcompile.runtime.cache_layout import CacheLayout, layout_of
+from qcompile.runtime.engines import require_known
 from qcompile.target import Target
 
 _UNLIMITED = 1 << 40
@@ -54,6 +57,7 @@ def plan(
     device_compute: float | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    engine: str | None = None,
     instruments: Sequence[Instrument] = (),
     **options: Unpack[SchemeOptions],
 ) -> CompilationPlan:
@@ -82,6 +86,7 @@ def plan(
         device_compute: operations a second, in place of the data sheet's.
         revision: as in `compile`.
         trust_remote_code: as there.
+        engine: as there.
         instruments: as there.
         **options: what to change in the scheme, as there.
 
@@ -94,6 +99,7 @@ def plan(
     goal = goal_of(target, scheme, options)
     if prefill_chunk < 1:
         raise CapacityError(f"prefill_chunk={prefill_chunk}: expected at least one token; leave it out for 512")
+    require_known(engine)
     choose_passes(goal, recipe, passes, disable)
     runs_on = device_for(goal, device, device_bandwidth, device_compute)
     loaded = frontend.load(
@@ -104,8 +110,9 @@ def plan(
     case = _Case(loaded.assets, data, calibration is not None, is_bare(loaded), is_calibrated(loaded, given=calibration is not None))
     placed = place_passes(goal, recipe, passes, disable, calibrated=case.is_calibrated)
     context = max_context or min(loaded.assets.max_positions or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
-    ctx = PassContext(goal, None, max_batch, context, min(context, prefill_chunk), calibration=data)
+    ctx = PassContext(goal, backend_for(goal, engine), max_batch, context, min(context, prefill_chunk), calibration=data)
     outlined = outline_model(loaded.graph, loaded.assets, [step for step, _ in placed], ctx, instruments)
+    missing = "" if ctx.backend is None else instead_of_native(ctx.backend)
     most = max_context if kv_bytes is not None else context
     layout = layout_of(
         outlined.contents.plan.entries.get("decode"), max_batch=max_batch, kv_bytes=kv_bytes, page_tokens=page_tokens,
@@ -118,16 +125,16 @@ def plan(
         target=str(goal),
         pipeline=chosen.pipeline,
         passes=_planned(outlined, [reason for _, reason in placed]),
-        coverage=tuple(chosen.coverage),
+        coverage=tuple(told(chosen.coverage, missing) if missing else chosen.coverage),
         cache=tuple(cache_layers(chosen.plan)),
         size=outlined.size,
         alternatives=outlined.alternatives,
         bits_per_weight=bits_per_weight(chosen.constants, chosen.plan),
         memory=_memory(outlined, layout, is_cuda=goal.is_cuda),
         needs=predict_needs(outlined, tokens),
-        speed=predict_speed(chosen.plan, layout, runs_on, is_cuda=goal.is_cuda),
+        speed=predict_speed(chosen, layout, runs_on, is_cuda=goal.is_cuda),
         choices=tuple(outlined.outline.choices),
-        notes=tuple(case.notes(outlined, goal)),
+        notes=tuple(case.notes(outlined, goal, missing)),
     )
 
 
@@ -159,13 +166,14 @@ class _Case:
         most = self.assets.max_positions or DEFAULT_LENGTH
         return (samples or DEFAULT_SAMPLES) * min(length or DEFAULT_LENGTH, most)
 
-    def notes(self, outlined: Outlined, target: Target) -> list[str]:
-        """What a table does not say."""
+    def notes(self, outlined: Outlined, target: Target, missing: str) -> list[str]:
+        """What a table does not say; `missing` is why there are no C++ kernels where there should be."""
         steps = ", ".join(outlined.outline.valueless)
         known = {
             "the configuration alone: tokenizer files come on top, and calibration text is taken to be there": self.is_bare,
             f"compile will ask for calibration=: {steps} need data, and this model brings none": bool(steps) and not self.is_calibrated,
-            "binaries of kernels are estimated: nothing was built": target.is_cuda,
+            "binaries of kernels are estimated: nothing was built": outlined.size.binaries > 0,
+            f"torch_cpu will serve in place of native kernels: {missing}": bool(missing),
             "the ONNX file is estimated: nothing was exported": target.is_onnx,
         }
         return [note for note, holds in known.items() if holds]

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qcompile.ir.lowered import Entry, Plan, Step
+import torch
+
+from qcompile.ir.constants import Constant
+from qcompile.ir.layouts import apply_layout
+from qcompile.ir.lowered import Entry, Kernel, Plan, Step
 from qcompile.ir.memory import buffers_in, dtype_of
+from qcompile.ir.native import segments
 from qcompile.ir.size import evaluate
 from qcompile.planning.hardware import Device
 from qcompile.runtime.accounting import elements_of_codes
 from qcompile.runtime.artifact import ArtifactContents
 from qcompile.runtime.cache_layers import cache_layers
 from qcompile.runtime.cache_layout import CacheLayout, arguments_of
+from qcompile.runtime.engines.native import contents_between
 from qcompile.runtime.engines.packed import INTEGER, PACKED_LINEARS, packed_weight
 
 _LINEAR = "aten.linear.default"
@@ -75,28 +81,49 @@ class Speed:
         return asdict(self)
 
 
-def predict_speed(plan: Plan, layout: CacheLayout, device: Device, *, is_cuda: bool, prompt: int = PROMPT) -> Speed | None:
+def predict_speed(contents: ArtifactContents, layout: CacheLayout, device: Device, *, is_cuda: bool, prompt: int = PROMPT) -> Speed | None:
     """The bounds of a language model with a cache of this layout; None for any other model."""
+    plan = contents.plan
     if "decode" not in plan.entries:
         return None
     batch, context = layout.max_batch, layout.capacity
     prompt = min(prompt, context)
     phases = []
     for name, tokens, seen in (("prefill", prompt, 0), ("decode", 1, context)):
-        work = _Work(plan, plan.entries[name], layout, tokens, seen, unpacked=not is_cuda)
+        entry = plan.entries[name]
+        packed = range(len(entry.steps)) if is_cuda else native_places(entry, contents.kernels)
+        work = _Work(plan, entry, layout, tokens, seen, packed)
         phases.append(_phase(work, batch * tokens, device))
     return Speed(device.name, device.source, device.bandwidth, device.compute, batch, context, prompt, *phases)
 
 
 def held_weight_bytes(contents: ArtifactContents, *, is_cuda: bool) -> int:
-    """What an engine holds of the constants: as they are stored on a GPU; unpacked, once, on a CPU."""
+    """What an engine holds of the constants: as they are stored on a GPU, as C++ kernels read them on a CPU, and unpacked for torch."""
     if is_cuda:
         return contents.weight_bytes
+    runs = {name: segments(entry, contents.kernels) for name, entry in contents.plan.entries.items()}
+    read = {operand for found in runs.values() for run in found for operand in run.table if operand[0] in contents.constants}
+    return sum(_laid_out(contents.constants[name], layout) for name, layout in read) + _for_torch(contents_between(contents, runs))
+
+
+def _laid_out(constant: Constant, layout: str) -> int:
+    """Bytes of a constant in the layout that a C++ kernel reads."""
+    stored = torch.empty(constant.shape, dtype=constant.dtype, device="meta")
+    return apply_layout(layout, stored).nbytes if layout else constant.nbytes
+
+
+def _for_torch(contents: ArtifactContents) -> int:
+    """Bytes of the constants that torch's operators read: packed weights as numbers that it multiplies."""
     entry, elements = contents.plan.entries["forward"], elements_of_codes(contents.plan)
     steps = [step for step in entry.steps if step.operator in PACKED_LINEARS]
     unpacked = dict(_unpacked(step, entry, elements) for step in steps)
     packed = {part for step in steps for part in packed_weight(step).parts}
     return sum(unpacked.values()) + sum(item.nbytes for name, item in contents.constants.items() if name not in packed)
+
+
+def native_places(entry: Entry, kernels: Mapping[str, Kernel]) -> frozenset[int]:
+    """The steps of an entry that C++ kernels make."""
+    return frozenset(call.place for run in segments(entry, kernels) for call in run.calls)
 
 
 def _unpacked(step: Step, entry: Entry, elements: Mapping[str, int]) -> tuple[str, int]:
@@ -118,18 +145,18 @@ def _phase(work: _Work, tokens: int, device: Device) -> Phase:
 class _Work:
     """What one call of an entry reads and multiplies: `tokens` new ones of each sequence, of which `seen` are in the cache already."""
 
-    def __init__(self, plan: Plan, entry: Entry, layout: CacheLayout, tokens: int, seen: int, *, unpacked: bool) -> None:
-        """With `unpacked`, packed weights stand in memory as what they are multiplied as (`runtime/engines/weights.py`)."""
+    def __init__(self, plan: Plan, entry: Entry, layout: CacheLayout, tokens: int, seen: int, packed: Container[int]) -> None:
+        """`packed` are the places of steps that read packed weights; others read what these become (`runtime/engines/weights.py`)."""
         self._plan, self._entry, self._layout = plan, entry, layout
-        self._tokens, self._seen, self._unpacked = tokens, seen, unpacked
+        self._tokens, self._seen, self._packed = tokens, seen, packed
         self._elements = elements_of_codes(plan)
         self._sizes = {**layout.sizes, "batch": layout.max_batch, "sequence": tokens}
 
     def weight_bytes(self) -> int:
         """Of every constant the share that is read, by the step that reads most of it."""
         found: dict[str, float] = {}
-        for step in self._entry.steps:
-            for name, size in self._read(step):
+        for place, step in enumerate(self._entry.steps):
+            for name, size in self._read(step, packed=place in self._packed):
                 found[name] = max(size, found.get(name, 0.0))
         return round(sum(found.values()))
 
@@ -154,9 +181,9 @@ class _Work:
                 counts[""] += self._attention(step)
         return counts
 
-    def _read(self, step: Step) -> Iterator[tuple[str, float]]:
+    def _read(self, step: Step, *, packed: bool) -> Iterator[tuple[str, float]]:
         names = [name for name in buffers_in([*step.args, *step.kwargs.values()]) if self._entry.buffers[name].kind == "constant"]
-        if self._unpacked and step.operator in PACKED_LINEARS:
+        if not packed and step.operator in PACKED_LINEARS:
             yield _unpacked(step, self._entry, self._elements)
             names = [name for name in names if name not in packed_weight(step).parts]
         for name in names:

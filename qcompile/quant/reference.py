@@ -70,7 +70,9 @@ class Grid:
         element, columns = self.form.element, values.shape[1]
         zero = None if self.zero is None else per_column(self.zero, self.form.granularity.size(columns), columns)
         codes = pack(encode(values, element, zero), element.bits)
-        offset = self.least if self.least is not None else None if zero is None else pack(self.zero.to(torch.uint8), element.bits)
+        offset = self.least
+        if offset is None and self.zero is not None:
+            offset = pack(self.zero.to(torch.uint8), element.bits)
         return Quantized(codes, self.scale, offset, self.scale2)
 
 

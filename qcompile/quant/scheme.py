@@ -16,6 +16,8 @@ from qcompile.quant.format import QuantFormat as QuantFormat
 from qcompile.quant.granularity import Granularity
 from qcompile.quant.scheme_options import SchemeOptions, given_options
 
+MATMULS = ("exact", "fast")
+"""How float activations meet integer weights."""
 DTYPE_NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
@@ -31,6 +33,8 @@ class QuantScheme:
     `ignore` holds names or `re:` patterns of weights (as the model calls them) to be left alone; first match wins.
     `quantize_head` and `quantize_embedding` take in the output head and the token embedding, left alone by default.
     `activation` is what linears and convolutions with quantized weights read; None leaves activations in the computation dtype.
+    `matmul` says how float activations meet integer weights: `exact`ly, or `fast`, rounded to int8 while the model runs; bases and
+    rounding of weights are the same for both. Raises FormatError for a fast matmul of a scheme that has none.
     """
 
     name: str
@@ -41,6 +45,16 @@ class QuantScheme:
     quantize_head: bool = False
     quantize_embedding: bool = False
     activation: ActivationFormat | None = None
+    matmul: str = "exact"
+
+    def __post_init__(self) -> None:
+        if self.matmul not in MATMULS:
+            raise FormatError(f"matmul={self.matmul!r}: expected one of {', '.join(MATMULS)}")
+        if self.matmul == "fast" and self.activation is not None:
+            raise FormatError(f"scheme {self.name}: expected float activations for matmul='fast', got {self.activation}; leave matmul out")
+        if self.matmul == "fast" and (self.weight is None or not self.weight.element.is_integer):
+            found = "float weights" if self.weight is None else f"weights in {self.weight}"
+            raise FormatError(f"scheme {self.name}: expected integer weights for matmul='fast', got {found}; choose int8 or int4")
 
     def with_options(self, **options: Unpack[SchemeOptions]) -> QuantScheme:
         """A copy with those options replaced that are not None; `weight_format` is text such as `nf4 g36 sym int8`.
@@ -48,10 +62,10 @@ class QuantScheme:
         Raises:
             OptionError: for an option that does not exist, or a value of another kind.
             FormatError: if a weight option is given to a scheme without quantized weights, an activation option to one without quantized
-                activations, or the combination does not exist.
+                activations, a fast matmul to one without integer weights, or the combination does not exist.
         """
         given = given_options(options)
-        kept = {name: given[name] for name in ("quantize_head", "quantize_embedding") if name in given}
+        kept = {name: given[name] for name in ("quantize_head", "quantize_embedding", "matmul") if name in given}
         ignore = tuple(given.get("ignore", self.ignore))
         cache = self.cache.with_options(given)
         return replace(self, weight=self._weight(given), activation=self._activation(given), cache=cache, ignore=ignore, **kept)

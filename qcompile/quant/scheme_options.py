@@ -18,6 +18,7 @@ class SchemeOptions(TypedDict, total=False):
     ignore: Sequence[str] | None
     quantize_head: bool | None
     quantize_embedding: bool | None
+    matmul: str | None
     activation_group_size: int | None
     activation_symmetric: bool | None
     activation_static: bool | None
@@ -37,6 +38,7 @@ _KINDS: Mapping[str, tuple[type | tuple[type, ...], str]] = {
     "ignore": ((list, tuple), "a list of names or 're:' patterns"),
     "quantize_head": (bool, "True or False"),
     "quantize_embedding": (bool, "True or False"),
+    "matmul": (str, "'exact' or 'fast'"),
     "activation_group_size": (int, "an integer"),
     "activation_symmetric": (bool, "True or False"),
     "activation_static": (bool, "True or False"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from qcompile.errors import EngineError
+from qcompile.runtime.native.processor import best_library
 
 if TYPE_CHECKING:
     from qcompile.ir.lowered import Engine
@@ -51,7 +52,8 @@ def make_engine(
         EngineError: for an unknown name, or `onnxruntime` without `onnx_model`, the file that was exported from the contents' graph.
         CapacityError: if the cache has no room for a page for each row.
     """
-    chosen = name or default_engine(contents.target, device)
+    require_known(name)
+    chosen = name or default_engine(contents, device)
     sizes: _Sizes = {"max_batch": max_batch, "max_context": max_context, "page_tokens": page_tokens, "kv_bytes": kv_bytes}
     if chosen == "reference":
         from qcompile.runtime.engines.reference import ReferenceEngine
@@ -69,21 +71,35 @@ def make_engine(
         from qcompile.runtime.engines.cuda import CudaEngine
 
         return CudaEngine(contents, share_prefixes=share_prefixes, device=device or "cuda", **sizes)
-    if chosen == "onnxruntime":
-        from qcompile.runtime.engines.onnxruntime import OnnxRuntimeEngine
+    from qcompile.runtime.engines.onnxruntime import OnnxRuntimeEngine
 
-        if onnx_model is None:
-            raise EngineError("engine onnxruntime: expected the ONNX file of the model, got none; use CompiledModel, which makes it")
-        return OnnxRuntimeEngine(contents, onnx_model, share_prefixes=share_prefixes, **sizes)
-    raise EngineError(f"engine {chosen!r}: expected one of {', '.join(ENGINES)}")
+    if onnx_model is None:
+        raise EngineError("engine onnxruntime: expected the ONNX file of the model, got none; use CompiledModel, which makes it")
+    return OnnxRuntimeEngine(contents, onnx_model, share_prefixes=share_prefixes, **sizes)
 
 
-def default_engine(target: str, device: str | None = None) -> str:
-    """What a target asks for: `cuda` only where there is a device, `onnxruntime` only where it is installed; else `reference`."""
+def require_known(name: str | None) -> None:
+    """Refuse a name that no engine has; None is whatever the target asks for.
+
+    Raises:
+        EngineError: listing those that there are.
+    """
+    if name is not None and name not in ENGINES:
+        raise EngineError(f"engine {name!r}: expected one of {', '.join(ENGINES)}")
+
+
+def default_engine(contents: ArtifactContents, device: str | None = None) -> str:
+    """What a target asks for and can be had here: `cuda` with a device, `onnxruntime` if installed, `native` with a library.
+
+    Else `torch_cpu` serves targets of CPUs, `reference` all others.
+    """
     import torch
 
+    target = contents.target
     if target.startswith("sm") and (device or "cuda").startswith("cuda") and torch.cuda.is_available():
         return "cuda"
     if target.startswith("onnx"):
         return "onnxruntime" if has_onnxruntime() else "reference"
-    return "torch_cpu" if target.startswith("cpu") else "reference"
+    if target.startswith("cpu"):
+        return "torch_cpu" if best_library(contents.binaries) is None else "native"
+    return "reference"

@@ -17,7 +17,7 @@ from qcompile.runtime.artifact import ArtifactContents
 from qcompile.runtime.cache_layout import CacheLayout, describe, layout_of
 from qcompile.runtime.engines.program import Kernels, Program
 from qcompile.runtime.kv_cache import KVCache
-from qcompile.runtime.sequences import SequenceEngine, require_cache
+from qcompile.runtime.sequences import PADDING, SequenceEngine, require_cache
 
 _KEPT = {"prefill": 7, "decode": 8}
 """Entry -> how many programs of it are kept, the last ones used: one for each number of rows and tokens."""
@@ -111,6 +111,18 @@ class PlanEngine(SequenceEngine):
         self.cache.bind(rows)
         program.run()
         return program.tensors[self._entries[name].outputs[0]][:, -1].clone()
+
+    def _run_tokens(self, name: str, parts: Mapping[int, Sequence[int]], out: Tensor | None) -> Tensor:
+        """A decode step writes its tokens where the program reads them, without a tensor in between."""
+        if name != "decode":
+            return super()._run_tokens(name, parts, out)
+        cache, program = self.cache, self._program(name, len(parts), 1)
+        ids, positions, logits = program.step
+        for place, (row, part) in enumerate(parts.items()):
+            ids[place], positions[place] = (part[0], cache.lengths[row]) if part else (0, PADDING)
+        cache.bind(list(parts))
+        program.run()
+        return logits.clone() if out is None else out.copy_(logits)
 
     def _program(self, name: str, batch: int, sequence: int) -> Program:
         key = (name, batch, sequence)

@@ -134,17 +134,17 @@ class CudaEngine(SequenceEngine):
         """On the engine's stream."""
         return self.queue()
 
-    def decode(self, tokens: Sequence[int] | Tensor) -> Tensor:
+    def decode(self, tokens: Sequence[int] | Tensor, *, out: Tensor | None = None) -> Tensor:
         """As `SequenceEngine.decode`; a tensor on the device is not read by the host, so it must hold no negative token."""
         if not isinstance(tokens, Tensor) or not tokens.is_cuda:
-            return super().decode(tokens)
+            return super().decode(tokens, out=out)
         rows = self.rows
         if len(tokens) != len(rows):
             raise EngineError(f"decode: expected a token for each of the {len(rows)} sequences of the batch, got {len(tokens)}")
         positions = torch.tensor([[length] for length in self.state])
         logits = self._advance("decode", rows, [1] * len(rows), tokens.view(-1, 1).long(), positions)
         self._histories |= dict.fromkeys(rows)
-        return logits
+        return logits if out is None else out.copy_(logits)
 
     def compute(self, name: str, rows: Sequence[int], ids: Tensor, positions: Tensor) -> Tensor:
         """Through the program for the least bucket that holds so many rows; decoding as one graph."""

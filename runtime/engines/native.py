@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from qcompile.collecting import without_collecting
 from qcompile.errors import EngineError
-from qcompile.ir.layouts import apply_layout
 from qcompile.ir.lowered import Entry, Plan
 from qcompile.ir.memory import buffers_in
 from qcompile.ir.native import Segment, plan_digest, segments
@@ -21,7 +22,8 @@ from qcompile.runtime.artifact import ArtifactContents
 from qcompile.runtime.engines.program import Call, Kernels, Operands, Program
 from qcompile.runtime.engines.torch_cpu import TorchCpuEngine
 from qcompile.runtime.kv_cache import KVCache
-from qcompile.runtime.native.library import Library
+from qcompile.runtime.native.constants import Packed, packed_constants
+from qcompile.runtime.native.library import Library, loaded
 from qcompile.runtime.native.processor import best_library
 from qcompile.runtime.native.program import NativeProgram
 
@@ -34,6 +36,7 @@ class NativeEngine(TorchCpuEngine):
 
     name = "native"
 
+    @without_collecting()
     def __init__(self, contents: ArtifactContents, **sizes: Any) -> None:
         """As `PlanEngine`, over the best library for this processor.
 
@@ -42,23 +45,26 @@ class NativeEngine(TorchCpuEngine):
             UntrustedCodeError: for one that was not built on this machine and that the caller did not allow.
             CapacityError: if the cache has no room for a page for each row.
         """
-        contents.require_native()
-        self.library = open_library(contents)
         self._runs = {name: segments(entry, contents.kernels) for name, entry in contents.plan.entries.items()}
-        self._packed: dict[tuple[str, str], Tensor] = {}
+        self.library = open_library(contents, self._runs)
+        self._packed: Packed = {}
         self._between = contents_between(contents, self._runs)
         self._alone = all(step.operator not in _OVER_CACHE for entry in self._between.plan.entries.values() for step in entry.steps)
         super().__init__(contents, **sizes)
 
+    @without_collecting()
     def prepare(self) -> None:
-        """Read the constants into the layouts of the kernels and allocate the cache."""
+        """Read the constants into the layouts of the kernels, allocate the cache, and bind the step of one row."""
         if self._packed:
             return
         super().prepare()
-        for name, layout in sorted({item for runs in self._runs.values() for run in runs for item in run.table}):
-            if name in self.contents.constants:
-                stored = self.contents.constants[name].materialize().contiguous()
-                self._packed[name, layout] = apply_layout(layout, stored) if layout else stored
+        constants = self.contents.constants
+        # What decoding reads lies in the order in which it is read.
+        runs = [run for name in sorted(self._runs, key=("decode", "prefill", "forward").index) for run in self._runs[name]]
+        wanted = dict.fromkeys(item for run in runs for item in run.table if item[0] in constants)
+        self._packed = packed_constants(self.library, constants, wanted, torch.get_num_threads())
+        if "decode" in self._entries:
+            self._program("decode", 1, 1)
 
     def prepared_constants(self) -> list[tuple[str, Tensor]]:
         """Those that steps between native ones read, as torch_cpu wants them."""
@@ -90,11 +96,12 @@ class NativeEngine(TorchCpuEngine):
         return super().weight_bytes + sum(tensor.nbytes for tensor in self._packed.values())
 
 
-def open_library(contents: ArtifactContents) -> Library:
-    """The best library of an artifact for this processor.
+def open_library(contents: ArtifactContents, runs: Mapping[str, list[Segment]]) -> Library:
+    """The best library of an artifact for this processor; `runs` are those of its entries.
 
     Raises:
-        EngineError: if there is none, or it was made for another plan.
+        EngineError: if there is none, it does not load, or it was made for another plan.
+        UntrustedCodeError: for one that was not built on this machine and that the caller did not allow; it is not even loaded.
     """
     name = best_library(contents.binaries)
     if name is None:
@@ -102,10 +109,25 @@ def open_library(contents: ArtifactContents) -> Library:
             f"engine native: expected a library for this processor, got {', '.join(sorted(contents.binaries)) or 'none'}; compile with "
             "engine='native', or load with engine='native' where there is a C++ compiler"
         )
-    library = Library(name, contents.binaries[name])
-    if library.plan != plan_digest(contents.plan, contents.kernels):
+    contents.require_native(name)
+    library = loaded(name, contents.binaries[name])
+    if library.plan != plan_digest(contents.plan, contents.kernels, runs):
         raise EngineError(f"{name}: expected a library made for the artifact's plan, got one of another; compile the model again")
     return library
+
+
+def objection(contents: ArtifactContents) -> str:
+    """Why no library that came with an artifact may serve it here; "" if one may."""
+    name = best_library(contents.binaries)
+    if name is None:
+        return "the artifact has no library for this processor"
+    if name in contents.untrusted:
+        return f"{name} was not built on this machine (allow_native=True runs it)"
+    try:
+        open_library(contents, {name: segments(entry, contents.kernels) for name, entry in contents.plan.entries.items()})
+    except EngineError as error:
+        return str(error).partition("; ")[0]
+    return ""
 
 
 def contents_between(contents: ArtifactContents, runs: Mapping[str, list[Segment]]) -> ArtifactContents:

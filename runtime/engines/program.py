@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -71,6 +72,12 @@ class Program:
         first = next((index for index, step in enumerate(entry.steps) if undecided & set(step.outputs)), len(entry.steps))
         self._late, self._kernels, self._undecided = entry.steps[first:], kernels, undecided
         self.calls: list[Call] = [call for step in entry.steps[:first] if (call := self._bind(step, kernels)) is not None]
+
+    @cached_property
+    def step(self) -> tuple[Any, Any, Tensor]:
+        """Of one token for each sequence: tokens and positions as flat arrays over the inputs' memory, and the logits [B, V]."""
+        ids, positions = (self.tensors[name].view(-1).numpy() for name in ("input_ids", "positions"))
+        return ids, positions, self.tensors[self.entry.outputs[0]][:, -1]
 
     def run(self) -> None:
         """All steps on what the inputs hold."""

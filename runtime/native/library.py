@@ -5,12 +5,17 @@ from __future__ import annotations
 import ctypes
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+
+from torch import Tensor
 
 from qcompile.errors import EngineError
 
 Entry = Callable[[int, int], None]
 """A run of steps: the address of its table of tensors, and how many threads make it."""
+PACKING_WORDS = 7
+"""Integers of 64 bits of a `Packing`: where from and where to, rows, bytes of a row and of a word, mask and bits."""
 
 
 class Library:
@@ -35,10 +40,18 @@ class Library:
 
     @property
     def plan(self) -> str:
-        """The digest of the plan that it was made for (`qcompile.ir.native.plan_digest`)."""
-        function = self._library.qcompile_plan
+        """The digest of the plan that it was made for (`qcompile.ir.native.plan_digest`); "" if it does not say."""
+        function = getattr(self._library, "qcompile_plan", None)
+        if function is None:
+            return ""
         function.restype = ctypes.c_char_p
         return str(function().decode())
+
+    def pack(self, weights: Tensor, threads: int) -> None:
+        """Make the layouts of weights: int64 [n, 7], each as `Packing` of `codegen/cpp/layouts.h` has it; all memory is the caller's."""
+        function = self._library.qcompile_pack
+        function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64), None
+        function(weights.data_ptr(), len(weights), threads)
 
     def entry(self, name: str) -> Entry:
         """The function called `name`."""
@@ -46,3 +59,9 @@ class Library:
         function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_int64), None
         found: Entry = function
         return found
+
+
+@cache
+def loaded(name: str, content: bytes) -> Library:
+    """The library of this content, loaded once a process."""
+    return Library(name, content)

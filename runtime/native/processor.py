@@ -22,8 +22,13 @@ def features() -> frozenset[str]:
     return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))
 
 
+def runs_here(name: str) -> bool:
+    """Whether this processor has the instruction set called `name`."""
+    return INSTRUCTION_SETS[name] <= features()
+
+
 def best_library(files: Iterable[str]) -> str | None:
     """Of an artifact's files the library for the best instruction set that this processor has; None if there is none for it."""
     there = set(files)
-    names = (library_name(platform.machine(), name) for name, wanted in INSTRUCTION_SETS.items() if wanted <= features())
+    names = (library_name(platform.machine(), name) for name in INSTRUCTION_SETS if runs_here(name))
     return next((name for name in names if name in there), None)

@@ -11,10 +11,8 @@ from qcompile.errors import EngineError
 from qcompile.ir.lowered import Entry, Step
 from qcompile.ir.native import RANK, TENSOR_WORDS, Segment
 from qcompile.runtime.engines.program import Call, Kernels, Program
+from qcompile.runtime.native.constants import Packed
 from qcompile.runtime.native.library import Library
-
-Packed = Mapping[tuple[str, str], Tensor]
-"""Constants by name and layout."""
 
 
 class NativeProgram(Program):

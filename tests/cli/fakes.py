@@ -60,6 +60,7 @@ class FakeModel:
     cache_layers: list[CacheLayer] = field(default_factory=lambda: CACHE)
     weight_bytes: int = 1_000_000
     bits_per_weight: float = 4.25
+    matmul: str = "exact (float32 activations)"
     kv_bytes_per_token: int = 720
     kv_bytes_per_sequence: int = 154_368
     contents: ArtifactContents = field(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import qcompile
+from qcompile.codegen.cpp.build import instruction_sets
 from qcompile.dump import blame as blame_room
 from qcompile.dump import writer
 from qcompile.dump.blame import KL, Blame, Cell, Step
@@ -30,8 +33,9 @@ def test_compile_hands_every_option_on(model: FakeModel, invoke: Invoke, tmp_pat
         "--strict", "--check", "--dump", tmp_path / "d", "--revision", "v1", "--trust-remote-code", "--max-batch", "2",
         "--max-context", "64", "--calibration", "c.npy", "--num-calibration-samples", "5", "--max-seq-length", "7",
         "--weight-format", "nf4 g36 sym int8", "--activation-group-size", "-1", "--activation-asymmetric", "--activation-static",
-        "--activation-clip", "0.9", "--cache-keys", "int4 t32", "--cache-values", "int4", "--cache-sinks", "3", "--cache-window", "16",
-        "--cache-before-positions", "--cache-bits", "3.5", "--prefill-chunk", "96",
+        "--activation-clip", "0.9", "--matmul", "exact", "--cache-keys", "int4 t32", "--cache-values", "int4", "--cache-sinks", "3",
+        "--cache-window", "16", "--cache-before-positions", "--cache-bits", "3.5", "--prefill-chunk", "96", "--engine", "torch_cpu",
+        "--instruction-sets", "avx2",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     instruments = model.asked.pop("instruments")
@@ -40,9 +44,9 @@ def test_compile_hands_every_option_on(model: FakeModel, invoke: Invoke, tmp_pat
         "dump": tmp_path / "d", "check": True, "group_size": 32, "symmetric": False, "ignore": ["a", "re:b"], "quantize_head": True,
         "quantize_embedding": True, "calibration": Path("c.npy"), "num_calibration_samples": 5, "max_seq_length": 7, "max_batch": 2,
         "max_context": 64, "revision": "v1", "trust_remote_code": True, "weight_format": "nf4 g36 sym int8", "activation_group_size": -1,
-        "activation_symmetric": False, "activation_static": True, "activation_clip": 0.9,
+        "activation_symmetric": False, "activation_static": True, "activation_clip": 0.9, "matmul": "exact",
         "cache_keys": "int4 t32", "cache_values": "int4", "cache_sinks": 3, "cache_window": 16,
-        "cache_before_positions": True, "cache_bits": 3.5, "prefill_chunk": 96,
+        "cache_before_positions": True, "cache_bits": 3.5, "prefill_chunk": 96, "engine": "torch_cpu", "instruction_sets": "avx2",
     }  # fmt: skip
     assert [type(item).__name__ for item in instruments] == ["StatusInstrument"]
     assert (tmp_path / "out" / "manifest.json").exists()
@@ -127,13 +131,13 @@ def test_eval_compiles_a_reference_model_in_float(
     np.save(tmp_path / "t.npy", np.zeros((1, 3), dtype=np.int64))
     seen: list[Any] = []
 
-    def compiled(*arguments: Any) -> FakeModel:
-        seen.append(arguments)
+    def compiled(*arguments: Any, engine: str) -> FakeModel:
+        seen.append((*arguments, engine))
         return FakeModel(scale=2.0)
 
     monkeypatch.setitem(vars(qcompile), "compile", compiled)
     result = invoke("eval", "out", "--tokens", tmp_path / "t.npy", "--reference", "m.gguf", "--json")
-    assert seen == [("m.gguf", "cpu-fp32")]
+    assert seen == [("m.gguf", "cpu-fp32", "torch_cpu")]
     assert json.loads(result.stdout)["kl"] > 0.01
 
 
@@ -211,11 +215,47 @@ def test_passes_lists_each_with_a_line(invoke: Invoke) -> None:
     assert "canonicalize" in invoke("passes").stdout
 
 
-def test_targets_lists_each_with_its_formats(invoke: Invoke) -> None:
+def test_targets_lists_each_with_its_formats(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {row["target"]: row for row in json.loads(invoke("targets", "--json").stdout)}
-    assert rows["sm90-int4"] == {"target": "sm90-int4", "compute": "bf16", "weights": "int4 g64 sym fp16"}
+    assert rows["sm90-int4"] == {
+        "target": "sm90-int4", "compute": "bf16", "weights": "int4 g64 sym fp16", "engine": "cuda", "instruction_sets": [],
+    }  # fmt: skip
     assert rows["cpu-fp32"]["weights"] == "fp32"
+    assert [rows[name]["engine"] for name in ("cpu-fp32", "onnx-int4", "reference-int8")] == ["native", "onnxruntime", "reference"]
+    assert rows["cpu-fp32"]["instruction_sets"] == list(instruction_sets())
     assert "reference-int8" in invoke("targets").stdout
+    monkeypatch.setenv("CXX", "none")
+    assert "cpu-* is served by torch_cpu: there is no C++ compiler" in invoke("targets").stdout
+    served = next(row for row in json.loads(invoke("targets", "--json").stdout) if row["target"] == "cpu-int4")
+    assert (served["engine"], served["instruction_sets"]) == ("torch_cpu", [])
+
+
+def test_an_artifact_is_built_where_it_is_to_run(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way: compiled and saved, carried to a machine that trusts nothing, built there, and run without a word."""
+    x = torch.randn(3, 24)
+    made = qcompile.compile(torch.nn.Linear(24, 8), "cpu-int8", example_inputs=x)
+    made.save(tmp_path / "out")
+    monkeypatch.setenv("QCOMPILE_CACHE", str(tmp_path / "elsewhere"))
+    rows = json.loads(invoke("inspect", tmp_path / "out", "--json").stdout)
+    assert rows["engine"] == "native"
+    assert [(row["built_here"], row["runs_here"]) for row in rows["libraries"]] == [(False, True)]
+    assert "built here" in invoke("inspect", tmp_path / "out").stdout
+    built = invoke("build", tmp_path / "out", "--json")
+    assert built.exit_code == 0, built.output
+    (row,) = json.loads(built.stdout)["libraries"]
+    assert (row["built_here"], row["runs_here"], row["machine"]) == (True, True, platform.machine())
+    assert (tmp_path / "out" / "kernels" / row["file"]).stat().st_size == row["bytes"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = qcompile.load(tmp_path / "out")
+    assert loaded.engine.name == "native"
+    assert torch.equal(loaded(x), made(x))
+    refused = invoke("build", tmp_path / "out", "--instruction-sets", "sse2")
+    assert (refused.exit_code, "instruction_sets: expected some of" in refused.stderr) == (2, True)
+    monkeypatch.setenv("CXX", "none")
+    refused = invoke("build", tmp_path / "out", "-o", tmp_path / "other")
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith("error: native kernels: expected a C++ compiler, got none: there is no C++ compiler ($CXX is 'none'")
 
 
 def test_a_warning_is_one_line_on_standard_error(model: FakeModel, invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +288,8 @@ def test_plan_hands_every_option_on(invoke: Invoke, monkeypatch: pytest.MonkeyPa
     options = (
         "--target", "sm90-int4", "--recipe", "nearest", "--asymmetric", "--quantize-head", "--ignore", "a", "--ignore", "b",
         "--disable-pass", "fold-norms", "--calibration", "t.npy", "--max-batch", "4", "--max-context", "99", "--kv-bytes", "4096",
-        "--device", "H200", "--device-bandwidth", "1e12", "--device-compute", "2e14", "--cache-bits", "3.5", "--json",
+        "--device", "H200", "--device-bandwidth", "1e12", "--device-compute", "2e14", "--cache-bits", "3.5", "--matmul", "fast",
+        "--engine", "reference", "--json",
     )  # fmt: skip
     printed = json.loads(invoke("plan", "config.json", *options).stdout)
     assert printed == {"size": {"total": 7}}
@@ -257,7 +298,7 @@ def test_plan_hands_every_option_on(invoke: Invoke, monkeypatch: pytest.MonkeyPa
         "arguments": ("config.json", "sm90-int4"), "recipe": "nearest", "symmetric": False, "quantize_head": True,
         "quantize_embedding": None, "ignore": ["a", "b"], "disable": ["fold-norms"], "calibration": Path("t.npy"), "max_batch": 4,
         "max_context": 99, "prefill_chunk": 512, "kv_bytes": 4096, "page_tokens": None, "device": "H200", "device_bandwidth": 1e12,
-        "device_compute": 2e14, "cache_bits": 3.5, "trust_remote_code": False,
+        "device_compute": 2e14, "cache_bits": 3.5, "matmul": "fast", "trust_remote_code": False, "engine": "reference",
     }  # fmt: skip
     assert invoke("plan", "config.json", "-t", "cpu-int4").stdout == "total 7\n"
 

@@ -35,16 +35,18 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model, x = _Gate(), torch.randn(2, 64)
     for name, size in (("dump", 64), ("finer", 16)):
-        made = qcompile.compile(model, "cpu-int4", recipe="nearest", example_inputs=x, dump=folder / name, group_size=size)
+        made = qcompile.compile(
+            model, "cpu-int4", recipe="nearest", example_inputs=x, dump=folder / name, group_size=size, engine="torch_cpu"
+        )
     del made
-    qcompile.compile(model, "cpu-int4", recipe="nearest", example_inputs=x, group_size=64).save(folder / "artifact")
+    qcompile.compile(model, "cpu-int4", recipe="nearest", example_inputs=x, group_size=64, engine="torch_cpu").save(folder / "artifact")
     return folder
 
 
 def test_a_dump_and_an_artifact_tell_the_same(compiled: Path, invoke: Invoke) -> None:
     dump, artifact = (json.loads(invoke("inspect", compiled / name, "--json").stdout) for name in ("dump", "artifact"))
     assert (dump["kind"], artifact["kind"]) == ("dump", "artifact")
-    for key in ("model", "target", "pipeline", "complete", "weight_bytes", "bits_per_weight", "arena_bytes", "coverage", "cache"):
+    for key in ("model", "target", "pipeline", "complete", "weight_bytes", "bits_per_weight", "arena_bytes", "coverage", "cache", "matmul"):
         assert dump[key] == artifact[key], key
     assert [row["name"] for row in dump["kernels"]] == [row["name"] for row in artifact["kernels"]]
     kinds = {(row["kind"], row["name"]) for row in dump["distributions"]}

@@ -32,7 +32,7 @@ def dumped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("dump") / "d"
     pipeline = insert(default_pipeline(parse_target(TARGET)), FoldNorms(), before="rewrite-kv-cache")
     pipeline = insert(pipeline, RotateHadamard(), before="rewrite-kv-cache")
-    qcompile.compile(outlier_llama(), TARGET, passes=pipeline, dump=path, max_context=8, group_size=16)
+    qcompile.compile(outlier_llama(), TARGET, passes=pipeline, dump=path, max_context=8, group_size=16, engine="torch_cpu")
     return path
 
 
@@ -41,6 +41,8 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dump of a tiny llama, checked while it was compiled, and the folder `artifact` beside it."""
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("report")
-    compiled = qcompile.compile(tiny("llama"), "cpu-int4", recipe="nearest", max_context=32, check=True, dump=root / "dump")
+    compiled = qcompile.compile(
+        tiny("llama"), "cpu-int4", recipe="nearest", max_context=32, check=True, dump=root / "dump", engine="torch_cpu"
+    )
     compiled.save(root / "artifact")
     return root / "dump"

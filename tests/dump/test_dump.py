@@ -115,7 +115,9 @@ def test_a_model_without_layers_has_distributions_too(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict({"only": nn.Linear(32, 4)})
     model.forward = lambda x: model["only"](x)  # type: ignore[method-assign]
-    qcompile.compile(model, "cpu-int4", recipe="nearest", example_inputs=torch.randn(2, 32), dump=tmp_path, group_size=32)
+    qcompile.compile(
+        model, "cpu-int4", recipe="nearest", example_inputs=torch.randn(2, 32), dump=tmp_path, group_size=32, engine="torch_cpu"
+    )
     (entry,) = Dump.open(tmp_path).distributions["weights"]
     assert (entry["name"], entry["layer"], len(entry["stages"])) == ("only.weight", None, 2)
     # A row has one scale: 15 levels of 4 bits, none between them.
@@ -132,7 +134,14 @@ def test_a_dump_is_the_same_when_the_work_was_done_before(tmp_path: Path, monkey
     )
     for name in ("first", "second"):
         qcompile.compile(
-            model, "cpu-int4", passes=pipeline, example_inputs=example, calibration=[example], dump=tmp_path / name, group_size=16
+            model,
+            "cpu-int4",
+            passes=pipeline,
+            example_inputs=example,
+            calibration=[example],
+            dump=tmp_path / name,
+            group_size=16,
+            engine="torch_cpu",
         )
     assert list((tmp_path / "cache" / "work").iterdir()), "results were kept"
     assert _contents(tmp_path / "first") == _contents(tmp_path / "second")

@@ -84,13 +84,13 @@ def test_any_pass_that_changes_a_basis_is_measured_and_no_other() -> None:
 def test_a_dump_holds_the_table(tmp_path: Path) -> None:
     pipeline = insert(default_pipeline(parse_target("cpu-fp32")), FoldNorms(), before="rewrite-kv-cache")
     pipeline = insert(pipeline, RotateHadamard(online=("linears",)), before="rewrite-kv-cache")
-    qcompile.compile(tiny("llama"), "cpu-fp32", passes=pipeline, dump=tmp_path, max_context=8)
+    qcompile.compile(tiny("llama"), "cpu-fp32", passes=pipeline, dump=tmp_path, max_context=8, engine="torch_cpu")
     (file,) = tmp_path.glob("*.spaces.txt")
     assert file.name.endswith("_rotate-hadamard.spaces.txt")
     text = file.read_text()
     assert text.startswith("rotate-hadamard{online=linears}")
     assert {cells(text, space)[1] for space in ("embedding", "keys", "linear_4")} == {"32", "8", "48"}
-    qcompile.compile(tiny("llama"), "cpu-fp32", dump=tmp_path, max_context=8)
+    qcompile.compile(tiny("llama"), "cpu-fp32", dump=tmp_path, max_context=8, engine="torch_cpu")
     assert not list(tmp_path.glob("*.spaces.txt")), "a later dump leaves nothing of an earlier one"
 
 

@@ -42,7 +42,12 @@ def interrupted(tmp_path: Path) -> Path:
     model = nn.Sequential(nn.Linear(8, 8), nn.SiLU())
     with pytest.raises(PassError, match="failing: failed with ValueError: oops"):
         qcompile.compile(
-            model, "cpu-fp32", example_inputs=torch.randn(2, 8), passes=[Canonicalize(), RaisePatterns(), _Failing()], dump=tmp_path / "d"
+            model,
+            "cpu-fp32",
+            example_inputs=torch.randn(2, 8),
+            passes=[Canonicalize(), RaisePatterns(), _Failing()],
+            dump=tmp_path / "d",
+            engine="torch_cpu",
         )
     return tmp_path / "d"
 

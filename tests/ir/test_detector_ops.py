@@ -92,7 +92,7 @@ def close(found: Any, expected: list[Tensor]) -> bool:
 def test_a_detector_through_everything(tmp_path: Path) -> None:
     """Compiled, run with other numbers of boxes, saved, loaded, exported and imported again, as onnxruntime runs it."""
     path = detector(tmp_path)
-    compiled = qcompile.compile(path, "cpu-fp32")
+    compiled = qcompile.compile(path, "cpu-fp32", engine="torch_cpu")
     assert "int64[non_max_suppression_0, 3]" in compiled.graph.text()
     inputs = [torch.randn(batch, 3, 32 * batch, 64, generator=torch.Generator().manual_seed(batch)) for batch in (1, 2, 3)]
     expected = [stock(path, {"x": x}) for x in inputs]
@@ -103,7 +103,7 @@ def test_a_detector_through_everything(tmp_path: Path) -> None:
     written = again.export_onnx(tmp_path / "exported", opset=21)
     assert written.error is not None
     assert written.error <= CLOSE
-    imported = qcompile.compile(written.path, "cpu-fp32")
+    imported = qcompile.compile(written.path, "cpu-fp32", engine="torch_cpu")
     for x, result in zip(inputs, expected, strict=True):
         for model in (compiled, again, reference, imported):
             assert close(model(x=x), result)
@@ -135,7 +135,7 @@ def test_places_that_are_not_0(tmp_path: Path) -> None:
     ]  # fmt: skip
     weights = {"zero": random(1)[0] * 0, "axis": [1], "w": random(5, 16)}
     path = saved(make(nodes, {"x": (["batch", 5], FLOAT)}, "y v u c", weights), tmp_path)
-    compiled = qcompile.compile(path, "cpu-fp32")
+    compiled = qcompile.compile(path, "cpu-fp32", engine="torch_cpu")
     compiled.save(tmp_path / "out")
     exported = qcompile.load(tmp_path / "out").export_onnx(tmp_path / "exported", opset=21)
     assert exported.error is not None
@@ -154,7 +154,7 @@ def of_places(folder: Path, *nodes: Any) -> Any:
     used = {name for item in nodes for name in item.input}
     kept = {name: value for name, value in weights.items() if name in used}
     path = saved(make([node("NonZero", "x", "n"), *nodes], {"x": (["length"], FLOAT)}, "y", kept), folder)
-    return qcompile.compile(path, "cpu-fp32")(x=torch.tensor([1.0, 0, 2, 3, 0, 4]))
+    return qcompile.compile(path, "cpu-fp32", engine="torch_cpu")(x=torch.tensor([1.0, 0, 2, 3, 0, 4]))
 
 
 def test_sizes_that_are_related(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tests.models import tiny
 
 @pytest.fixture(scope="module")
 def compiled() -> CompiledModel:
-    return qcompile.compile(tiny("llama"), "cpu-int4", recipe="nearest", max_context=64)
+    return qcompile.compile(tiny("llama"), "cpu-int4", recipe="nearest", max_context=64, engine="torch_cpu")
 
 
 def _called(compiled: CompiledModel, operator: object) -> list[fx.Node]:

@@ -45,7 +45,7 @@ def again(graph: Graph) -> Graph:
 @pytest.fixture(scope="module", params=FAMILIES)
 def compiled(request: pytest.FixtureRequest) -> CompiledModel:
     options = {} if request.param in ("llama", "gemma2", "gpt2", "qwen2_moe") else {"example_inputs": example_inputs(request.param)}
-    return qcompile.compile(tiny(request.param), "cpu-int4", **options)  # type: ignore[arg-type]
+    return qcompile.compile(tiny(request.param), "cpu-int4", **options, engine="torch_cpu")  # type: ignore[arg-type]
 
 
 def test_graphs_come_back(compiled: CompiledModel) -> None:
@@ -76,7 +76,7 @@ def test_plans_come_back(compiled: CompiledModel) -> None:
 
 def test_a_graph_that_came_back_runs() -> None:
     inputs = example_inputs("bert")
-    compiled = qcompile.compile(tiny("bert"), "cpu-int8", example_inputs=inputs)
+    compiled = qcompile.compile(tiny("bert"), "cpu-int8", example_inputs=inputs, engine="torch_cpu")
     leaves = [inputs[node.name] for node in compiled.graph.placeholders]
     pairs = zip(again(compiled.graph).run(leaves), compiled.graph.run(leaves), strict=True)
     assert all(torch.equal(got, expected) for got, expected in pairs)

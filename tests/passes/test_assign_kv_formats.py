@@ -71,15 +71,17 @@ def test_the_estimate_is_near_what_both_layers_lose_together() -> None:
     torch.manual_seed(0)
     model = tiny("llama")
     options = {"calibration": CALIBRATION, "max_context": 128, "cache_window": 4, "disable": ["rotate-hadamard"]}
-    coarse = qcompile.compile(model, "cpu-fp32-kv2-kivi", **options)
-    exact = qcompile.compile(model, "cpu-fp32", max_context=128)
+    coarse = qcompile.compile(model, "cpu-fp32-kv2-kivi", **options, engine="torch_cpu")
+    exact = qcompile.compile(model, "cpu-fp32", max_context=128, engine="torch_cpu")
     wanted, found = (part(input_ids=CALIBRATION[:1])["logits"][0].log_softmax(-1) for part in (exact, coarse))
     lost = float((wanted.exp() * (wanted - found)).sum(-1).mean())
     assert float(measured((1, 1))[:, 0].sum()) == pytest.approx(lost, rel=0.35)
 
 
 def test_each_layer_says_its_forms_and_the_budget_holds() -> None:
-    compiled = qcompile.compile(tiny("llama"), "cpu-fp32-kv-mixed", calibration=CALIBRATION, max_context=64, cache_bits=7.0, cache_window=4)
+    compiled = qcompile.compile(
+        tiny("llama"), "cpu-fp32-kv-mixed", calibration=CALIBRATION, max_context=64, cache_bits=7.0, cache_window=4, engine="torch_cpu"
+    )
     forms = [(layer.keys, layer.values) for layer in compiled.cache_layers]
     assert all(pair in MIXED_FORMS for pair in forms)
     numbers = sum(layer.numbers_per_token for layer in compiled.cache_layers)
@@ -88,4 +90,6 @@ def test_each_layer_says_its_forms_and_the_budget_holds() -> None:
 
 def test_text_in_which_nothing_settles_is_refused() -> None:
     with pytest.raises(SourceError, match=r"windows of at least 36 tokens, in which a group settles, got 20"):
-        qcompile.compile(tiny("llama"), "cpu-fp32-kv-mixed", calibration=CALIBRATION[:, :20], max_context=128, cache_bits=7.0)
+        qcompile.compile(
+            tiny("llama"), "cpu-fp32-kv-mixed", calibration=CALIBRATION[:, :20], max_context=128, cache_bits=7.0, engine="torch_cpu"
+        )

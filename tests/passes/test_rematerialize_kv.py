@@ -28,7 +28,7 @@ WIDE = {"hidden_size": 256, "head_dim": 64}
 
 
 def compiled(model: nn.Module, target: str, **options: Any) -> CompiledModel:
-    return qcompile.compile(model, target, calibration=CALIBRATION, max_batch=2, **{"max_context": 128, **options})
+    return qcompile.compile(model, target, calibration=CALIBRATION, max_batch=2, engine="torch_cpu", **{"max_context": 128, **options})
 
 
 def logits(model: CompiledModel) -> Tensor:
@@ -199,7 +199,7 @@ def test_projections_that_are_read_with_the_cache_keep_their_precision_and_stric
     with pytest.raises(
         CoverageError, match=r"attend_settled_sources .*: the weights of its keys and values are read as numbers, not codes"
     ):
-        qcompile.compile(tiny("llama"), "cpu-int4-kv4-xquant", recipe="nearest", strict=True, max_context=64)
+        qcompile.compile(tiny("llama"), "cpu-int4-kv4-xquant", recipe="nearest", strict=True, max_context=64, engine="torch_cpu")
 
 
 @pytest.mark.parametrize(("name", "sinks"), [("kv4-xquant", 4), ("kv4-xquant", 0), ("kv4-zip", 4)])

@@ -13,6 +13,7 @@ import transformers
 
 import qcompile
 from qcompile.errors import OptionError, PipelineError, SourceError, TargetError, UnsupportedModelError
+from qcompile.ir.layouts import LAYOUTS, apply_layout
 from qcompile.passes.pipelines import default_pipeline, placed_passes
 from qcompile.planning.hardware import DEVICES, device_for
 from qcompile.planning.outlining import resident_bytes
@@ -120,10 +121,44 @@ def test_prefill_multiplies(config: Path) -> None:
     assert plan.speed.prefill.bound == "compute"
 
 
-def test_cpus_hold_packed_weights_unpacked(config: Path) -> None:
-    packed, floats = (qcompile.plan(config, target, recipe="nearest") for target in ("cpu-int4", "cpu-fp32"))
+def test_torch_holds_packed_weights_unpacked(config: Path) -> None:
+    packed, floats = (qcompile.plan(config, target, recipe="nearest", engine="torch_cpu") for target in ("cpu-int4", "cpu-fp32"))
     assert packed.memory.weights == floats.memory.weights
     assert packed.size.weights < floats.size.weights
+    assert (packed.size.binaries, packed.notes[1:]) == (0, ())
+
+
+def test_cpp_kernels_read_packed_weights(config: Path, tmp_path: Path) -> None:
+    """What the native engine holds to the byte; a step reads codes and scales, of the embedding one row, and the head in float32."""
+    limits: dict[str, Any] = {"device_bandwidth": 1e9, "device_compute": 1e30, "recipe": "nearest", "max_context": 128}
+    plan = qcompile.plan(config, "cpu-int8", **limits)
+    made = qcompile.compile(tiny("llama"), "cpu-int8", recipe="nearest", max_context=128)
+    made.save(tmp_path / "made")
+    assert made.engine.name == "native"
+    assert plan.memory == made.memory_plan
+    layer = sum(rows * columns + 2 * rows for rows, columns in ((32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)))
+    other = 4 * 100 * 32 + 4 * 32 + 5 * 4 * 32 + 4 * 4
+    assert plan.speed is not None
+    assert plan.speed.decode.read_bytes == 2 * layer + other + 2 * 2 * 4 * 16 * 128
+    on_disk = {path.name: path.stat().st_size for path in (tmp_path / "made" / "kernels").iterdir()}
+    assert plan.size.kernels == sum(size for name, size in on_disk.items() if not name.endswith(".so"))
+    assert 0.3 < plan.size.binaries / sum(size for name, size in on_disk.items() if name.endswith(".so")) < 3
+    assert "binaries of kernels are estimated: nothing was built" in plan.notes
+
+
+def test_a_plan_without_a_compiler_says_so(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "none")
+    plan = qcompile.plan(config, "cpu-int4", recipe="nearest")
+    assert {row.kernel for row in plan.coverage if row.operator == "quantized_linear"} == {"torch_cpu.quantized_linear"}
+    assert all("no C++ kernel: there is no C++ compiler" in row.reason for row in plan.coverage)
+    assert any("torch_cpu will serve in place of native kernels: there is no C++ compiler" in note for note in plan.notes)
+
+
+def test_layouts_are_known_from_shapes_alone() -> None:
+    codes, shapes = torch.zeros(20, 24, dtype=torch.uint8), {}
+    for name in LAYOUTS:
+        shapes[name] = (apply_layout(name, codes).shape, apply_layout(name, codes.to("meta")).shape)
+    assert all(real == known for real, known in shapes.values())
 
 
 def test_a_cache_of_given_bytes(config: Path) -> None:

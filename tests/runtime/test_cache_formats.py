@@ -25,7 +25,9 @@ PROMPT = 60
 def compiled(request: pytest.FixtureRequest) -> CompiledModel:
     torch.manual_seed(0)
     options = {"cache_bits": 7.0} if request.param == "kv-mixed" else {}  # heads of 8 numbers take more bits for their scales
-    return qcompile.compile(tiny("llama"), f"cpu-fp32-{request.param}", calibration=CALIBRATION, max_context=128, max_batch=2, **options)
+    return qcompile.compile(
+        tiny("llama"), f"cpu-fp32-{request.param}", calibration=CALIBRATION, max_context=128, max_batch=2, **options, engine="torch_cpu"
+    )
 
 
 def by_decoding(compiled: CompiledModel, engine: str) -> Tensor:
@@ -51,7 +53,7 @@ def test_evaluation_scores_what_decoding_would_have_seen(name: str) -> None:
     scheme = parse_target(f"cpu-fp32-{name}" if name != "kv" else "cpu-fp32").scheme
     cache = replace(scheme.cache, dtype=torch.float64, bits=7.0 if scheme.cache.bits else 0.0)
     scheme = replace(scheme, cache=cache, compute=torch.float64)
-    compiled = qcompile.compile(tiny("llama"), "cpu-fp32", scheme=scheme, calibration=CALIBRATION, max_context=128)
+    compiled = qcompile.compile(tiny("llama"), "cpu-fp32", scheme=scheme, calibration=CALIBRATION, max_context=128, engine="torch_cpu")
     model = CompiledModel(compiled.contents, max_batch=2, max_context=128, engine="reference")
     windows = torch.cat((TEXT, TEXT.flip(1)))
     first = model.engine.prefill(windows[:, :1].tolist())

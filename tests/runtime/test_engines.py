@@ -281,6 +281,6 @@ def test_a_model_without_a_cache_only_has_a_forward_pass(kind: type[PlanEngine])
 def test_engines_are_found_by_name(llama: CompiledModel) -> None:
     for name in ("reference", "torch_cpu"):
         assert make_engine(llama.contents, name=name).name == name
-    assert make_engine(llama.contents).name == "torch_cpu"
+    assert make_engine(llama.contents).name == "native"
     with pytest.raises(EngineError, match="engine 'tpu': expected one of reference, torch_cpu, native, cuda"):
         make_engine(llama.contents, name="tpu")

@@ -27,7 +27,7 @@ def models() -> tuple[CompiledModel, CompiledModel]:
     for step in (FoldNorms(), RotateHadamard(online=("linears", "keys"))):
         rotated = insert(rotated, step, before="rewrite-kv-cache")
     options = {"max_batch": len(PROMPTS), "max_context": CONTEXT}
-    return tuple(qcompile.compile(model, "cpu-fp32", passes=passes, **options) for passes in (plain, rotated))  # type: ignore[return-value]
+    return tuple(qcompile.compile(model, "cpu-fp32", passes=passes, **options, engine="torch_cpu") for passes in (plain, rotated))  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("kind", [ReferenceEngine, TorchCpuEngine])

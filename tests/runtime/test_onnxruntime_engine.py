@@ -50,7 +50,8 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @functools.cache
 def compiled_for(target: str, family: str = "llama") -> CompiledModel:
     data = torch.tensor(TEXT[:128]).view(4, 32) if "static" in target else None
-    return qcompile.compile(tiny(family), target, recipe="nearest", prefill_chunk=CHUNK, calibration=data)
+    engine = "torch_cpu" if target.startswith("cpu") else None
+    return qcompile.compile(tiny(family), target, recipe="nearest", prefill_chunk=CHUNK, calibration=data, engine=engine)
 
 
 @pytest.fixture(scope="module", params=TARGETS)
@@ -344,7 +345,7 @@ def test_the_engine_needs_a_file(plain: CompiledModel) -> None:
 
 def test_the_file_of_another_model_is_refused(plain: CompiledModel, onnx: CompiledModel, tmp_path: Path) -> None:
     x = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
-    other = qcompile.compile(Gated().eval(), "cpu-fp32", example_inputs=x)
+    other = qcompile.compile(Gated().eval(), "cpu-fp32", example_inputs=x, engine="torch_cpu")
     path = other.export_onnx(tmp_path).path
     with pytest.raises(EngineError, match=r"expected the ONNX file of this model, got one that takes .* and gives .*; save the artifact"):
         make_engine(plain.contents, name="onnxruntime", onnx_model=path).prepare()

@@ -23,7 +23,9 @@ SCHEMES = ("w8a8", "w4a8", "w4a4", "fp8")
 def compiled(family: str, scheme: str, *quantized: str) -> CompiledModel:
     """A tiny model for three sequences, rounded to nearest; `quantized` names what is quantized beside the layers."""
     options: Any = {f"quantize_{name}": True for name in quantized}
-    return qcompile.compile(tiny(family), f"cpu-{scheme}", recipe="nearest", max_batch=3, max_context=CONTEXT, **options)
+    return qcompile.compile(
+        tiny(family), f"cpu-{scheme}", recipe="nearest", max_batch=3, max_context=CONTEXT, **options, engine="torch_cpu"
+    )
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -49,7 +51,7 @@ def test_a_row_of_the_reference_does_not_depend_on_its_batch(scheme: str) -> Non
 def test_asymmetric_activations_come_from_their_producers(scheme: str, group_size: int) -> None:
     model = qcompile.compile(
         tiny("llama"), f"cpu-{scheme}", recipe="nearest", max_batch=3, max_context=CONTEXT, group_size=group_size,
-        activation_symmetric=False, activation_group_size=group_size,
+        activation_symmetric=False, activation_group_size=group_size, engine="torch_cpu",
     )  # fmt: skip
     made = {row.operator for row in model.coverage if row.operator.endswith("_asym")}
     assert {"norm_quantize_asym", "add_norm_quantize_asym", "gated_quantize_asym"} <= made
@@ -75,7 +77,9 @@ def test_a_quantized_head_sees_only_the_last_token(scheme: str, quantized: tuple
 
 def test_a_packed_cache_and_quantized_activations_go_together() -> None:
     options: Any = {"cache_keys": "int4 t8 asym", "cache_window": 4}  # so that tokens are packed in so few
-    model = qcompile.compile(tiny("llama"), "cpu-w4a8-kv4", recipe="nearest", max_batch=3, max_context=CONTEXT, **options)
+    model = qcompile.compile(
+        tiny("llama"), "cpu-w4a8-kv4", recipe="nearest", max_batch=3, max_context=CONTEXT, **options, engine="torch_cpu"
+    )
     fast = run(engine_of(TorchCpuEngine, model), PROMPTS, STEPS)
     exact = run(engine_of(ReferenceEngine, model), PROMPTS, STEPS)
     for got, expected in zip(fast, exact, strict=True):
@@ -85,7 +89,7 @@ def test_a_packed_cache_and_quantized_activations_go_together() -> None:
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8"])
 def test_an_encoder_is_close_to_its_float_model(scheme: str) -> None:
     model, inputs = tiny("bert"), example_inputs("bert")
-    made = qcompile.compile(model, f"cpu-{scheme}", recipe="nearest", example_inputs=inputs)
+    made = qcompile.compile(model, f"cpu-{scheme}", recipe="nearest", example_inputs=inputs, engine="torch_cpu")
     with torch.no_grad():
         expected = model.eval()(**inputs).last_hidden_state
     got = made(**inputs)["last_hidden_state"]
@@ -112,7 +116,7 @@ def test_weights_take_the_bits_of_their_format_whatever_reads_them() -> None:
 def test_a_network_of_convolutions_is_close_to_its_float_model() -> None:
     model, inputs = tiny("resnet"), example_inputs("resnet")
     data = [{name: torch.randn_like(value) for name, value in inputs.items()} for _ in range(4)]
-    made = qcompile.compile(model, "cpu-w8a8", recipe="nearest", example_inputs=inputs, calibration=data)
+    made = qcompile.compile(model, "cpu-w8a8", recipe="nearest", example_inputs=inputs, calibration=data, engine="torch_cpu")
     with torch.no_grad():
         expected = model.eval()(**inputs).pooler_output
     assert (made(**inputs)["pooler_output"] - expected).abs().max() / expected.abs().max() <= 0.05

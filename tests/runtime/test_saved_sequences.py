@@ -27,7 +27,7 @@ LENGTH = 90
 
 
 def model_of(cache: str) -> CompiledModel:
-    return qcompile.compile(tiny("llama"), f"cpu-fp32-{cache}", recipe="nearest", prefill_chunk=32)
+    return qcompile.compile(tiny("llama"), f"cpu-fp32-{cache}", recipe="nearest", prefill_chunk=32, engine="torch_cpu")
 
 
 @pytest.fixture(scope="module", params=["kv16", "kv8", "kv4-kivi", "kv4-zip", "kv4-xquant"])
@@ -118,7 +118,7 @@ def test_another_model_is_refused(saved: Path) -> None:
     model = tiny("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[3, 4] += 0.5  # type: ignore[union-attr, index, operator]
-    other = qcompile.compile(model, "cpu-fp32-kv4-kivi", recipe="nearest", prefill_chunk=32)
+    other = qcompile.compile(model, "cpu-fp32-kv4-kivi", recipe="nearest", prefill_chunk=32, engine="torch_cpu")
     assert_refused(
         engine_of(other), saved, r"expected a sequence of model \w{16}, got one of \w{16}; load the artifact that saved it, or read"
     )

@@ -28,17 +28,19 @@ CONTEXT, CHUNK = 120, 16
 def compiled(request: pytest.FixtureRequest) -> CompiledModel:
     """A tiny model that reads prompts in chunks of sixteen tokens."""
     options = {"cache_window": 8} if request.param == "kv4-token" else {}  # so that a common beginning fills pages
-    return qcompile.compile(tiny("llama"), f"cpu-fp32-{request.param}", recipe="nearest", prefill_chunk=CHUNK, **options)
+    return qcompile.compile(
+        tiny("llama"), f"cpu-fp32-{request.param}", recipe="nearest", prefill_chunk=CHUNK, **options, engine="torch_cpu"
+    )
 
 
 @pytest.fixture(scope="module")
 def kivi() -> CompiledModel:
-    return qcompile.compile(tiny("llama"), "cpu-fp32-kv4-kivi", recipe="nearest", prefill_chunk=CHUNK)
+    return qcompile.compile(tiny("llama"), "cpu-fp32-kv4-kivi", recipe="nearest", prefill_chunk=CHUNK, engine="torch_cpu")
 
 
 @pytest.fixture(scope="module")
 def plain() -> CompiledModel:
-    return qcompile.compile(tiny("llama"), "cpu-fp32", recipe="nearest", prefill_chunk=CHUNK)
+    return qcompile.compile(tiny("llama"), "cpu-fp32", recipe="nearest", prefill_chunk=CHUNK, engine="torch_cpu")
 
 
 def engine_of(compiled: CompiledModel, name: str, **options: Any) -> PlanEngine:
@@ -100,7 +102,7 @@ def test_nobody_begins_with_attention_that_others_paid() -> None:
     model = tiny("llama")
     for layer in model.model.layers:  # type: ignore[union-attr]
         layer.self_attn.q_proj.weight.data *= 8  # so that queries differ in what they look at
-    ranked = qcompile.compile(model, "cpu-fp32-kv4-zip", recipe="nearest", prefill_chunk=CHUNK)
+    ranked = qcompile.compile(model, "cpu-fp32-kv4-zip", recipe="nearest", prefill_chunk=CHUNK, engine="torch_cpu")
     engine = engine_of(ranked, "reference", max_batch=2, share_prefixes=True)
     row, _ = engine.join(TEXT[:66])
     assert [engine.cache.shareable(row, length) for length in (65, 66)] == [0, 66]
@@ -204,7 +206,9 @@ def test_memory_is_what_is_allocated(compiled: CompiledModel, name: str) -> None
 
 
 def test_compiling_and_loading_take_the_sizes_of_the_cache(tmp_path: Path) -> None:
-    made = qcompile.compile(tiny("llama"), "cpu-fp32-kv8", recipe="nearest", max_batch=2, kv_bytes=20_000, page_tokens=8)
+    made = qcompile.compile(
+        tiny("llama"), "cpu-fp32-kv8", recipe="nearest", max_batch=2, kv_bytes=20_000, page_tokens=8, engine="torch_cpu"
+    )
     made.save(tmp_path / "artifact")
     loaded = qcompile.load(tmp_path / "artifact", max_batch=2, kv_bytes=20_000, page_tokens=8, share_prefixes=True)
     for model in (made, loaded):
@@ -224,7 +228,9 @@ def test_four_bits_take_less_than_a_third_of_sixteen() -> None:
     """Everything counted, at 4096 tokens in pages of 64 and heads of 64: 4.5 of 16 bits are 0.281."""
     bytes_ = {}
     for cache in ("kv16", "kv4"):
-        model = qcompile.compile(tiny("llama", head_dim=64, max_position_embeddings=4096), f"cpu-fp32-{cache}", recipe="nearest")
+        model = qcompile.compile(
+            tiny("llama", head_dim=64, max_position_embeddings=4096), f"cpu-fp32-{cache}", recipe="nearest", engine="torch_cpu"
+        )
         layout = layout_of(model.contents.plan.entries["decode"], max_batch=1, max_context=4096, page_tokens=64)
         assert layout.table_bytes == 64 * 4
         bytes_[cache] = layout.nbytes

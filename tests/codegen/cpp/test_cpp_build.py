@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from qcompile.codegen.cpp import build
 from qcompile.codegen.cpp.backend import OPERATORS, CppBackend
 from qcompile.codegen.cpp.build import build_libraries
 from qcompile.codegen.cpp.entry import kernels_source
-from qcompile.errors import CoverageError, KernelBuildError
+from qcompile.errors import CoverageError, KernelBuildError, OptionError
 from qcompile.ir.lowered import KernelSpec
 from tests.codegen.cpp.harness import RUNNABLE
 from tests.codegen.triton import specs
@@ -39,7 +38,7 @@ def test_golden(name: str, spec: KernelSpec) -> None:
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [
-        (specs.rms_norm(576, "bf16"), "x is bf16: expected fp32"),
+        (specs.with_format(specs.rms_norm(576, "bf16"), x="fp8e4nv"), "x is fp8e4nv: expected bf16 or fp16 or fp32"),
         (specs.quantized_linear(8, 64, "m1", "int3 g32 sym fp16", "fp32"), "codes are int3: expected int2 or int4 or int8"),
         (specs.quantized_linear(8, 64, "m1", "nf4 g32 sym fp16", "fp32"), "codes are nf4: expected int2 or int4 or int8"),
         (specs.quantized_linear(8, 1 << 16, "m1", "int4 g16 asym fp16", "fp32"), "4096 groups with zero points: expected at most 1024"),
@@ -74,13 +73,29 @@ def test_operands_end_with_the_results() -> None:
         assert results == sorted(results), name
 
 
-def test_a_source_that_does_not_compile_is_kept() -> None:
-    with pytest.raises(KernelBuildError, match=r"this is a fault of qcompile: report it with .*\.cpp, compiled with .*-std") as caught:
+def test_a_source_that_does_not_compile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QCOMPILE_CACHE", str(tmp_path))
+    with pytest.raises(KernelBuildError, match=r"fault of qcompile: report it to .* with .*/failed/native-portable-\w+\.cpp and") as caught:
         build_libraries("int nothing(", ["portable"])
-    path = Path(re.search(r"\S+\.cpp", str(caught.value))[0])  # type: ignore[index]
+    (path,) = (tmp_path / "failed").glob("*.cpp")
     assert path.read_text() == "int nothing("
-    assert "error: " in str(caught.value)
-    path.unlink()
+    ran, said = path.with_suffix(".log").read_text().split("\n", 1)
+    assert f"{path} -o native.so" in ran
+    assert ran in str(caught.value)
+    assert f"{path}:1:13: error: " in said
+    assert f"{path}:1:13: error: " in str(caught.value)
+    with pytest.raises(KernelBuildError, match=str(tmp_path / "dump" / "native-portable-")):
+        build_libraries("int nothing(", ["portable"], failed_in=tmp_path / "dump")
+
+
+def test_instruction_sets_that_a_compiler_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = build.instruction_sets()
+    with pytest.raises(OptionError, match=rf"instruction_sets: expected some of {', '.join(known)}, .* got sse; leave it out"):
+        build_libraries("", ["sse"])
+    with pytest.raises(OptionError, match="got none"):
+        build_libraries("", [])
+    monkeypatch.setattr(build, "takes", lambda _, *flags: "-mavx512bf16" not in flags)
+    assert build.instruction_sets() == tuple(name for name in known if name != "avx512")
 
 
 def test_builds_are_kept_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ CLOSE = 1e-4
 
 
 def compiled(target: str, family: str = "llama", recipe: str = "nearest", **options: Any) -> CompiledModel:
+    options |= {"engine": "torch_cpu"} if target.startswith("cpu") else {}
     return qcompile.compile(tiny(family), target, recipe=recipe, calibration=TEXT, max_context=64, max_batch=2, **options)
 
 
@@ -108,7 +109,7 @@ def test_logits_of_the_last_tokens_are_those_of_all(family: str, target: str, op
         some, after = step(run, ids, torch.ones_like(ids), given)
         assert (some - every[:, -count:]).abs().max() <= 1e-6 * every.abs().max()
         assert all((after[name].numpy() == value.numpy()).all() for name, value in past.items())
-    again = qcompile.compile(path, "cpu-fp32", max_context=64, max_batch=2)
+    again = qcompile.compile(path, "cpu-fp32", max_context=64, max_batch=2, engine="torch_cpu")
     assert again.is_causal_lm
     assert (again(ids)["logits"] - every).abs().max() <= CLOSE * every.abs().max()
 
@@ -129,7 +130,7 @@ def test_logits_that_depend_on_other_tokens_are_not_cut(int4: CompiledModel) -> 
 @pytest.mark.parametrize(("family", "target"), [("bert", "cpu-int8"), ("vit", "cpu-w8a8"), ("resnet", "cpu-w8a8"), ("resnet", "cpu-fp32")])
 def test_modules_without_a_cache(family: str, target: str, tmp_path: Path) -> None:
     inputs = example_inputs(family)
-    model = qcompile.compile(tiny(family), target, example_inputs=inputs, calibration=[inputs])
+    model = qcompile.compile(tiny(family), target, example_inputs=inputs, calibration=[inputs], engine="torch_cpu")
     written = model.export_onnx(tmp_path / "m.onnx")
     assert written.error is not None
     assert written.error <= CLOSE
@@ -164,7 +165,7 @@ class Elementwise(nn.Module):
 def test_other_operators(tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 3, 6)
-    model = qcompile.compile(Elementwise(), "cpu-fp32", example_inputs=x)
+    model = qcompile.compile(Elementwise(), "cpu-fp32", example_inputs=x, engine="torch_cpu")
     written = model.export_onnx(tmp_path / "m.onnx", opset=21)
     run = session(str(written.path))
     found = dict(zip((output.name for output in run.get_outputs()), run.run(None, {"x": x.numpy()}), strict=True))
@@ -188,7 +189,7 @@ class Rotations(nn.Module):
 def test_rotations_are_those_of_the_graph(tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 6144)
-    written = qcompile.compile(Rotations(), "cpu-fp32", example_inputs=x).export_onnx(tmp_path / "m.onnx")
+    written = qcompile.compile(Rotations(), "cpu-fp32", example_inputs=x, engine="torch_cpu").export_onnx(tmp_path / "m.onnx")
     assert written.error is not None
     assert written.error <= 1e-5
 
@@ -283,7 +284,7 @@ def test_a_file_that_computes_something_else_is_not_left_behind(
 @pytest.mark.parametrize("added", ["insert-low-rank-branch{rank=4}", "split-outliers", "reorder-channels,rotate-hadamard{online=keys}"])
 def test_what_passes_make_of_a_graph_is_exported(added: str, tmp_path: Path) -> None:
     """Low-rank branches, weights in two parts, reordered channels and rotated keys of a packed cache."""
-    pipeline = qcompile.compile(tiny("llama"), "cpu-int4-kv8", recipe="nearest", max_context=32).contents.pipeline
+    pipeline = qcompile.compile(tiny("llama"), "cpu-int4-kv8", recipe="nearest", max_context=32, engine="torch_cpu").contents.pipeline
     passes = pipeline.replace("rewrite-kv-cache", f"{added},rewrite-kv-cache", 1)
     written = compiled("cpu-int4-kv8", passes=passes).export_onnx(tmp_path / "m.onnx")
     assert written.error is not None

@@ -40,7 +40,7 @@ class Words(nn.Module):
 
 
 def words(target: str, **options: Any) -> CompiledModel:
-    given = {"quantize_embedding": True, **options}
+    given = {"quantize_embedding": True, "engine": "torch_cpu" if target.startswith("cpu") else None, **options}
     return qcompile.compile(Words(), target, recipe="nearest", example_inputs=IDS, calibration=[IDS], **given)
 
 
@@ -68,7 +68,7 @@ def test_every_format_comes_back(target: str, profile: str, options: dict[str, A
     path = ours.export_onnx(tmp_path / "m.onnx", profile=profile).path
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        back = qcompile.compile(path, "cpu-fp32")
+        back = qcompile.compile(path, "cpu-fp32", engine="torch_cpu")
     assert contents(back) == contents(ours)
     assert back.bits_per_weight == ours.bits_per_weight
     assert (back(ids=IDS) - ours(IDS)).abs().max() <= CLOSE * ours(IDS).abs().max()
@@ -116,7 +116,7 @@ def test_a_description_that_is_not_true_is_not_believed(
     LIES[message](node, nodes)
     onnx.save(model, tmp_path / "m.onnx")
     with pytest.warns(UserWarning, match=rf"quantized weights that are read as floats: .*{message}"):
-        back = qcompile.compile(tmp_path / "m.onnx", "cpu-fp32")
+        back = qcompile.compile(tmp_path / "m.onnx", "cpu-fp32", engine="torch_cpu")
     assert [row.format for row in back.coverage if row.operator == "quantized_linear"] == ["nf4 g64 sym fp16"]
     assert (back(ids=IDS) - ours(IDS)).abs().max() <= CLOSE * ours(IDS).abs().max()
 
@@ -134,7 +134,7 @@ def test_operands_are_believed_before_descriptions(profile: str, operator: str, 
         told(node, "columns", text_of(nodes[0], "columns"))
         told(node, "codes", text_of(nodes[0], "codes"))
     onnx.save(model, path)
-    back = qcompile.compile(path, "cpu-fp32")
+    back = qcompile.compile(path, "cpu-fp32", engine="torch_cpu")
     assert contents(back) == contents(ours)
 
 
@@ -146,6 +146,6 @@ def test_a_table_is_held_against_the_rows_that_its_nodes_give(tmp_path: Path) ->
     told(node, "format", "fp4 g64 sym fp16")
     onnx.save(model, path)
     with pytest.warns(UserWarning, match="described as fp4 g64 sym fp16, which stands for other numbers than its nodes compute"):
-        back = qcompile.compile(path, "cpu-fp32")
+        back = qcompile.compile(path, "cpu-fp32", engine="torch_cpu")
     assert "quantized_embedding" not in {row.operator for row in back.coverage}
     assert (back(ids=IDS) - ours(IDS)).abs().max() <= CLOSE * ours(IDS).abs().max()

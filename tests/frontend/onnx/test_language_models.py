@@ -59,7 +59,7 @@ def written(path: Path, attention: str, opset: int) -> Path:
 @pytest.mark.parametrize(("attention", "opset"), [("eager", 18), ("sdpa", 21), ("sdpa", 23)])
 def test_exports_of_torch_get_the_compilers_own_cache(attention: str, opset: int, tmp_path: Path) -> None:
     path, model = written(tmp_path / "m.onnx", attention, opset), tiny("llama", num_hidden_layers=LAYERS)
-    compiled = qcompile.compile(path, "cpu-fp32", max_context=64, max_batch=2)
+    compiled = qcompile.compile(path, "cpu-fp32", max_context=64, max_batch=2, engine="torch_cpu")
     with torch.no_grad():
         expected = model(TEXT).logits
         greedy = model.generate(
@@ -279,7 +279,7 @@ def test_other_outputs_are_not_dropped(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_beside_the_file_comes_along(tmp_path: Path) -> None:
-    compiled = qcompile.compile(tiny("llama"), "cpu-fp32", max_context=64)
+    compiled = qcompile.compile(tiny("llama"), "cpu-fp32", max_context=64, engine="torch_cpu")
     (tmp_path / "onnx").mkdir()
     path = compiled.export_onnx(tmp_path / "onnx" / "m.onnx").path
     tokenizer = {"added_tokens": [{"id": 7, "content": "<end>"}], "model": {"vocab": {}}}

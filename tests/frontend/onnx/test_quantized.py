@@ -145,7 +145,7 @@ def test_filters_and_tables(tmp_path: Path) -> None:
     nodes = [node("DequantizeLinear", "e s", "d", axis=1, block_size=16), node("Gather", "d i", "y")]
     path = saved(make(nodes, {"i": (["B", "S"], INT64)}, "y", table, opset=21), tmp_path)
     ids = {"i": torch.randint(0, 50, (2, 7))}
-    compiled = qcompile.compile(path, "cpu-fp32")
+    compiled = qcompile.compile(path, "cpu-fp32", engine="torch_cpu")
     compiled.save(tmp_path / "saved")
     assert torch.equal(qcompile.load(tmp_path / "saved")(**ids), stock(path, ids))
     assert [(row.operator, row.format) for row in compiled.coverage] == [("quantized_embedding", "int4 g16 sym fp32")]
@@ -160,7 +160,7 @@ def test_blocks_of_onnxruntime(bits: int, zero: bool, columns: int, tmp_path: Pa
     nodes = [node("MatMulNBits", "x q s z - b" if zero else "x q s - - b", "y", domain="com.microsoft", **options)]
     path = saved(make(nodes, {"x": (["B", "S", columns], FLOAT)}, "y", weights), tmp_path)
     x = {"x": torch.from_numpy(random(2, 3, columns))}
-    compiled = qcompile.compile(path, "cpu-fp32")
+    compiled = qcompile.compile(path, "cpu-fp32", engine="torch_cpu")
     assert [row.format for row in compiled.coverage] == [f"int{bits} g32 {'asym' if zero else 'sym'} fp32"]
     assert same(compiled(**x), stock(path, x))
     stored = N * (columns * bits + blocks * 32 + (-(-blocks * bits // 8) * 8 if zero else 0))
@@ -191,7 +191,9 @@ def test_what_has_no_format_stays_as_it_is_and_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["cpu-fp32", "cpu-int8", "cpu-w8a8"])
 def test_pipelines_leave_such_weights_alone(target: str, tmp_path: Path) -> None:
-    compiled = qcompile.compile(saved(product(UINT4, True, "matmul", 16)[0], tmp_path), target, recipe="best", strict=True)
+    compiled = qcompile.compile(
+        saved(product(UINT4, True, "matmul", 16)[0], tmp_path), target, recipe="best", strict=True, engine="torch_cpu"
+    )
     (row,) = [row for row in compiled.coverage if "linear" in row.operator]
     assert row.format == "int4 g16 asym fp32"
     assert compiled.weight_bytes == N * (K // 2 + 3 * 4 + 2) + N * 4
@@ -233,11 +235,11 @@ def test_rounded_activations_become_integer_products(kind: int, tmp_path: Path) 
     graph, exact = load(path).graph, stock(path, x)
     assert len(graph.calls(ops.quantize_static.default)) == len(graph.calls(ops.dequantize_activation.default)) == 2
     assert same(graph(**x), exact)
-    compiled = qcompile.compile(path, "cpu-w8a8")
+    compiled = qcompile.compile(path, "cpu-w8a8", engine="torch_cpu")
     made = Counter((row.operator, row.activation) for row in compiled.coverage if "integer" in row.operator)
     assert made == {("integer_conv2d", "int8 tensor asym static"): 1, ("integer_linear", "int8 tensor sym static"): 1}
     assert same(compiled(**x), exact)
-    assert same(qcompile.compile(path, "cpu-fp32")(**x), exact)
+    assert same(qcompile.compile(path, "cpu-fp32", engine="torch_cpu")(**x), exact)
 
 
 # Files of our own exporter, and of onnxruntime's quantizers
@@ -260,9 +262,9 @@ def formats(compiled: CompiledModel) -> Counter[tuple[str, str]]:
 ])  # fmt: skip
 def test_our_own_files_come_back_as_they_went(family: str, target: str, profile: str, tmp_path: Path) -> None:
     inputs = example_inputs(family)
-    ours = qcompile.compile(tiny(family), target, recipe="nearest", example_inputs=inputs, calibration=[inputs])
+    ours = qcompile.compile(tiny(family), target, recipe="nearest", example_inputs=inputs, calibration=[inputs], engine="torch_cpu")
     path = Path(ours.export_onnx(tmp_path / "m.onnx", profile=profile).path)
-    back = qcompile.compile(path, target, recipe="nearest", example_inputs=inputs, dynamic_shapes={})
+    back = qcompile.compile(path, target, recipe="nearest", example_inputs=inputs, dynamic_shapes={}, engine="torch_cpu")
     assert formats(back) == formats(ours)
     assert back.bits_per_weight == ours.bits_per_weight
     assert same(outputs(back(**inputs)), outputs(ours(**inputs)), 1e-6)
@@ -317,7 +319,7 @@ def test_files_of_the_block_quantizer(small: Path, form: str, bits: int, symmetr
     )
     made.process()
     path = saved(made.model.model, tmp_path)
-    compiled = qcompile.compile(path, "cpu-fp32")
+    compiled = qcompile.compile(path, "cpu-fp32", engine="torch_cpu")
     sizes = {"g32 ": 2, "channel ": 1}  # one has 8 columns, which are one block
     linears = [row.format for row in compiled.coverage if row.operator == "quantized_linear"]
     assert Counter(linears) == {f"int{bits} {size}{'sym' if symmetric else 'asym'} fp32": count for size, count in sizes.items()}
@@ -342,7 +344,7 @@ def test_files_of_the_static_quantizer(small: Path, per_channel: bool, tmp_path:
     path = tmp_path / "static.onnx"
     kinds = {"activation_type": tools.QuantType.QUInt8, "weight_type": tools.QuantType.QInt8, "quant_format": tools.QuantFormat.QDQ}
     tools.quantize_static(small, path, Images(), per_channel=per_channel, **kinds)
-    compiled = qcompile.compile(path, "cpu-w8a8")
+    compiled = qcompile.compile(path, "cpu-w8a8", engine="torch_cpu")
     assert formats(compiled) == {("integer_conv2d", "int8 channel sym fp32"): 2, ("integer_linear", "int8 channel sym fp32"): 3}
     assert same(compiled(**IMAGES), stock(path, IMAGES), 0.02)
 
@@ -351,7 +353,7 @@ def test_files_of_the_dynamic_quantizer(small: Path, tmp_path: Path) -> None:
     tools = pytest.importorskip("onnxruntime.quantization")
     path = tmp_path / "dynamic.onnx"
     tools.quantize_dynamic(small, path, op_types_to_quantize=["MatMul", "Gemm"], weight_type=tools.QuantType.QInt8)
-    compiled = qcompile.compile(path, "cpu-fp32")
+    compiled = qcompile.compile(path, "cpu-fp32", engine="torch_cpu")
     assert formats(compiled)["integer_linear", "int8 channel sym fp32"] == 3
     assert same(compiled(**IMAGES), stock(path, IMAGES))
 
@@ -366,12 +368,12 @@ def test_our_own_words_of_64_bits_come_back_as_numbers(form: str, tmp_path: Path
     module = nn.Sequential(nn.Linear(72, 100), nn.ReLU(), nn.Linear(100, 16))
     x = torch.randn(5, 72)
     scheme = QuantScheme("int8", weight=parse_format(form))
-    compiled = qcompile.compile(module, "cpu-int8", scheme=scheme, example_inputs=(x,), recipe="nearest")
+    compiled = qcompile.compile(module, "cpu-int8", scheme=scheme, example_inputs=(x,), recipe="nearest", engine="torch_cpu")
     written = compiled.export_onnx(tmp_path / "m.onnx", opset=21)
     model = onnx.load(written.path)
     for item in model.graph.node:
         del item.metadata_props[:]
-    graph = qcompile.compile(saved(model, tmp_path), "cpu-fp32").graph
+    graph = qcompile.compile(saved(model, tmp_path), "cpu-fp32", engine="torch_cpu").graph
     assert same(graph.run([x])[0], compiled(x))
     assert {str(node.target) for node in graph.nodes if node.op == "call_function"} <= {
         "aten.linear.default",

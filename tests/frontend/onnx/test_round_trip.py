@@ -30,7 +30,7 @@ def padded(ids: Tensor) -> dict[str, Tensor]:
 
 
 def exported(family: str, folder: Path, profile: str, opset: int) -> Path:
-    model = qcompile.compile(tiny(family), "cpu-fp32", max_context=64, max_batch=2)
+    model = qcompile.compile(tiny(family), "cpu-fp32", max_context=64, max_batch=2, engine="torch_cpu")
     return model.export_onnx(folder / f"{family}.onnx", profile=profile, opset=opset).path
 
 
@@ -39,7 +39,7 @@ def test_language_models_come_back_and_are_compiled_with_a_cache_again(family: s
     """Longer than the windows of 5 tokens; logits of padded rows and greedy tokens through the new cache are transformers' own."""
     profile, opset = WRITTEN.get(family, ("portable", 21))
     path, model = exported(family, tmp_path, profile, opset), tiny(family)
-    again = qcompile.compile(path, "cpu-fp32", max_context=64, max_batch=2)
+    again = qcompile.compile(path, "cpu-fp32", max_context=64, max_batch=2, engine="torch_cpu")
     assert again.is_causal_lm
     inputs = padded(TEXT)
     with torch.no_grad():
@@ -56,11 +56,11 @@ def test_language_models_come_back_and_are_compiled_with_a_cache_again(family: s
 @pytest.mark.parametrize("family", OTHER_FAMILIES)
 def test_other_models_come_back(family: str, tmp_path: Path) -> None:
     inputs = example_inputs(family)
-    model = qcompile.compile(tiny(family), "cpu-fp32", example_inputs=inputs)
+    model = qcompile.compile(tiny(family), "cpu-fp32", example_inputs=inputs, engine="torch_cpu")
     path = model.export_onnx(tmp_path / "m.onnx", opset=21).path
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nobody takes them for language models
-        again = qcompile.compile(path, "cpu-fp32")
+        again = qcompile.compile(path, "cpu-fp32", engine="torch_cpu")
     larger = example_inputs(family, batch=3, size=9, seed=4)
     found, expected = again(**larger), model(**larger)
     assert set(found) == set(expected)

@@ -1,3 +1,11 @@
+// Columns by vectors: `step` is told where one begins and how many columns it has, LANES in all but the last.
+template <class Step>
+static inline void every_vector(int64_t first, int64_t last, Step step) {
+    int64_t column = first;
+    for (; column + LANES <= last; column += LANES) step(column, std::integral_constant<int64_t, LANES>());
+    if (column < last) step(column, last - column);
+}
+
 // add_rms_norm for cpu: K=576.
 // out: fp32
 // out1: fp32
@@ -22,17 +30,15 @@ static void add_rms_norm_fb0c816017(
         float* total = out.row<float>(row);
         float* to = out1.row<float>(row);
         Floats squares{};
-        for (int64_t column = 0; column < columns; column += LANES) {
-            const int64_t count = std::min<int64_t>(LANES, columns - column);
-            const Floats value = load(from + column, count) + load(other + column, count);
+        every_vector(0, columns, [&](int64_t column, auto count) {
+            const Floats value = as_stored<float>(load(from + column, count) + load(other + column, count));
             store(total + column, value, count);
             squares = fma(value, value, squares);
-        }
+        });
         const Floats factor = splat(1.0f / std::sqrt(sum(squares) / columns + 1e-05f));
-        for (int64_t column = 0; column < columns; column += LANES) {
-            const int64_t count = std::min<int64_t>(LANES, columns - column);
+        every_vector(0, columns, [&](int64_t column, auto count) {
             const Floats value = load(total + column, count) * factor;
             store(to + column, value * load(gain + column, count), count);
-        }
+        });
     }
 }

@@ -13,6 +13,24 @@ static inline Floats load_zero(const uint8_t* from, float middle) {
     return __builtin_convertvector(__builtin_convertvector(load_bits<Bytes>(from), Ints), Floats) - splat(middle);
 }
 
+// A row of numbers as floats, as it lies.
+static inline const float* as_floats(const float* from, int64_t, float*, int64_t) {
+    return from;
+}
+// A row of numbers as floats, widened into the room from `place` on.
+template <class Real>
+static inline const float* as_floats(
+    const Real* from,
+    int64_t columns,
+    float* room,
+    int64_t place) {
+    room += place;
+    int64_t column = 0;
+    for (; column + LANES <= columns; column += LANES) store(room + column, load(from + column));
+    if (column < columns) store(room + column, load(from + column, columns - column), columns - column);
+    return room;
+}
+
 // ROWS rows of x times TILES tiles of int4 codes, groups of 32 columns, fp16 scales.
 template <int ROWS, int TILES>
 static inline void int4_g32_fp16_zero_product(
@@ -78,20 +96,21 @@ static inline void int4_g32_fp16_zero_product(
 }
 
 // ROWS rows of x times a range of tiles of int4 codes, groups of 32 columns, fp16 scales, stored.
-template <int ROWS, int TILES>
+template <int ROWS, int TILES, class Real>
 static void int4_g32_fp16_zero_rows(
     const Tensor& x,
     const int32_t* codes,
     const fp16* scale,
     const uint8_t* zero,
-    const float* bias,
+    const Real* bias,
     const Tensor& out,
     int64_t row,
     Range tiles,
     int64_t rows,
-    int64_t columns) {
+    int64_t columns,
+    float* room) {
     const float* from[ROWS];
-    UNROLL for (int r = 0; r < ROWS; r++) from[r] = x.row<float>(row + r);
+    UNROLL for (int r = 0; r < ROWS; r++) from[r] = as_floats(x.row<Real>(row + r), columns, room, r * columns);
     const int64_t words = (columns + 7) / 8;
     const int64_t groups = (columns + 31) / 32;
     float sums[ROWS * 1024];
@@ -110,13 +129,13 @@ static void int4_g32_fp16_zero_rows(
                 const int64_t count = std::min<int64_t>(LANES, rows - first);
                 if (count <= 0) continue;
                 if (bias) UNROLL for (int r = 0; r < ROWS; r++) total[r][t][p] += load(bias + first, count);
-                UNROLL for (int r = 0; r < ROWS; r++) store(out.row<float>(row + r) + first, total[r][t][p], count);
+                UNROLL for (int r = 0; r < ROWS; r++) store(out.row<Real>(row + r) + first, total[r][t][p], count);
             }
         }
     }
     if constexpr (TILES > 1) {
         int4_g32_fp16_zero_rows<ROWS, TILES / 2>(
-            x, codes, scale, zero, bias, out, row, Range{tile, tiles.last}, rows, columns);
+            x, codes, scale, zero, bias, out, row, Range{tile, tiles.last}, rows, columns, room);
     }
 }
 
@@ -135,6 +154,7 @@ static void quantized_linear_m2_63_1f29e41af3(
     const Tensor& out) {
     constexpr int64_t rows = 1536;  // of the weight
     constexpr int64_t columns = 576;  // of the weight and of x
+    float* room = nullptr;  // rows are floats
     const Range mine = team.share((rows + TILE - 1) / TILE);
     constexpr int64_t tile_bytes = (columns * 4 + 7) / 8 * TILE;
     constexpr int64_t step = std::max<int64_t>(WIDE, NEAR_BYTES / tile_bytes / WIDE * WIDE);
@@ -145,7 +165,7 @@ static void quantized_linear_m2_63_1f29e41af3(
             if constexpr (MANY >= 8) {
                 if (left >= 8) {
                     int4_g32_fp16_zero_rows<8, WIDE>(
-                        x, codes.at<int32_t>(), scale.at<fp16>(), zero.at<uint8_t>(), nullptr, out, row, near, rows, columns);
+                        x, codes.at<int32_t>(), scale.at<fp16>(), zero.at<uint8_t>(), static_cast<float*>(nullptr), out, row, near, rows, columns, room);
                     row += 8;
                     continue;
                 }
@@ -153,19 +173,19 @@ static void quantized_linear_m2_63_1f29e41af3(
             if constexpr (MANY >= 4) {
                 if (left >= 4) {
                     int4_g32_fp16_zero_rows<4, WIDE>(
-                        x, codes.at<int32_t>(), scale.at<fp16>(), zero.at<uint8_t>(), nullptr, out, row, near, rows, columns);
+                        x, codes.at<int32_t>(), scale.at<fp16>(), zero.at<uint8_t>(), static_cast<float*>(nullptr), out, row, near, rows, columns, room);
                     row += 4;
                     continue;
                 }
             }
             if (left >= 2) {
                 int4_g32_fp16_zero_rows<2, WIDE>(
-                    x, codes.at<int32_t>(), scale.at<fp16>(), zero.at<uint8_t>(), nullptr, out, row, near, rows, columns);
+                    x, codes.at<int32_t>(), scale.at<fp16>(), zero.at<uint8_t>(), static_cast<float*>(nullptr), out, row, near, rows, columns, room);
                 row += 2;
                 continue;
             }
             int4_g32_fp16_zero_rows<1, WIDE>(
-                x, codes.at<int32_t>(), scale.at<fp16>(), zero.at<uint8_t>(), nullptr, out, row, near, rows, columns);
+                x, codes.at<int32_t>(), scale.at<fp16>(), zero.at<uint8_t>(), static_cast<float*>(nullptr), out, row, near, rows, columns, room);
             row += 1;
         }
     }

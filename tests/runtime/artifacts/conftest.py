@@ -21,7 +21,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 @pytest.fixture(scope="session")
 def compiled() -> CompiledModel:
     """A tiny llama with int4 weights."""
-    return qcompile.compile(tiny("llama"), "cpu-int4", max_batch=3, max_context=64)
+    return qcompile.compile(tiny("llama"), "cpu-int4", max_batch=3, max_context=64, engine="torch_cpu")
 
 
 @pytest.fixture(scope="session")

@@ -76,7 +76,7 @@ def test_a_loaded_artifact_saves_again_even_onto_itself(artifact: Path, tmp_path
 def test_families_give_the_same_outputs_after_loading(family: str, tmp_path: Path) -> None:
     inputs = example_inputs(family)
     options = {"example_inputs": inputs} if family in OTHER_FAMILIES else {}
-    model = qcompile.compile(tiny(family), "cpu-int8", **options)  # type: ignore[arg-type]
+    model = qcompile.compile(tiny(family), "cpu-int8", **options, engine="torch_cpu")  # type: ignore[arg-type]
     model.save(tmp_path / "out")
     loaded = qcompile.load(tmp_path / "out")
     assert not [node.name for node in loaded.graph.nodes if node.op == "call_function" and not origins(node)]
