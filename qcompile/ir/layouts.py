@@ -184,6 +184,7 @@ class Words:
 
 WORDS: dict[str, Words] = {
     "tiles": Words(),
+    "tiles-pairs": Words(4),
     "tiles-planes8": Words(4),
     "tiles-planes4": Words(4, bits=4),
     "tiles-planes2": Words(4, bits=2),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from qcompile.codegen.cpp import build
 from qcompile.codegen.cpp.backend import OPERATORS, CppBackend
 from qcompile.codegen.cpp.build import build_libraries
 from qcompile.codegen.cpp.entry import kernels_source
+from qcompile.codegen.cpp.repeats import Item, Repeat, find_repeats
 from qcompile.errors import CoverageError, KernelBuildError, OptionError
 from qcompile.ir.lowered import KernelSpec
 from tests.codegen.cpp.harness import RUNNABLE
@@ -35,6 +37,33 @@ def test_golden(name: str, spec: KernelSpec) -> None:
     if os.environ.get("ACCEPT_GOLDEN"):
         path.write_text(source, encoding="utf-8")
     assert source == path.read_text(encoding="utf-8")
+
+
+def calls(*kinds: str, tensors: Callable[[int], int] = lambda place: place) -> list[Item]:
+    """One for each kind, over a tensor of all and one that `tensors` says."""
+    return [Item(kind, (0, tensors(place))) for place, kind in enumerate(kinds, 1)]
+
+
+def test_layers_are_found_where_calls_repeat_over_other_tensors() -> None:
+    begin, layer, end = ["embed"], ["norm", "q", "k", "k", "attend"], ["norm", "head"]
+    items = calls(*begin, *layer * 6, *end)
+    assert find_repeats(items) == [
+        Repeat(0, 1), Repeat(1, 5, 6, 5, frozenset({2, 3, 4, 5, 6})), Repeat(31, 1), Repeat(32, 1)
+    ]  # fmt: skip
+    # Two kinds of layers in turn are one twice as long; a kind that differs once is by itself, as are layers too few to be worth it.
+    assert [(part.length, part.count) for part in find_repeats(calls(*(["a", "b"] * 2 + ["c", "b"]) * 4))] == [(6, 4)]
+    assert [(part.length, part.count) for part in find_repeats(calls(*"ab" * 5, *"xb", *"ab" * 6))] == [(2, 5), (1, 1), (2, 6), (1, 1)]
+    assert {part.count for part in find_repeats(calls(*layer * 2))} == {1}
+
+
+def test_calls_over_the_same_tensors_or_over_others_at_random_are_no_layers() -> None:
+    assert {part.count for part in find_repeats(calls(*"ab" * 20, tensors=lambda place: 1))} == {1}
+    assert {part.count for part in find_repeats(calls(*"ab" * 20, tensors=lambda place: place * place))} == {1}
+    assert {part.count for part in find_repeats(calls(*"ab" * 20, tensors=lambda place: 99 - place))} == {1}
+    # One call of the last layer that reads elsewhere ends the repetition before that layer.
+    items = calls(*"abcd" * 8)
+    items[30] = Item("c", (0, 77))
+    assert find_repeats(items)[0] == Repeat(0, 4, 7, 4, frozenset({1, 2, 3, 4}))
 
 
 @pytest.mark.parametrize(
