@@ -228,7 +228,7 @@ static inline void fixed_product(
 
 // ROWS rows of x times a range of tiles, stored.
 template <int ROWS, int TILES, class Kind, class T>
-static void fixed_tiles(const FixedRows& x, const Kind& weight, const T* bias, const Tensor& out, int64_t row, Range tiles) {
+static __attribute__((noinline)) void fixed_tiles(const FixedRows& x, const Kind& weight, const T* bias, const Tensor& out, int64_t row, Range tiles) {
     const int64_t apart = (tiles.last - tiles.first) / TILES;
     for (int64_t tile = tiles.first; tile < tiles.first + apart; tile++) {
         Floats total[ROWS][TILES][PARTS] = {};
