@@ -72,7 +72,7 @@ class QuantScheme:
                 activations, a fast matmul to one without integer weights, or the combination does not exist.
         """
         given = given_options(options)
-        kept = {name: given[name] for name in ("quantize_head", "quantize_embedding", "matmul") if name in given}
+        kept: dict[str, Any] = {name: given[name] for name in ("quantize_head", "quantize_embedding", "matmul") if name in given}
         ignore = tuple(given.get("ignore", self.ignore))
         cache = self.cache.with_options(given)
         if "head_format" in given:
