@@ -20,6 +20,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,17 +169,19 @@ def read_bandwidth(seconds: float) -> float:
 
 def measure(case: Case, kernels: Kernels, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds by threads, hot and cold, and errors."""
-    layers = [case.fill() for _ in range(1 if case.new > 1 else max(1, -(-options.cold // case.read)))]
+    first = case.fill()
+    copies = 0 if case.new > 1 else -(-options.cold // case.read)
+    layers = [first, *({name: tensor.clone() for name, tensor in first.items()} for _ in range(copies))]
     bound = [kernels.bound(case, layer) for layer in layers]
     found: dict[str, Any] = {"format": case.name, "size": case.size, "context": case.context, "new": case.new, "read": case.read}
     for threads in options.threads:
-        calls = [lambda function=function, table=table, threads=threads: function(table.data_ptr(), threads) for function, table in bound]
+        calls = [partial(function, table.data_ptr(), threads) for function, table in bound]
         found[f"hot {threads}"] = least(itertools.repeat(calls[0]), options.seconds)
         if case.new == 1:
             found[f"cold {threads}"] = least(itertools.cycle(calls), options.seconds)
     if case.heads < 16 or case.new == 1:
         exact = case.reference(layers[0], torch.float64)
-        largest = float(layers[0]["q"].new_tensor(1.0) * exact.abs().max())
+        largest = float(exact.abs().max())
         found["error"] = float((layers[0]["out"] - exact).abs().max()) / largest
         found["reference_error"] = float((case.reference(layers[0], torch.float32) - exact).abs().max()) / largest
     return found
@@ -193,9 +196,7 @@ def measure_torch(size: int, context: int, new: int, options: argparse.Namespace
         layers = [[torch.randn(1, key_heads, context, size, dtype=dtype) for _ in range(2)] for _ in range(count)]
         q = torch.randn(1, heads, new, size, dtype=dtype)
         found: dict[str, Any] = {"format": f"torch {str(dtype).removeprefix('torch.')}", "size": size, "context": context, "new": new}
-        calls = [
-            lambda k=k, v=v, q=q: functional.scaled_dot_product_attention(q, k, v, is_causal=new > 1, enable_gqa=True) for k, v in layers
-        ]
+        calls = [partial(functional.scaled_dot_product_attention, q, k, v, is_causal=new > 1, enable_gqa=True) for k, v in layers]
         for threads in options.threads:
             torch.set_num_threads(threads)
             found[f"hot {threads}"] = least(itertools.repeat(calls[0]), options.seconds)

@@ -96,11 +96,15 @@ static inline void join(Gathered<Q, ROOM>& whole, const Gathered<Q, ROOM>& part,
     }
 }
 
+// A query, by the scales of keys that have a table of them.
 template <class A, class T>
-static inline void set_query(A& a, int64_t q, const T* from) {
+static inline void set_query(A& a, int64_t q, const T* from, const fp16* scales = nullptr) {
     typedef typename A::KeyForm Keys;
-    for (int64_t dim = 0; dim < Keys::DIMS; dim += LANES)
-        store(a.query[q] + dim, load(from + dim, std::min<int64_t>(LANES, Keys::DIMS - dim)));
+    for (int64_t dim = 0; dim < Keys::DIMS; dim += LANES) {
+        const int64_t count = std::min<int64_t>(LANES, Keys::DIMS - dim);
+        const Floats query = load(from + dim, count);
+        store(a.query[q] + dim, Keys::STATIC ? query * load(scales + dim, count) : query);
+    }
     if constexpr (Keys::SCALED && !Keys::BY_CHANNEL)
         for (int64_t group = 0; group < Keys::GROUPS; group++) a.sums[q][group] = sum(a.query[q] + group * Keys::GROUP, Keys::GROUP);
 }
@@ -182,10 +186,13 @@ static inline void only_part(A& a, int64_t part) {
     }
 }
 
-// The result of a query; 0 where it saw nothing.
-template <int Q, int64_t ROOM, class T>
-static inline void put_result(const Gathered<Q, ROOM>& found, int64_t q, T* to, int64_t dims) {
+// The result of a query, by the scales of values that have a table of them; 0 where it saw nothing.
+template <class Values, int Q, int64_t ROOM, class T>
+static inline void put_result(const Gathered<Q, ROOM>& found, int64_t q, T* to, const fp16* scales = nullptr) {
     const Floats share = splat(found.total[q] > 0.0f ? 1.0f / found.total[q] : 0.0f);
-    for (int64_t dim = 0; dim < dims; dim += LANES)
-        store(to + dim, load(found.mixed[q] + dim) * share, std::min<int64_t>(LANES, dims - dim));
+    for (int64_t dim = 0; dim < Values::DIMS; dim += LANES) {
+        const int64_t count = std::min<int64_t>(LANES, Values::DIMS - dim);
+        const Floats result = load(found.mixed[q] + dim) * share;
+        store(to + dim, Values::STATIC ? result * load(scales + dim, count) : result, count);
+    }
 }

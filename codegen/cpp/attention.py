@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from qcompile.codegen.contract import FLOATS, same_storage
 from qcompile.codegen.cpp.contract import Operator, kernel, type_of
-from qcompile.codegen.cpp.packed_forms import form_type, helpers, refuses_forms, refuses_size
+from qcompile.codegen.cpp.packed_forms import TABLES, form_type, helpers, refuses_forms, refuses_size
 from qcompile.codegen.cpp.retained import POLICY, policy_type, refuses_policy
 from qcompile.codegen.cpp.source import Lines, block, constants, number
 from qcompile.ir.lowered import BUCKETS, Kernel, KernelSpec
 
 READING = ("packed", "codes", "attending", "stretches", "sharing")
 """Headers that attention needs."""
-MOST_ROWS = 4
-"""Queries whose products are computed at once: as many sums as there are registers for."""
+MOST_ROWS, MANY_ROWS = 4, 6
+"""Queries whose products are computed at once, of a token and of a prompt: as many sums as there are registers for."""
 BLOCK, BLOCK_NUMBERS = 48, 6144
 """Queries of a prompt that are taken together, and numbers of them."""
 
@@ -33,22 +33,25 @@ def parts_of(spec: KernelSpec) -> dict[str, tuple[int, str]]:
     return {
         "heads": (spec.size("L"), "of keys and values"),
         "group": (spec.size("H") // spec.size("L"), "heads of queries for each of them"),
-        "dims": (spec.size("D"), "of a head"),
     }
 
 
 def attention_types(spec: KernelSpec) -> Lines:
     """The queries of a token, and many of a prompt."""
     rows, times = together(spec)
-    many = max(1, min(BLOCK, BLOCK_NUMBERS // spec.size("D")) // MOST_ROWS) * MOST_ROWS
+    many = max(1, min(BLOCK, BLOCK_NUMBERS // spec.size("D")) // MANY_ROWS) * MANY_ROWS
     return [
         f"typedef Attention<Keys, Values, {min(rows * times, many)}, {rows}> Few;",
-        f"typedef Attention<Keys, Values, {many}, {MOST_ROWS}> Many;",
+        f"typedef Attention<Keys, Values, {many}, {MANY_ROWS}> Many;",
     ]
 
 
 def every_query(spec: KernelSpec, ranges: Lines, parts: Lines, walk: Lines) -> Lines:
     """All queries: `ranges` sets which keys of the pages query `i` sees, `parts` which parts there are, `walk` goes through one."""
+
+    def scales(table: str) -> str:
+        return f", {table}.at<fp16>(block.head)" if spec.format(table) else ""
+
     sinks = []
     if spec.format("sinks"):
         sinks = [f"whole.peak[i] = load(sinks.at<{type_of(spec, 'sinks')}>(at_head), 1)[0];", "whole.total[i] = 1.0f;"]
@@ -60,12 +63,12 @@ def every_query(spec: KernelSpec, ranges: Lines, parts: Lines, walk: Lines) -> L
     ]
     read = [
         "const int64_t token = (block.first + i) / group, at_head = block.head * group + (block.first + i) % group;",
-        f"set_query(a, i, q.at<{type_of(spec, 'q')}>(block.batch, at_head, token));",
+        f"set_query(a, i, q.at<{type_of(spec, 'q')}>(block.batch, at_head, token){scales('k_tables_0')});",
         *sinks,
     ]
     put = [
         "const int64_t token = (block.first + i) / group, at_head = block.head * group + (block.first + i) % group;",
-        f"put_result(whole, i, out.at<{type_of(spec, 'out')}>(block.batch, at_head, token), dims);",
+        f"put_result<Values>(whole, i, out.at<{type_of(spec, 'out')}>(block.batch, at_head, token){scales('v_tables_0')});",
     ]
     given = "team, q.size[0], heads, beside, look, read, walk, put"
     return [
@@ -162,7 +165,7 @@ def refuses_heads(spec: KernelSpec) -> str | None:
 
 def refuses_attend_packed(spec: KernelSpec) -> str | None:
     """Heads that do not divide, and forms that are not read."""
-    return refuses_heads(spec) or refuses_forms(spec, "k_form", "v_form", together=False)
+    return refuses_heads(spec) or refuses_forms(spec, "k_form", "v_form", together=False, tables=True)
 
 
 def refuses_attend_settled(spec: KernelSpec) -> str | None:
@@ -173,10 +176,10 @@ def refuses_attend_settled(spec: KernelSpec) -> str | None:
 
 
 _BYTES = ("uint8",)
-_PLACES = {"page_table": ("i32",), "positions": ("i64",), "sinks": FLOATS, "out": FLOATS}
+_PLACES = {"page_table": ("i32",), "positions": ("i64",), "sinks": FLOATS}
 ATTEND = Operator(
     emit=emit_attend,
-    operands={"q": FLOATS, "keys": FLOATS, "values": FLOATS, **_PLACES},
+    operands={"q": FLOATS, "keys": FLOATS, "values": FLOATS, **_PLACES, "out": FLOATS},
     optional=frozenset({"sinks"}),
     sizes=("H", "L", "D"),
     options=("scale", "window", "softcap"),
@@ -186,8 +189,8 @@ ATTEND = Operator(
 )
 ATTEND_PACKED = Operator(
     emit=emit_attend_packed,
-    operands={"q": FLOATS, "keys": _BYTES, "values": _BYTES, **_PLACES},
-    optional=frozenset({"sinks"}),
+    operands={"q": FLOATS, "keys": _BYTES, "values": _BYTES, **_PLACES, **TABLES, "out": FLOATS},
+    optional=frozenset({"sinks", *TABLES}),
     sizes=("H", "L", "D"),
     options=("k_form", "v_form", "scale", "window", "softcap"),
     required=("k_form", "v_form", "scale"),
@@ -196,7 +199,7 @@ ATTEND_PACKED = Operator(
 )
 ATTEND_SETTLED = Operator(
     emit=emit_attend_settled,
-    operands={"q": FLOATS, "keys": _BYTES, "values": _BYTES, "exact_keys": FLOATS, "exact_values": FLOATS, **_PLACES},
+    operands={"q": FLOATS, "keys": _BYTES, "values": _BYTES, "exact_keys": FLOATS, "exact_values": FLOATS, **_PLACES, "out": FLOATS},
     optional=frozenset({"sinks"}),
     sizes=("H", "L", "D"),
     options=("k_form", "v_form", *POLICY, "scale", "window", "softcap"),

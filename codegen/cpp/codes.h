@@ -5,7 +5,7 @@ struct Numbers {
     static constexpr int64_t DIMS = dims, GROUP = dims, GROUPS = 1, TOKENS = 1, RUN = dims * sizeof(T), BODY = RUN;
     static constexpr int64_t PLAIN = (dims + LANES - 1) / LANES * LANES;
     static constexpr int BITS = 8 * sizeof(T), LOW = 0;
-    static constexpr bool SIGNED = true, SCALED = false, BY_CHANNEL = false;
+    static constexpr bool SIGNED = true, SCALED = false, STATIC = false, FLOAT8 = false, BY_CHANNEL = false;
     typedef T Cell;
 };
 
@@ -40,9 +40,18 @@ static inline Floats low_codes(Ints words) {
     return __builtin_convertvector(words & top, Floats);
 }
 
+// The numbers of 8 bits, 4 of them the exponent, in the low bits of each lane.
+static inline Floats float8_numbers(Ints words) {
+    const Floats size = reinterpret_cast<Floats>((words & 0x7f) << 20) * splat(0x1p120f);
+    return reinterpret_cast<Floats>(reinterpret_cast<Ints>(size) | ((words & 0x80) << 24));
+}
+
 // Code number `place` of the word in each lane, as a number.
 template <class Form>
-static inline Floats word_code(Ints words, int place) { return low_codes<Form::BITS>(words >> (place * Form::BITS)); }
+static inline Floats word_code(Ints words, int place) {
+    if constexpr (Form::FLOAT8) return float8_numbers(words >> (8 * place));
+    return low_codes<Form::BITS>(words >> (place * Form::BITS));
+}
 
 // Bytes that hold as many codes as a vector has lanes.
 template <class Form>
@@ -66,7 +75,7 @@ static inline Floats codes_at(const typename Form::Cell* cell, int64_t offset, i
 #else
         const Ints wide = __builtin_convertvector(load_bits<Bytes>(codes), Ints);
 #endif
-        return __builtin_convertvector(wide, Floats);
+        return Form::FLOAT8 ? float8_numbers(wide) : __builtin_convertvector(wide, Floats);
     } else {
         // The same bytes in all lanes, each of which shifts its own code down.
         typename std::conditional<STEP<Form> == 8, int64_t, int32_t>::type held = 0;

@@ -3,10 +3,9 @@ template <class Policy, class A, class T>
 static inline void find_kept(
     const Tensor& exact, const Tensor& positions, const Arrivals& row, int64_t head, int64_t start, int64_t count, int64_t least,
     const T** cells) {
-    for (int64_t place = 0; place < A::STRETCH; place++) {
-        const int64_t position = std::max(start + std::min(place, count - 1), least);
-        cells[place] = exact.at<T>(row.batch, head, column_of<Policy>(positions, row, position));
-    }
+    for (int64_t place = 0; place < count; place++)
+        cells[place] = exact.at<T>(row.batch, head, column_of<Policy>(positions, row, std::max(start + place, least)));
+    for (int64_t place = count; place < A::STRETCH; place++) cells[place] = cells[count - 1];
 }
 
 // Walk what a sequence keeps as it came, in stretches as `attend_pages`.

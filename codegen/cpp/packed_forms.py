@@ -8,12 +8,16 @@ from pathlib import Path
 from qcompile.codegen.cpp.source import SEPARATOR, Lines
 from qcompile.errors import FormatError
 from qcompile.ir.lowered import KernelSpec
+from qcompile.quant.element import FP8
 from qcompile.quant.vector_format import VectorFormat, vector_format
+from qcompile.quant.vectors.static import StaticFormat
 
 WIDTHS = (2, 4, 8)
 """Bits of codes that a byte holds a whole number of."""
 TOGETHER = (1, 16, 32, 64, 128)
 """Tokens that share scales: whole vectors, and whole stretches of keys."""
+TABLES = {"k_tables_0": ("fp16",), "v_tables_0": ("fp16",)}
+"""Operands of forms whose scales are calibrated: [L, D], one for each channel."""
 WIDEST_HEAD = 512
 """Numbers of a head: several of them stand on the stack for each query."""
 
@@ -31,8 +35,10 @@ def refuses_form(text: str, size: int) -> str | None:
         form = vector_format(text)
     except FormatError as error:
         return str(error)
-    if not isinstance(form, VectorFormat) or not form.element.is_integer or form.element.bits not in WIDTHS:
-        return f"{text}: expected {' or '.join(f'int{bits}' for bits in WIDTHS)} with scales among the codes"
+    if isinstance(form, StaticFormat) and form.element.bits in WIDTHS:
+        return refuses_size(size)
+    if not isinstance(form, VectorFormat) or (form.element.bits not in WIDTHS and form.element != FP8):
+        return f"{text}: expected {', '.join(f'int{bits}' for bits in WIDTHS)} or fp8 with scales among the codes, or static ones"
     if form.tokens not in TOGETHER:
         return f"{text}: expected a scale for {', '.join(map(str, TOGETHER))} tokens"
     share, per_byte = size // form.groups(size), 8 // form.element.bits
@@ -46,28 +52,39 @@ def refuses_size(size: int) -> str | None:
     return f"D={size}: expected a head size of at most {WIDEST_HEAD}" if size > WIDEST_HEAD else None
 
 
-def refuses_forms(spec: KernelSpec, *options: str, together: bool = True) -> str | None:
-    """The first objection to the forms that options of a specification name; without `together` tokens have scales of their own."""
+def refuses_forms(spec: KernelSpec, *options: str, together: bool = True, tables: bool = False) -> str | None:
+    """The first objection to the forms that options of a specification name.
+
+    Without `together` tokens have scales of their own. With `tables` forms may have them: operands by the option's name, such as
+    `k_tables_0` for `k_form` and `tables_0` for `form`, which must be there then, and only then.
+    """
     for option in options:
-        text = str(spec.option(option))
+        text, table = str(spec.option(option)), option.replace("form", "tables_0")
         reason = refuses_form(text, spec.size("D"))
         if reason is None and not together and vector_format(text).tokens > 1:
             reason = f"{option} is {text}: expected scales of each token"
+        if reason is None and vector_format(text).tables and not tables:
+            reason = f"{option} is {text}: expected scales among the codes"
+        if reason is None and bool(vector_format(text).tables) != bool(spec.format(table)):
+            reason = f"{option} is {text}: expected {'a' if vector_format(text).tables else 'no'} table of scales, {table}"
         if reason is not None:
             return reason
     return None
 
 
-def form_of(spec: KernelSpec, option: str) -> VectorFormat:
+def form_of(spec: KernelSpec, option: str) -> VectorFormat | StaticFormat:
     """The form that an option of a specification names, which is not refused."""
     form = vector_format(str(spec.option(option)))
-    assert isinstance(form, VectorFormat)
+    assert isinstance(form, VectorFormat | StaticFormat)
     return form
 
 
 def form_type(spec: KernelSpec, option: str, name: str) -> str:
     """The declaration of the C++ type of a form."""
     form, size = form_of(spec, option), spec.size("D")
-    share = size if form.tokens > 1 else size // form.groups(size)
-    signed = "true" if form.symmetric else "false"
-    return f"typedef Packed<{size}, {form.element.bits}, {share}, {form.tokens}, {signed}> {name};  // {form}"
+    if isinstance(form, StaticFormat):
+        share, kind = size, "STATIC"
+    else:
+        share = size if form.tokens > 1 else size // form.groups(size)
+        kind = "FLOAT8" if form.element == FP8 else "SIGNED" if form.symmetric else "LEAST"
+    return f"typedef Packed<{size}, {form.element.bits}, {share}, {form.tokens}, Kind::{kind}> {name};  // {form}"

@@ -47,7 +47,9 @@ static inline void read_halves(const T* const* cells, int64_t count, int64_t off
 template <class Form, int64_t STRETCH>
 static inline void read_scales(
     const typename Form::Cell* const* cells, int64_t count, float (*scale)[STRETCH], float (*least)[STRETCH]) {
-    if constexpr (Form::SCALED)
+    if constexpr (Form::STATIC)
+        for (int64_t place = 0; place < count; place += LANES) store(scale[0] + place, splat(1.0f));
+    else if constexpr (Form::SCALED)
         for (int64_t group = 0; group < Form::GROUPS; group++) {
             read_halves(cells, count, Form::BODY + 2 * group, scale[group]);
             if (!Form::SIGNED) read_halves(cells, count, Form::BODY + 2 * (Form::GROUPS + group), least[group]);
@@ -170,55 +172,69 @@ static inline void channel_scores(A& a, const uint8_t* const* cells, int64_t cou
     }
 }
 
-// Values of tokens, by their weights, join what was gathered: channels of one group from vector `VECTOR` on, for queries from `row` on.
-template <class Values, int VECTOR, class A>
-static inline void group_values(
-    A& a, const typename Values::Cell* const* cells, int64_t count, int64_t row, int64_t group, const float* const* shares,
-    const float* rest) {
-    constexpr int64_t vectors = (Values::GROUP + LANES - 1) / LANES, wide = std::min<int64_t>(WIDEST, vectors - VECTOR);
+// The weights of queries from `row` on, by the scales of a group, and the sum of what its numbers begin at, by the weights.
+template <class Values, class A>
+static inline void share_scales(
+    A& a, int64_t count, int64_t row, const float* scale, const float* least, float (*shares)[A::STRETCH], float* rest) {
+    for (int q = 0; q < A::ROWS; q++) {
+        Floats sums{};
+        for (int64_t place = 0; place < count; place += LANES) {
+            const Floats weight = load(a.scores[row + q] + place), share = weight * load(scale + place);
+            store(shares[q] + place, share);
+            sums = Values::SIGNED ? sums + share : fma(weight, load(least + place), sums);
+        }
+        rest[q] = Values::SIGNED ? sum(sums) * Values::LOW : sum(sums);
+    }
+}
+
+// The scales of a stretch of values, and the weights of some queries by those of a few groups.
+template <class Values, class A>
+struct Shares {
+    float scale[Values::GROUPS][A::STRETCH], least[Values::GROUPS][A::STRETCH];
+    alignas(64) float scaled[WIDEST][A::ROWS][A::STRETCH];
+    float rest[WIDEST][A::ROWS];
+};
+
+// Values of tokens, by their weights, join what was gathered: vectors of channels from number `FIRST` on, for queries from `row` on.
+template <class Values, int FIRST, class A>
+static inline void values_from(
+    A& a, const typename Values::Cell* const* cells, int64_t count, int64_t row, Shares<Values, A>& shares) {
+    // Vectors of a group, of all, and those that are summed at once.
+    constexpr int64_t each = (Values::GROUP + LANES - 1) / LANES, all = each * Values::GROUPS, wide = std::min<int64_t>(WIDEST, all - FIRST);
+    constexpr int64_t group = FIRST / each, last = (FIRST + wide - 1) / each;
+    if constexpr (Values::SCALED && !(each % WIDEST == 0 && FIRST % each))
+        for (int64_t g = group; g <= last; g++)
+            share_scales<Values>(a, count, row, shares.scale[g], shares.least[g], shares.scaled[g - group], shares.rest[g - group]);
     Floats sums[A::ROWS][wide] = {};
     for (int64_t place = 0; place < count; place++) {
         Floats codes[wide];
-        UNROLL for (int v = 0; v < wide; v++)
-            codes[v] = codes_at<Values>(
-                cells[place], group * Values::RUN + (VECTOR + v) * STEP<Values>, Values::RUN - (VECTOR + v) * STEP<Values>);
-        UNROLL for (int q = 0; q < A::ROWS; q++) {
-            const Floats share = splat(shares[q][place]);
-            UNROLL for (int v = 0; v < wide; v++) sums[q][v] = fma(share, codes[v], sums[q][v]);
+        UNROLL for (int64_t v = 0; v < wide; v++) {
+            const int64_t from = (FIRST + v) % each * STEP<Values>;
+            codes[v] = codes_at<Values>(cells[place], (FIRST + v) / each * Values::RUN + from, Values::RUN - from);
         }
+        UNROLL for (int q = 0; q < A::ROWS; q++)
+            UNROLL for (int64_t v = 0; v < wide; v++) {
+                const float* weights = Values::SCALED ? shares.scaled[(FIRST + v) / each - group][q] : a.scores[row + q];
+                sums[q][v] = fma(splat(weights[place]), codes[v], sums[q][v]);
+            }
     }
     UNROLL for (int q = 0; q < A::ROWS; q++)
-        UNROLL for (int v = 0; v < wide; v++) {
-            const int64_t dim = (VECTOR + v) * LANES, here = std::min<int64_t>(LANES, Values::GROUP - dim);
-            float* to = a.found.mixed[row + q] + group * Values::GROUP + dim;
-            const Floats added = in_order<Values>(sums[q][v]) + splat(rest[q]);
+        UNROLL for (int64_t v = 0; v < wide; v++) {
+            const int64_t dim = (FIRST + v) % each * LANES, here = std::min<int64_t>(LANES, Values::GROUP - dim);
+            float* to = a.found.mixed[row + q] + (FIRST + v) / each * Values::GROUP + dim;
+            Floats added = in_order<Values>(sums[q][v]);
+            if (Values::SCALED) added += splat(shares.rest[(FIRST + v) / each - group][q]);
             store(to, fma(load(to, here), splat(a.shrink[row + q]), added), here);
         }
-    if constexpr (VECTOR + wide < vectors) group_values<Values, VECTOR + wide>(a, cells, count, row, group, shares, rest);
+    if constexpr (FIRST + wide < all) values_from<Values, FIRST + wide>(a, cells, count, row, shares);
 }
 
 // All values of a stretch.
 template <class Values, class A>
 static inline void token_values(A& a, const typename Values::Cell* const* cells, int64_t count) {
-    float scale[Values::GROUPS][A::STRETCH], least[Values::GROUPS][A::STRETCH], scaled[A::ROWS][A::STRETCH], rest[A::ROWS] = {};
-    read_scales<Values, A::STRETCH>(cells, count, scale, least);
-    for (int64_t row = 0; row < a.count; row += A::ROWS)
-        for (int64_t group = 0; group < Values::GROUPS; group++) {
-            const float* shares[A::ROWS];
-            for (int q = 0; q < A::ROWS; q++) {
-                shares[q] = Values::SCALED ? scaled[q] : a.scores[row + q];
-                if constexpr (Values::SCALED) {
-                    Floats sums{};
-                    for (int64_t place = 0; place < count; place += LANES) {
-                        const Floats weight = load(a.scores[row + q] + place), share = weight * load(scale[group] + place);
-                        store(scaled[q] + place, share);
-                        sums = Values::SIGNED ? sums + share : fma(weight, load(least[group] + place), sums);
-                    }
-                    rest[q] = Values::SIGNED ? sum(sums) * Values::LOW : sum(sums);
-                }
-            }
-            group_values<Values, 0>(a, cells, count, row, group, shares, rest);
-        }
+    Shares<Values, A> shares;
+    read_scales<Values, A::STRETCH>(cells, count, shares.scale, shares.least);
+    for (int64_t row = 0; row < a.count; row += A::ROWS) values_from<Values, 0>(a, cells, count, row, shares);
 }
 
 // The lines of memory where tokens lie, on their way to the processor before they are needed.
@@ -253,7 +269,9 @@ static inline void attend_stretches(A& a, const Tensor& keys, const Tensor& valu
     const Range seen = seen_by(a);
     const typename Keys::Cell* key_cells[A::STRETCH];
     const typename Values::Cell* value_cells[A::STRETCH];
-    int64_t start = seen.first / A::STRETCH * A::STRETCH, count = std::min(A::STRETCH, seen.last - start);
+    // What no query sees is left out as far as that moves no token to another lane; its weights would be 0.
+    constexpr int64_t step = std::max<int64_t>(Keys::TOKENS, 16);
+    int64_t start = seen.first / step * step, count = std::min(A::STRETCH - start % A::STRETCH, seen.last - start);
     if (seen.first < seen.last) find(keys, start, count, key_cells);
     while (count > 0) {
         find(values, start, count, value_cells);

@@ -24,7 +24,7 @@ HEADS, FLOAT, BYTES = 2, "fp32", "uint8"
 PLACES = {"page_table": "i32", "positions": "i64"}
 FORMS = [
     ("int8 g64 sym", 64), ("int4 g64 sym", 64), ("int4 g32 asym", 96), ("int2 g16 sym", 32), ("int4 asym", 5), ("int8 asym", 20),
-    ("int2 asym", 7), ("int4 g8 sym", 40),
+    ("int2 asym", 7), ("int4 g8 sym", 40), ("fp8 g64 sym", 64), ("fp8 g20 sym", 20), ("int8 static", 20), ("int4 static", 7),
 ]  # fmt: skip
 
 
@@ -49,9 +49,10 @@ class Case(NamedTuple):
         options: dict[str, Any] = {"scale": self.size**-0.5, "window": self.window, "softcap": self.softcap, **forms}
         if not self.policy.rows:
             stored = {"keys": BYTES, "values": BYTES, "k": FLOAT, "v": FLOAT, **PLACES}
+            tables = dict.fromkeys(self.tables, "fp16")
             return {
-                "attend": spec("cache_attend_packed", "m1", sizes=heads, formats=formats, **options),
-                "append": spec("append_packed_", sizes=sizes, formats=stored, **forms),
+                "attend": spec("cache_attend_packed", "m1", sizes=heads, formats=formats | tables, **options),
+                "append": spec("append_packed_", sizes=sizes, formats=stored | tables, **forms),
             }
         exact = {"exact_keys": "fp16", "exact_values": "fp16"}
         pages, rows = {"pages": BYTES, "exact": "fp16", **PLACES}, {"rows": "fp16", "slots": "i32"}
@@ -64,12 +65,25 @@ class Case(NamedTuple):
             "settle values": spec("settle_", sizes=sizes, formats=pages, form=self.values, **policy),
         }
 
+    @property
+    def tables(self) -> dict[str, Tensor]:
+        """Scales of forms that have a table, by operand: some of what is stored is clipped."""
+        forms = {"k_tables_0": self.keys, "v_tables_0": self.values}
+        return {name: _table(form, self.size) for name, form in forms.items() if vector_format(form).tables}
+
+
+def _table(form: str, size: int) -> Tensor:
+    """The scales of a static form, from numbers that are smaller than those of the tests."""
+    return vector_format(form).calibrate(0.7 * randn(30, HEADS, size, seed=9), torch.ones(HEADS, size))[0]
+
 
 STORED = [
     Case("int8 g64 sym", "int8 g64 sym", 64, 3),
     Case("int4 g64 sym", "int4 g32 asym", 96, 1, softcap=3.0),
     Case("int2 g16 asym", "int4 g8 sym", 40, 4, window=70, sinks=True),
     Case("int4 asym", "int2 asym", 7, 5, window=9),
+    Case("fp8 g32 sym", "fp8 g64 sym", 96, 2),
+    Case("int8 static", "int4 static", 20, 2),
 ]
 SETTLED = [
     Case("int4 g64 sym", "int4 g64 sym", 20, 3, policy=Retention(4, 9, 1)),
@@ -80,7 +94,8 @@ SETTLED = [
 
 
 def _pack(form: str, size: int) -> KernelSpec:
-    return spec("pack_vectors", sizes={"D": size}, formats={"x": FLOAT, "out": BYTES}, form=form)
+    tables = dict.fromkeys(("tables_0",) if vector_format(form).tables else (), "fp16")
+    return spec("pack_vectors", sizes={"D": size}, formats={"x": FLOAT, "out": BYTES, **tables}, form=form)
 
 
 def _append_bytes(width: int) -> KernelSpec:
@@ -88,10 +103,33 @@ def _append_bytes(width: int) -> KernelSpec:
     return spec("cache_append_", sizes={"L": HEADS, "D": width}, formats={**given, **PLACES})
 
 
+LONG = [
+    Case("", "", 64, 3),
+    Case("int4 g32 sym", "int8 g64 asym", 96, 1, window=400),
+    Case("int4 t64 asym", "int4 g64 sym", 64, 3, policy=Retention(4, 28, 64)),
+]
+"""Over sequences of several parts; the first holds numbers of 16 bits."""
+
+
+def _long(case: Case) -> KernelSpec:
+    """The attention of a long case."""
+    attend = case.specs["attend"] if case.keys else None
+    if attend is not None:
+        return attend
+    formats = {"q": FLOAT, "keys": "fp16", "values": "fp16", "out": FLOAT, **PLACES}
+    sizes = {"H": HEADS * case.group, "L": HEADS, "D": case.size}
+    return spec("cache_attend", "m1", sizes=sizes, formats=formats, scale=case.size**-0.5, window=0, softcap=0.0)
+
+
 @cache
 def library(instruction_set: str) -> Kernels:
     """The kernels of this file."""
-    wanted = [*(_pack(*form) for form in FORMS), _append_bytes(7), *(made for case in STORED + SETTLED for made in case.specs.values())]
+    wanted = [
+        *map(_long, LONG),
+        *(_pack(*form) for form in FORMS),
+        _append_bytes(7),
+        *(made for case in STORED + SETTLED for made in case.specs.values()),
+    ]
     return library_of(wanted, instruction_set)
 
 
@@ -105,9 +143,11 @@ def test_packing_is_the_definition(form: str, size: int, instruction_set: str) -
     x[0, 0] = 0.0  # nothing to scale
     x[1, 0, 0] = torch.arange(size) / 2.0 - size // 4  # ties, where the scale is a power of two
     x[2] *= 1e-7  # scales below the normal numbers of 16 bits
-    expected = qcompile.pack_vectors(x, form)
+    x[2, 1, 0] = torch.linspace(-1, 1, size).pow(5)  # many sizes beside each other
+    tables = {"tables_0": _table(form, size)} if vector_format(form).tables else {}
+    expected = qcompile.pack_vectors(x, form, list(tables.values()))
     out = torch.full_like(expected, 77)
-    library(instruction_set)(_pack(form, size), {"x": x, "out": out})
+    library(instruction_set)(_pack(form, size), {"x": x, "out": out, **tables})
     assert torch.equal(out, expected)
 
 
@@ -140,13 +180,14 @@ def test_attention_over_packed_pages(case: Case, instruction_set: str) -> None:
     for call in CALLS:
         positions, (q, k, v, sinks) = torch.tensor(call), _inputs(case, len(call[0]))
         expected = keys.clone(), values.clone()
-        qcompile.append_packed_(*expected, k, v, TABLE, positions, *case[:2])
-        places = {"keys": keys, "values": values, "page_table": TABLE, "positions": positions}
+        lists = {name.removesuffix("_0"): [table] for name, table in case.tables.items()}
+        qcompile.append_packed_(*expected, k, v, TABLE, positions, *case[:2], **lists)
+        places = {"keys": keys, "values": values, "page_table": TABLE, "positions": positions, **case.tables}
         kernels(specs["append"], {**places, "k": k, "v": v}, threads=2)
         assert torch.equal(keys, expected[0])
         assert torch.equal(values, expected[1])
         options = (case.size**-0.5, case.window, case.softcap, None if sinks is None else sinks.double())
-        exact = qcompile.cache_attend_packed(q.double(), keys, values, TABLE, positions, *case[:2], *options)
+        exact = qcompile.cache_attend_packed(q.double(), keys, values, TABLE, positions, *case[:2], *options, **lists)
         _require_attention(kernels, case, {**places, "q": q} | ({} if sinks is None else {"sinks": sinks}), exact)
 
 
@@ -183,6 +224,16 @@ def _inputs(case: Case, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor | N
     return q, k, v, randn(HEADS * case.group, seed=4) if case.sinks else None
 
 
+def _bound(case: Case, q: Tensor, k: Tensor, v: Tensor) -> float:
+    """What rounding adds up to at most in results over keys and values [B, T, L, D], or nearly: a quarter of the errors of a long sum.
+
+    A score is at most |q| |k| scale; codes without a sign are twice as great as numbers with one. A weight errs by the errors of two
+    scores, and the weights of values are added up, twice as great again.
+    """
+    score = float(q.norm(dim=-1).max() * k.norm(dim=-1).max()) * case.size**-0.5
+    return (2 * 2 * (case.size / 4 + 8) * score + 2 * (k.shape[1] / 4 + 16)) * UNIT * float(v.abs().max())
+
+
 def _require_attention(kernels: Kernels, case: Case, operands: dict[str, Tensor], exact: Tensor) -> None:
     """Within rounding of the exact result, and the same bits whatever threads share it or rows are beside it."""
     out = [torch.full_like(operands["q"], torch.nan) for _ in range(4)]
@@ -192,21 +243,78 @@ def _require_attention(kernels: Kernels, case: Case, operands: dict[str, Tensor]
     for row in range(3):
         alone = {name: value[row : row + 1] if name in per_row else value for name, value in operands.items()}
         kernels(case.specs["attend"], {**alone, "out": out[3][row : row + 1]})
-    # A score is at most |q| |k| scale, and a lane adds up a quarter of it; codes without a sign are twice as great as numbers with one.
-    # A weight errs by the errors of two scores, and a quarter of 87 of them is added up in a lane, twice as great again.
-    q, k, v = operands["q"], *(randn(3, 83, HEADS, case.size, seed=seed) for seed in (2, 3))
-    score = float(q.norm(dim=-1).max() * k.norm(dim=-1).max()) * case.size**-0.5
-    bound = (2 * 2 * (case.size / 4 + 8) * score + 2 * (87 / 4 + 16)) * UNIT * float(v.abs().max())
+    bound = _bound(case, operands["q"], *(randn(3, 83, HEADS, case.size, seed=seed) for seed in (2, 3)))
     assert float((out[0] - exact).abs().max()) < bound
     for other in out[1:]:
         assert torch.equal(out[0], other)
+
+
+LENGTHS = (701, 300, 5)
+"""Of three sequences: several parts, a page border and odd numbers of tokens."""
+
+
+def _stored(case: Case, numbers: list[Tensor], new: int) -> dict[str, Tensor]:
+    """Pages and rows of long sequences, in pages of 64 tokens in an order of their own, before `new` tokens each."""
+    policy, count = case.policy, -(-max(LENGTHS) // 64)
+    table = torch.randperm(3 * count, generator=torch.Generator().manual_seed(7)).to(torch.int32).view(3, count)
+    found: dict[str, Tensor] = {"page_table": table}
+    for name, form, part in zip(("keys", "values"), (case.keys, case.values), numbers, strict=True):
+        slots = torch.nn.functional.pad(part[:, :, policy.first :], (0, 0, 0, 64 * count - part.shape[2] + policy.first))
+        cells = vector_format(form).encode(slots) if form else slots.half()
+        pages = torch.empty(3 * count, HEADS, 64, cells.shape[-1], dtype=cells.dtype)
+        pages[table.long()] = cells.unflatten(2, (count, 64)).transpose(1, 2)
+        found[name] = pages
+        if policy.rows:
+            exact = torch.zeros(3, HEADS, policy.rows + new, case.size, dtype=torch.float16)
+            for row, length in enumerate(LENGTHS):
+                for position in (place for place in policy.held(length - new) if place < length - new):
+                    exact[row, :, policy.row(position)] = part[row, :, position]
+                exact[row, :, policy.rows :] = part[row, :, length - new : length]
+            found[f"exact_{name}"] = exact
+    return found
+
+
+@each_set
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_threads_share_long_sequences(case: Case, instruction_set: str) -> None:
+    """Decoding and 60 or 5 queries at once give the same bits for any number of threads, near the exact result."""
+    kernels, attend, bits = library(instruction_set), _long(case), []
+    numbers = [randn(3, HEADS, max(LENGTHS), case.size, seed=seed).half().float() for seed in (2, 3)]
+    queries = randn(3, HEADS * case.group, 60, case.size, seed=5)
+    for new in (1, 5, 60):
+        if case.policy.rows and new > min(LENGTHS):
+            continue  # what has settled before the shortest would be negative
+        positions = torch.stack([torch.arange(length - new, length).clamp(min=-1) for length in LENGTHS])
+        operands = {**_stored(case, numbers, new), "positions": positions, "q": queries[:, :, 60 - new :]}
+        results = []
+        for threads in (1, 2, 5):
+            results.append(torch.full_like(operands["q"].contiguous(), torch.nan))
+            kernels(attend, {**operands, "out": results[-1]}, threads)
+        assert torch.equal(results[0], results[1])
+        assert torch.equal(results[0], results[2])
+        bits.append(results[0][:, :, -1])
+        exact = _exactly(case, operands)
+        assert float((results[0] - exact).abs().max()) < _bound(case, queries, *(part.transpose(1, 2) for part in numbers))
+    assert all(torch.equal(bits[0], other) for other in bits[1:])
+
+
+def _exactly(case: Case, operands: dict[str, Tensor]) -> Tensor:
+    """The definition in float64."""
+    exact = ("exact_keys", "exact_values") if case.policy.rows else ()
+    stored = [operands[name] for name in ("keys", "values", *exact, "page_table", "positions")]
+    operator = qcompile.attend_settled if case.policy.rows else qcompile.cache_attend_packed if case.keys else qcompile.cache_attend
+    forms = case[:2] if case.keys else ()
+    policy = vars(case.policy).values() if case.policy.rows else ()
+    return operator(operands["q"].double(), *stored, *forms, *policy, case.size**-0.5, case.window)
 
 
 def test_what_is_refused_says_why() -> None:
     case = Case("int4 t32 asym", "int4 g32 asym", 64, policy=Retention(4, 16, 32))
     backend, attend = CppBackend(), case.specs["attend"]
     assert backend.refuses(attend) is None
-    assert "int2 or int4 or int8" in str(backend.refuses(case._replace(keys="fp8 g64").specs["attend"]))
+    assert "expected int2, int4, int8 or fp8" in str(backend.refuses(case._replace(keys="bfp4 g16").specs["attend"]))
+    static = case._replace(keys="int8 static").specs["attend"]
+    assert "k_form is int8 static: expected scales among the codes" in str(backend.refuses(static))
     assert "v_form is int4 t32 asym: expected scales of each token" in str(
         backend.refuses(case._replace(values="int4 t32 asym").specs["attend"])
     )
