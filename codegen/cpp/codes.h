@@ -2,7 +2,7 @@
 // Vectors of `dims` numbers as they are, where `Packed` says how others lie.
 template <int64_t dims, class T>
 struct Numbers {
-    static constexpr int64_t DIMS = dims, GROUP = dims, GROUPS = 1, TOKENS = 1, RUN = dims * sizeof(T), BODY = RUN;
+    static constexpr int64_t DIMS = dims, GROUP = dims, GROUPS = 1, TOKENS = 1, RUN = dims * sizeof(T), BODY = RUN, ALL = RUN;
     static constexpr int64_t PLAIN = (dims + LANES - 1) / LANES * LANES;
     static constexpr int BITS = 8 * sizeof(T), LOW = 0;
     static constexpr bool SIGNED = true, SCALED = false, STATIC = false, FLOAT8 = false, BY_CHANNEL = false;

@@ -240,7 +240,7 @@ static inline void token_values(A& a, const typename Values::Cell* const* cells,
 // The lines of memory where tokens lie, on their way to the processor before they are needed.
 template <class Form, int64_t STRETCH>
 static inline void fetch(const typename Form::Cell* const* cells) {
-    constexpr int64_t bytes = Form::BY_CHANNEL ? Form::BODY : Form::RUN * Form::GROUPS;
+    constexpr int64_t bytes = Form::BY_CHANNEL ? Form::ALL : Form::RUN * Form::GROUPS;
     for (int64_t place = 0; place < STRETCH; place += Form::TOKENS)
         for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(reinterpret_cast<const char*>(cells[place]) + byte);
 }

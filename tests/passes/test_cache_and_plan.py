@@ -233,7 +233,7 @@ def test_refused_operators_run_by_reference_and_say_why() -> None:
     _, ctx = lowered("llama", backend=Refusing("refusing"))
     rows = {row.weight: row for row in ctx.coverage if row.weight}
     assert rows["lm_head.weight"].kernel == "reference"
-    assert "refused by refusing: linear [m1]: too wide" in rows["lm_head.weight"].reason
+    assert "refused by refusing: quantized_linear [m1]: too wide" in rows["lm_head.weight"].reason
     assert not rows["lm_head.weight"].chosen
     assert rows["model.layers.0.mlp.up_proj.weight"].kernel == "refusing.quantized_linear"
     steps = ctx.products["plan"].entries["decode"].steps
