@@ -51,7 +51,7 @@ demo: $(INSTALLED) ## compile a real language model, let it speak, and show what
 	$(BIN)/python examples/demo.py --out $(DEMO_OUT)
 
 bench: $(INSTALLED) ## decode speed beside llama.cpp on the same model (needs llama-cpp-python)
-	$(BIN)/python benchmarks/decode_cpu.py
+	$(BIN)/python -m benchmarks.decode_cpu
 
 accuracy: $(INSTALLED) ## KL and perplexity at each bit width: CALIB=ids.npy EVAL=ids.npy [PEERS=python with other libraries]
 	$(BIN)/python -m benchmarks.accuracy --calib $(CALIB) --eval $(EVAL) $(if $(PEERS),--peers $(PEERS))

@@ -45,7 +45,10 @@ SHAPES = ((576, 1536), (4096, 4096))
 FORMATS = ("int4 g32 sym fp16", "int4 g64 sym fp16", "int4 g32 asym fp16", "int4 g64 asym fp16")
 LEAST_SECONDS = 0.004
 """Of a timed batch of calls."""
+WARM_SECONDS = 0.002
+"""Before it."""
 COLD_CACHES = 4.2
+"""Copies of a weight, in sizes of the last cache."""
 
 
 def spec(operator: str, sizes: dict[str, int], formats: dict[str, str], bucket: str = "", **options: Any) -> KernelSpec:
@@ -189,7 +192,11 @@ def checked(case: Case, runs: dict[str, Run]) -> dict[str, float]:
     return found
 
 
-def _seconds(call: Callable[[], object], count: int) -> float:
+def _seconds(call: Callable[[], object], count: int, warm: float = 0.0) -> float:
+    """Of each of `count` calls, after others for `warm` seconds: threads of another engine may still wait busily for its next call."""
+    started = time.perf_counter()
+    while time.perf_counter() - started < warm:
+        call()
     started = time.perf_counter()
     for _ in range(count):
         call()
@@ -230,7 +237,7 @@ def measure(ours: Ours, product: Product, cold: bool, threads: int, rounds: int,
     reads = []
     for _ in range(rounds):
         for name, run in runs.items():
-            times[name].append(_seconds(run.call, counts[name]) / copies)
+            times[name].append(_seconds(run.call, counts[name], WARM_SECONDS) / copies)
         if memory is not None:
             reads.append(read(memory, threads) / copies)
     return {

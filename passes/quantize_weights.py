@@ -32,10 +32,10 @@ class QuantizeWeights(Pass):
         """One rounding per weight, however many nodes share it."""
         if self.rounding not in ROUNDINGS:
             raise PipelineError(f"pass {self.name}: option rounding: expected one of {', '.join(ROUNDINGS)}, got {self.rounding!r}")
-        sites = find_sites(graph, ctx, self.name)
+        sites = find_sites(graph, ctx, self.name, with_head=True)
         parts = parts_of(graph, sites, ctx, self.rounding) if sites else {}
         for site in sites:
-            _read_packed(graph, site, parts[site.weight], self.rounding)
+            _read_packed(graph, site, parts[site.weight], site.rounding or self.rounding)
         graph.remove_dead()
         return bool(sites)
 

@@ -39,10 +39,15 @@ ROUNDINGS: dict[str, Method] = {
 
 
 def parts_of(graph: Graph, sites: Sequence[Site], ctx: PassContext, rounding: str) -> dict[str, Parts]:
-    """The parts of every weight by the method called `rounding`; without values where a plan must go without data."""
-    if rounding in LAZY_METHODS or not ctx.outlines("quantize-weights"):
-        return ROUNDINGS[rounding](graph, sites, ctx)
-    return {site.weight: _outlined(graph, site) for site in sites}
+    """The parts of every weight by its own method or the one called `rounding`; without values where a plan must go without data."""
+    parts: dict[str, Parts] = {}
+    for method in dict.fromkeys(site.rounding or rounding for site in sites):
+        some = [site for site in sites if (site.rounding or rounding) == method]
+        if method in LAZY_METHODS or not ctx.outlines("quantize-weights"):
+            parts |= ROUNDINGS[method](graph, some, ctx)
+        else:
+            parts |= {site.weight: _outlined(graph, site) for site in some}
+    return parts
 
 
 def _outlined(graph: Graph, site: Site) -> Parts:

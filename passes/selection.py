@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,21 +34,33 @@ _FORWARD_ONLY = (
 )
 
 
-def find_sites(graph: Graph, ctx: PassContext, where: str) -> list[Site]:
-    """The weights that the scheme quantizes, each once, with all that read it; `where` is the pass that notes what it leaves alone."""
-    form = ctx.target.scheme.weight
-    if form is None:
+def find_sites(graph: Graph, ctx: PassContext, where: str, *, with_head: bool = False) -> list[Site]:
+    """The weights that the scheme quantizes, each once, with all that read it; `where` is the pass that notes what it leaves alone.
+
+    `with_head` adds the output head where it has a format of its own (`QuantScheme.head`), with the embedding that is the same matrix.
+    """
+    scheme = ctx.target.scheme
+    if scheme.weight is None:
         return []
     readers: dict[str, list[fx.Node]] = {}
     heads, routers = find_heads(graph), find_routers(graph)
+    own = _own_format(graph, scheme, heads) if with_head else set()
     for node in graph.calls(*_READERS, qcompile.moe_experts.default):
-        chosen = _chosen(node, ctx.target.scheme, heads, routers)
+        chosen = _chosen(node, scheme, heads, routers, own)
         reason = chosen or _impossible(graph, node)
         if reason is not None:
             ctx.note(where, node.name, reason, chosen=chosen is not None)
         elif str(weight_operand(node).target) in readers or ctx.spend():
             readers.setdefault(str(weight_operand(node).target), []).append(node)
-    return [make_site(graph, name, form, nodes) for name, nodes in readers.items()]
+    sites = [make_site(graph, name, scheme.weight, nodes) for name, nodes in readers.items()]
+    return [replace(site, form=scheme.head, rounding="nearest") if scheme.head and site.weight in own else site for site in sites]
+
+
+def _own_format(graph: Graph, scheme: QuantScheme, heads: set[fx.Node]) -> set[str]:
+    """The constants that have the format of the head."""
+    if scheme.head is None or scheme.quantize_head:
+        return set()
+    return {str(weight_operand(node).target) for node in heads if graph.constant(weight_operand(node)) is not None}
 
 
 def weight_operand(node: fx.Node) -> fx.Node:
@@ -71,8 +84,8 @@ def behind_cast(node: fx.Node) -> fx.Node:
     return source
 
 
-def _chosen(node: fx.Node, scheme: QuantScheme, heads: set[fx.Node], routers: set[fx.Node]) -> str | None:
-    """Why the scheme or the user wants this node left alone, or None."""
+def _chosen(node: fx.Node, scheme: QuantScheme, heads: set[fx.Node], routers: set[fx.Node], own: set[str]) -> str | None:
+    """Why the scheme or the user wants this node left alone, or None; `own` are the weights that have a format of their own."""
     if node.target is qcompile.moe_experts.default:
         return None
     if is_quantized(weight_operand(node)):
@@ -84,15 +97,23 @@ def _chosen(node: fx.Node, scheme: QuantScheme, heads: set[fx.Node], routers: se
     pattern = matching_pattern(str(weight_operand(node).target), scheme.ignore)
     if pattern is not None:
         return f"ignored by pattern {pattern!r}"
-    if node.target is aten.embedding.default and not scheme.quantize_embedding:
-        return "embeddings stay in high precision (quantize_embedding=False)"
-    if node in heads and not scheme.quantize_head:
-        return "the output head stays in high precision (quantize_head=False)"
+    at_an_end = "" if str(weight_operand(node).target) in own else _at_an_end(node, scheme, heads)
+    if at_an_end:
+        return at_an_end
     if node in routers:
         return "router gates stay in high precision"
     if node.target in _CONVOLUTIONS and scheme.weight is not None and scheme.weight.element.bits < 8:
         return "convolutions stay in high precision below 8 bits"
     return None
+
+
+def _at_an_end(node: fx.Node, scheme: QuantScheme, heads: set[fx.Node]) -> str:
+    """Why an embedding or a head is left alone; "" for any other node, or where the scheme wants it among the weights."""
+    if node.target is aten.embedding.default and not scheme.quantize_embedding:
+        return "embeddings stay in high precision (quantize_embedding=False)"
+    if node in heads and not scheme.quantize_head:
+        return "the output head stays in high precision (quantize_head=False)"
+    return ""
 
 
 def _impossible(graph: Graph, node: fx.Node) -> str | None:

@@ -32,6 +32,7 @@ class Site:
         form: what to round to.
         readers: the nodes whose operand it is, in order.
         shape: what readers expect.
+        rounding: the method it is rounded by, where that is not the one asked for.
     """
 
     weight: str
@@ -39,6 +40,7 @@ class Site:
     form: QuantFormat
     readers: tuple[fx.Node, ...]
     shape: tuple[int, ...]
+    rounding: str = ""
 
     @property
     def moment_reader(self) -> fx.Node | None:

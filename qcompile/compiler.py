@@ -104,7 +104,9 @@ def compile(  # noqa: A001  the name is the product's
             - `group_size`: input columns per scale; -1 is one scale per output channel;
             - `symmetric`: whether they have no zero point;
             - `ignore`: which to leave alone: names, or `re:` and an expression; first match wins;
-            - `quantize_head`, `quantize_embedding`: whether the output head and token embeddings are quantized too.
+            - `head_format`: text in place of the format of the output head, and of the embedding where that is the same matrix;
+              `float` leaves them as they are. On CPUs, beside integer weights, it is `int8 g32 sym fp16`;
+            - `quantize_head`, `quantize_embedding`: whether they are quantized as all weights are.
 
             Of products with integer weights in schemes that leave activations alone:
 

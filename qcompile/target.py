@@ -9,7 +9,7 @@ import torch
 
 from qcompile.errors import TargetError
 from qcompile.quant.cache_format import CACHES, CacheFormat
-from qcompile.quant.scheme import SCHEMES, QuantScheme
+from qcompile.quant.scheme import HEAD, SCHEMES, QuantScheme
 
 ARCHITECTURES = ("cpu", "onnx", "reference", "sm80", "sm89", "sm90", "sm100")
 _LOW_BIT = ("int8", "int4", "w8a8", "w4a8", "w4a4", "fp8", "int3", "int2", "nf4", "mxint8", "mxfp4", "nvfp4")
@@ -76,7 +76,13 @@ def parse_target(text: str | Target) -> Target:
     kv = match["kv"] or "kv"
     if kv not in CACHES:
         raise TargetError(f"target {text!r}: cache {kv!r} is unknown; expected {', '.join(key for key in CACHES if key != 'kv')} or none")
-    return resolve(match["arch"], SCHEMES[name], CACHES[kv])
+    return resolve(match["arch"], _with_head(match["arch"], SCHEMES[name]), CACHES[kv])
+
+
+def _with_head(arch: str, scheme: QuantScheme) -> QuantScheme:
+    """On CPUs, where tokens wait for memory, the head of a scheme with integer weights is stored in what costs nothing (`HEAD`)."""
+    integers = scheme.weight is not None and scheme.weight.element.is_integer
+    return replace(scheme, head=HEAD) if integers and arch in ("cpu", "reference") else scheme
 
 
 def resolve(arch: str, scheme: QuantScheme, cache: CacheFormat | None = None) -> Target:

@@ -21,7 +21,7 @@ from qcompile.ir.graph import Graph
 from qcompile.ir.lowered import Kernel, Plan
 from qcompile.ir.matmuls import matmul_text
 from qcompile.ir.memory import dtype_of
-from qcompile.ir.native import NATIVE_SOURCE
+from qcompile.ir.native import NATIVE_SOURCE, Segment, plan_digest, segments
 from qcompile.ir.records import Assets, CoverageRow, PassRecord, Settings
 from qcompile.ir.serialize import check_graph_json, format_of, graph_to_json
 from qcompile.ir.serialize_plan import check_constants, kernels_from_json, kernels_to_json, plan_from_json, plan_to_json
@@ -81,6 +81,7 @@ class ArtifactContents:
         self.records, self.coverage = list(records), list(coverage)
         self.constants: Mapping[str, Constant] = self.graph.constants if constants is None else constants
         self.path, self.untrusted, self.torch_version = path, untrusted, torch_version
+        self._native: tuple[Plan, dict[str, Kernel], dict[str, list[Segment]], str] | None = None
         self.digest, self.onnx, self.settings = digest, onnx, settings or Settings()
 
     @property
@@ -113,6 +114,15 @@ class ArtifactContents:
     def matmul(self) -> str | None:
         """How linears with quantized weights multiply, in a line; None where there are none."""
         return matmul_text(self.coverage, self.target)
+
+    @without_collecting()
+    def native_runs(self) -> tuple[dict[str, list[Segment]], str]:
+        """The runs of native steps of each entry, and the digest that a library names which serves them; found once for a plan."""
+        found = self._native
+        if found is None or found[0] is not self.plan or found[1] is not self.kernels:
+            runs = {name: segments(entry, self.kernels) for name, entry in self.plan.entries.items()}
+            found = self._native = (self.plan, self.kernels, runs, plan_digest(self.plan, self.kernels, runs))
+        return found[2], found[3]
 
     @property
     def weight_bytes(self) -> int:

@@ -141,10 +141,10 @@ def test_serving_more_sequences_does_not_change_what_is_saved(tiny_int4: Path, t
 
 
 def test_bits_per_weight_count_everything_stored(tiny_int4: Path) -> None:
-    # d = 32 and 48 columns are one group each: 4 bits and 16 / 32 or 16 / 48 for the scale.
+    # d = 32 and 48 columns are one group each: 4 bits and 16 / 32 or 16 / 48 for the scale; the head has 8 bits and 16 / 32.
     per_layer = {32: 32 + 16 + 16 + 32 + 48 + 48, 48: 32}
-    bits = sum(rows * (columns * 4 + 16) for columns, rows in per_layer.items())
-    elements = sum(rows * columns for columns, rows in per_layer.items())
+    bits = 2 * sum(rows * (columns * 4 + 16) for columns, rows in per_layer.items()) + 100 * (32 * 8 + 16)
+    elements = 2 * sum(rows * columns for columns, rows in per_layer.items()) + 100 * 32
     assert qcompile.load(tiny_int4).bits_per_weight == pytest.approx(bits / elements)
 
 
@@ -184,7 +184,8 @@ def test_ignore_group_size_and_symmetry_are_heeded() -> None:
     assert rows["model.layers.1.self_attn.q_proj.weight"].format == "int4 g16 asym fp16"
     assert rows["model.layers.0.self_attn.q_proj.weight"].reason == "ignored by pattern 're:layers\\\\.0\\\\..*q_proj'"
     assert rows["model.layers.1.mlp.down_proj.weight"].format == "fp32"
-    assert "the output head stays in high precision" in rows["lm_head.weight"].reason
+    assert rows["lm_head.weight"].format == "int8 g32 sym fp16"
+    assert "embeddings stay in high precision" in rows["model.embed_tokens.weight"].reason
 
 
 def test_formats_of_weights_and_activations_are_heeded() -> None:

@@ -23,7 +23,8 @@ FENCE = re.compile(r"^( *)```([^\n]*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 BY_NAME = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 
 
-def _fences(path: Path, *languages: str) -> list[str]:
+def fences(path: Path, *languages: str) -> list[str]:
+    """The fenced blocks of a page in these languages."""
     return [body for _, language, body in FENCE.findall(path.read_text()) if language in languages]
 
 
@@ -92,13 +93,13 @@ def test_paths_and_names_exist(path: Path) -> None:
 
 @BY_NAME
 def test_links_lead_somewhere(path: Path) -> None:
-    targets = re.findall(r"\]\(([^)#:]+)\)", path.read_text())
+    targets = re.findall(r"\]\(([^)#:]+)\)", FENCE.sub("", path.read_text()))
     assert [target for target in targets if not (path.parent / target).exists()] == []
 
 
 @BY_NAME
 def test_commands_and_options_exist(path: Path) -> None:
-    lines = [line.strip() for body in _fences(path, "sh") for line in body.splitlines()]
+    lines = [line.strip() for body in fences(path, "sh") for line in body.splitlines()]
     assert wrong_commands([*_spans(path), *lines]) == []
 
 
@@ -128,7 +129,7 @@ def test_the_table_of_caches_holds_every_one(name: str) -> None:
 
 
 def _runnable() -> Iterator[Path]:
-    return (path for path in DOCUMENTS if _fences(path, "python"))
+    return (path for path in DOCUMENTS if fences(path, "python"))
 
 
 @pytest.mark.parametrize("path", _runnable(), ids=lambda path: path.name)
@@ -136,7 +137,7 @@ def test_python_blocks_run(path: Path, tmp_path: Path, monkeypatch: pytest.Monke
     """In order, sharing their names; a block that cannot run here is fenced as `python no-run`."""
     monkeypatch.chdir(tmp_path)
     # Dataclasses look their module up, and torch reads the source lines of a traced model: a real module in a real file.
-    (tmp_path / "shown.py").write_text("\n".join(_fences(path, "python")))
+    (tmp_path / "shown.py").write_text("\n".join(fences(path, "python")))
     spec = importlib.util.spec_from_file_location("shown", tmp_path / "shown.py")
     assert spec is not None
     assert spec.loader is not None

@@ -11,8 +11,8 @@ from qcompile.codegen.cpp import (
     code_linear,
     elementwise,
     embedding,
+    exact_linear,
     float_linear,
-    linear,
     norm,
     pack,
     pointwise,
@@ -29,7 +29,7 @@ from qcompile.ir.lowered import Kernel, KernelSpec
 OPERATORS: Mapping[str, Operator] = MappingProxyType(
     {
         "linear": float_linear.LINEAR,
-        "quantized_linear": linear.QUANTIZED_LINEAR,
+        "quantized_linear": exact_linear.QUANTIZED_LINEAR,
         "integer_linear": code_linear.INTEGER_LINEAR,
         **quantize.OPERATORS,
         "rms_norm": norm.RMS_NORM,
@@ -50,6 +50,7 @@ OPERATORS: Mapping[str, Operator] = MappingProxyType(
         "retain_": retained.RETAIN,
         "attend_settled": attention.ATTEND_SETTLED,
         "embedding": embedding.EMBEDDING,
+        "quantized_embedding": embedding.QUANTIZED_EMBEDDING,
         "gather_last": embedding.GATHER_LAST,
         "pointwise": pointwise.POINTWISE,
         "cat": shaping.CAT,

@@ -68,6 +68,18 @@ _WORD = function(
     "static inline Ints every_lane", ["const int8_t* from"], "Four codes in every lane.",
     ["int32_t word;", "std::memcpy(&word, from, 4);", "return word - Ints{};"],
 )  # fmt: skip
+ZEROS = function(
+    "static inline Ints zero_points", ["const uint8_t* from"], "Zero points of as many rows as there are lanes.",
+    [
+        "#if defined(__AVX512F__)",
+        "return reinterpret_cast<Ints>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));",
+        "#elif defined(__AVX2__)",
+        "return reinterpret_cast<Ints>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));",
+        "#else",
+        "return __builtin_convertvector(load_bits<Bytes>(from), Ints);",
+        "#endif",
+    ],
+)  # fmt: skip
 _SUM = function(
     "static inline int32_t sum_codes", ["const int8_t* from", "int64_t count"], "The sum of codes.",
     [

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qcompile.codegen.contract import FLOATS, same_storage
-from qcompile.codegen.cpp.code_dot import dot_helpers
+from qcompile.codegen.contract import FLOATS, same_storage, stored
+from qcompile.codegen.cpp.code_dot import ZEROS, dot_helpers
 from qcompile.codegen.cpp.code_rows import CODE_ROWS, Product, each_run, few_columns, plain, prepare_function, prepare_name, product_of
 from qcompile.codegen.cpp.contract import Operator, kernel, type_of
 from qcompile.codegen.cpp.source import Lines, block, call, constants, function, when
@@ -20,6 +20,9 @@ from qcompile.ir.lowered import BUCKETS, Kernel, KernelSpec
 
 MOST_COLUMNS = 1 << 15
 """Of a row: its products stay within 32 bits whatever the codes are, and rows of x fit on the stack."""
+
+MOST_CHUNKS = 4
+"""Of a run that are written out one after the other."""
 
 
 def product_function(product: Product) -> Lines:
@@ -64,10 +67,10 @@ def product_function(product: Product) -> Lines:
         *when(not product.direct, ["int64_t place = 0;"]),
         *each_run(product, run),
     ]
-    parameters = ["const CodeRows& x", "const int32_t* codes", *weight.scale_parameters, "int64_t columns"]
+    parameters = ["const CodeRows& x", "const int32_t* codes", *product.parameters, "int64_t columns"]
     head = f"template <int ROWS, int TILES>\nstatic inline void {product.name}_product"
     return function(
-        head, [*parameters, "Floats (&total)[ROWS][TILES][PARTS]"], f"ROWS rows of codes times TILES tiles of {weight.text}.", body
+        head, [*parameters, "Floats (&total)[ROWS][TILES][PARTS]"], f"ROWS rows of codes times TILES tiles of {product.text}.", body
     )
 
 
@@ -77,6 +80,10 @@ def _every_chunk(product: Product, lines: Lines) -> Lines:
     if product.even and product.run == step * per:
         return [f"const int64_t word_at = first / {per};", *lines]
     until = f"last / {per}" if product.direct else f"(last + {per - 1}) / {per}"
+    if product.even and product.run <= MOST_CHUNKS * step * per:
+        # All at once: so short a loop costs more than what is in it.
+        head = f"UNROLL for (int chunk = 0; chunk < {product.run // (step * per)}; chunk++)"
+        return block(head, [f"const int64_t word_at = first / {per} + chunk * {step};", *lines])
     place = "" if product.direct else f", place += {step}"
     return block(f"for (int64_t word_at = first / {per}, until = {until}; word_at < until; word_at += {step}{place})", lines)
 
@@ -102,12 +109,14 @@ def _group(product: Product) -> str:
 def _start(product: Product) -> Lines:
     """Sums begin with what the weight's zero point takes off."""
     weight = product.weight
+    if product.minimum:
+        return [f"UNROLL for (int r = 0; r < {product.rows}; r++) part[r][t][p] = Ints{{}};"]
     lines = ["UNROLL for (int r = 0; r < ROWS; r++) part[r][t][p] = x.sums[r * runs + run] - Ints{};"]
     if weight.zero:
         taken = "dot_pairs(offset, x.sums[r * runs + run] - Ints{}, Ints{})" if few_columns(product) else "offset * x.sums[r * runs + run]"
         at = f"zero + (t * {weight.zero_stride} + {_group(product)}) * TILE + p * LANES"
         lines = [
-            f"const Ints offset = __builtin_convertvector(load_bits<Bytes>({at}), Ints);",
+            f"const Ints offset = zero_points({at});",
             f"UNROLL for (int r = 0; r < ROWS; r++) part[r][t][p] = {taken};",
         ]
     return [*lines, *when(product.zero, ["part[ROWS][t][p] = Ints{};"])]
@@ -115,25 +124,25 @@ def _start(product: Product) -> Lines:
 
 def _finish(product: Product) -> Lines:
     """The run's sums join the totals, times its scales."""
-    moved = ["part[r][t][p] -= x.zeros[r * runs + run] * part[ROWS][t][p];"] * product.zero
+    at = f"(t * groups + {_group(product)}) * TILE + p * LANES"
+    sums = ["part[r][t][p] -= x.zeros[r * runs + run] * part[ROWS][t][p];"] * product.zero
+    sums += ["const Floats products = __builtin_convertvector(part[r][t][p], Floats), own = splat(x.scales[r * runs + run]);"]
+    if product.minimum:
+        sums += ["total[r][t][p] += own * (products * factor + splat(x.totals[r * runs + run]) * least);"]
+    else:
+        sums += ["total[r][t][p] += products * (own * factor);"]
     return [
-        f"const Floats factor = load(scale + (t * groups + {_group(product)}) * TILE + p * LANES);",
-        *block(
-            "UNROLL for (int r = 0; r < ROWS; r++)",
-            [
-                *moved,
-                "const Floats both = splat(x.scales[r * runs + run]) * factor;",
-                "total[r][t][p] += __builtin_convertvector(part[r][t][p], Floats) * both;",
-            ],
-        ),
+        f"const Floats factor = load(scale + {at});",
+        *when(product.minimum, [f"const Floats least = load(zero + {at});"]),
+        *block("UNROLL for (int r = 0; r < ROWS; r++)", sums),
     ]
 
 
 def rows_function(product: Product) -> Lines:
     """ROWS rows of x, those of `out` from `row` on, times the tiles of a range, and what comes after the sum."""
     weight = product.weight
-    names = [name for name, _ in weight.scale_strides]
-    shares = [f"{name} + tile * {stride} * TILE" for name, stride in weight.scale_strides]
+    names = [name for name, _ in product.strides]
+    shares = [f"{name} + tile * {stride} * TILE" for name, stride in product.strides]
     given = ["x", "codes + tile * words * TILE", *shares, "columns", "total"]
     rest = ["x", "codes", *names, "bias", "out", "row", "Range{tile, tiles.last}", "rows", "columns"]
     stored = [
@@ -156,11 +165,11 @@ def rows_function(product: Product) -> Lines:
         *block("if constexpr (TILES > 1)", call(f"{product.name}_rows<ROWS, TILES / 2>", rest)),
     ]
     parameters = [
-        "const CodeRows& x", "const int32_t* codes", *weight.scale_parameters, "const Real* bias", "const Tensor& out", "int64_t row",
+        "const CodeRows& x", "const int32_t* codes", *product.parameters, "const Real* bias", "const Tensor& out", "int64_t row",
         "Range tiles", "int64_t rows", "int64_t columns",
     ]  # fmt: skip
     head = f"template <int ROWS, int TILES, class Real>\nstatic void {product.name}_rows"
-    return function(head, parameters, f"ROWS rows of codes times a range of tiles of {weight.text}, stored.", body)
+    return function(head, parameters, f"ROWS rows of codes times a range of tiles of {product.text}, stored.", body)
 
 
 def emit_integer_linear(spec: KernelSpec) -> Kernel:
@@ -170,7 +179,7 @@ def emit_integer_linear(spec: KernelSpec) -> Kernel:
         spec = replace(spec, bucket="m2-63")  # one kernel for any number of rows but one
     product = product_of(spec)
     weight = product.weight
-    pointers = [f"w_{name}.at<{type_of(spec, f'w_{name}')}>()" for name, _ in weight.scale_strides]
+    pointers = [f"w_{name}.at<{type_of(spec, f'w_{name}')}>()" for name, _ in product.strides]
     real = type_of(spec, "out")
     pointers = ["w_codes.at<int32_t>()", *pointers, f"bias.at<{real}>()" if spec.format("bias") else f"static_cast<{real}*>(nullptr)"]
     body = [
@@ -179,28 +188,32 @@ def emit_integer_linear(spec: KernelSpec) -> Kernel:
         "const Range mine = team.share((rows + TILE - 1) / TILE);",
         *(_one_row(product, pointers) if single else _many_rows(product, pointers)),
     ]
-    layouts = {"w_codes": f"tiles-planes{weight.bits}", "w_scale": "tiles", "w_zero": weight.zero_layout}
     names = INTEGER_LINEAR.present(spec)
-    helpers = [*dot_helpers(weight.bits), CODE_ROWS, prepare_function(product)]
+    helpers = [*dot_helpers(weight.bits), *[ZEROS] * weight.zero, CODE_ROWS, prepare_function(product)]
     helpers += [product_function(product), rows_function(product)]
-    return kernel(spec, names, body, helpers, [(name, layouts[name]) for name in names if name in layouts])
+    return kernel(spec, names, body, helpers, [(name, layout) for name, layout in product.layouts.items() if name in names])
 
 
 def _kept(product: Product, most: int) -> Lines:
     """What is kept of rows of x while the weight passes, on the stack: `some`."""
     named = {"most": (most, "rows of x at once"), "runs": (product.runs, "of columns that share their scales")}
-    arrays = ["const int8_t* at[most];", f"int32_t sums[runs * most]{', zeros[runs * most]' if product.zero else ''};"]
-    copies = [] if product.direct else [f"int8_t copies[held * most]{', ones[held]' if product.zero else ''};"]
-    named |= {} if product.direct else {"held": (product.held, "bytes of a copied row")}
-    zeros = "zeros" if product.zero else "nullptr"
-    copied = "nullptr, nullptr, 0" if product.direct else f"copies, {'ones' if product.zero else 'nullptr'}, held"
+    arrays = [f"{kind} {name}[runs * most];" for name, kind in product.kept.items()]
+    if not product.direct:
+        named |= {"held": (product.held, "bytes of a copied row")}
+        arrays += ["int8_t copies[held * most];", *["int8_t ones[held];"] * product.zero]
     return [
         *constants(named),
+        "const int8_t* at[most];",
         *arrays,
-        "float scales[runs * most];",
-        *copies,
-        f"const CodeRows some{{at, sums, {zeros}, scales, {copied}}};",
+        f"const CodeRows some{{at, {_fields(product, '{}', 'copies', 'ones')}}};",
     ]
+
+
+def _fields(product: Product, kept: str, copies: str, ones: str) -> str:
+    """What rows of x have beside where they are, in the order of the structure; nullptr for what this product does not need."""
+    named = [kept.format(name) if name in product.kept else "nullptr" for name in ("sums", "zeros", "totals", "scales")]
+    copied = ["nullptr", "nullptr", "0"] if product.direct else [copies, ones if product.zero else "nullptr", "held"]
+    return ", ".join([*named, *copied])
 
 
 def _prepare(product: Product, row: str, count: str) -> Lines:
@@ -222,12 +235,8 @@ def _many_rows(product: Product, pointers: list[str]) -> Lines:
         made = [*call(f"{product.name}_rows<{count}, WIDE>", given), f"row += {count};"]
         taken = block(f"if (here - row >= {count})", [*made, "continue;"]) if count > 1 else made
         blocks += block(f"if constexpr (MANY >= {count})", taken) if count > 2 else taken
-    zeros = "some.zeros + row * runs" if product.zero else "nullptr"
-    copied = "nullptr, nullptr, 0" if product.direct else "nullptr, some.ones, held"
-    rows = [
-        f"const CodeRows x{{some.rows + row, some.sums + row * runs, {zeros}, some.scales + row * runs, {copied}}};",
-        *blocks,
-    ]
+    fields = _fields(product, "some.{} + row * runs", "nullptr", "some.ones")
+    rows = [f"const CodeRows x{{some.rows + row, {fields}}};", *blocks]
     near = [
         "const Range near{first, std::min(first + step, mine.last)};",
         *block("for (int64_t row = 0; row < here;)", rows),
@@ -252,6 +261,10 @@ def refuses_integer_linear(spec: KernelSpec) -> str | None:
     reason = refuses_weight(plain(spec))
     if reason is not None:
         return f"the weight's {reason}"
+    minimum = "min" in stored(spec, "w_codes").split()
+    wanted = spec.format("w_scale") if minimum else spec.format("w_zero") and "uint8"
+    if spec.format("w_zero") != wanted:
+        return f"w_zero is {spec.format('w_zero')}: expected {wanted} for {stored(spec, 'w_codes')}"
     if (reason := same_storage(spec, "bias", "out")) is not None:
         return reason
     product = product_of(spec)
@@ -266,7 +279,7 @@ def refuses_integer_linear(spec: KernelSpec) -> str | None:
 INTEGER_LINEAR = Operator(
     emit=emit_integer_linear,
     operands={
-        "codes": ("i8",), "scale": ("fp32", "fp16"), "zero": ("i32",), "w_codes": (), "w_scale": FLOATS, "w_zero": ("uint8",),
+        "codes": ("i8",), "scale": ("fp32", "fp16"), "zero": ("i32",), "w_codes": (), "w_scale": FLOATS, "w_zero": ("uint8", *FLOATS),
         "bias": FLOATS, "out": FLOATS,
     },
     optional=frozenset({"zero", "w_zero", "bias"}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import gcd
 
+from qcompile.codegen.contract import FLOATS
 from qcompile.codegen.cpp.code_dot import CHUNK
 from qcompile.codegen.cpp.contract import type_of
 from qcompile.codegen.cpp.source import Lines, block, function, when
@@ -28,6 +29,7 @@ class Product:
         scale: C++ type of the scales of x.
         static: whether x has one scale for every row.
         zero: whether x has zero points.
+        minimum: whether the weight has minima, what code 0 of a group stands for; `weight` then knows nothing of zero points.
     """
 
     weight: Weight
@@ -36,6 +38,7 @@ class Product:
     scale: str
     static: bool
     zero: bool
+    minimum: bool
 
     @property
     def run(self) -> int:
@@ -77,7 +80,7 @@ class Product:
     @property
     def most(self) -> int:
         """Rows of x that are prepared together: blocks of four as `STACK` allows."""
-        bytes_kept = self.runs * (12 if self.zero else 8) + 8 + (0 if self.direct else self.held)
+        bytes_kept = self.runs * 4 * (2 + self.zero) + 8 + (0 if self.direct else self.held)
         return max(4, min(MOST_ROWS, STACK // bytes_kept // 4 * 4))
 
     @property
@@ -85,7 +88,35 @@ class Product:
         """What functions for this product begin with; those over whole rows serve any number of columns."""
         size = "" if self.whole else f"_run{self.run}"
         read = "_even" if self.even else f"_by{self.chunk}" if self.direct else "_copied"
-        return f"{self.weight.name}_codes{size}{read}{'_moved' if self.zero else ''}"
+        return f"{self.weight.name}{'_min' * self.minimum}_codes{size}{read}{'_moved' if self.zero else ''}"
+
+    @property
+    def text(self) -> str:
+        """The weight in words."""
+        return f"{self.weight.text}, minima" if self.minimum else self.weight.text
+
+    @property
+    def kept(self) -> dict[str, str]:
+        """What is kept by row and run, and its C++ type."""
+        kinds = {"sums": "int32_t", "zeros": "int32_t", "totals": "float", "scales": "float"}
+        present = {"sums": not self.minimum, "zeros": self.zero, "totals": self.minimum, "scales": True}
+        return {name: kind for name, kind in kinds.items() if present[name]}
+
+    @property
+    def strides(self) -> list[tuple[str, str]]:
+        """Operands of the weight beside the codes, and how many of theirs a row has."""
+        return [*self.weight.scale_strides, *[("zero", "groups")] * self.minimum]
+
+    @property
+    def parameters(self) -> list[str]:
+        """Parameters of a product beside the codes of the weight."""
+        return [*self.weight.scale_parameters, *[f"const {self.weight.scale}* zero"] * self.minimum]
+
+    @property
+    def layouts(self) -> dict[str, str]:
+        """Of the weight's operands."""
+        zero = "tiles" if self.minimum else self.weight.zero_layout
+        return {"w_codes": f"tiles-planes{self.weight.bits}", "w_scale": "tiles", "w_zero": zero}
 
     @property
     def rows(self) -> str:
@@ -160,20 +191,18 @@ def few_columns(product: Product) -> bool:
 
 
 def _sum_of(product: Product) -> Lines:
-    """What the codes of x in a run sum to, negative, as the weight's zero points want to be multiplied."""
+    """What the codes of x in a run sum to: a float for minima; else negative, as the weight's zero points want to be multiplied."""
     lines, total = [], "sum_codes(from + first, last - first)"
     if product.zero:
         lines = [
             f"const int32_t middle = {_own(product, 'zero', 'int32_t')}[{_x_group(product)}];",
             "x.zeros[r * runs + run] = middle;",
         ]
-        total += " - middle * static_cast<int32_t>(last - first)"
-    taken = f"-({total})" if product.zero else f"-{total}"
-    if not product.weight.zero:
-        taken = f"{product.weight.middle} * {taken}"
-    elif few_columns(product):
-        taken += " & 0xffff"
-    return [*lines, f"x.sums[r * runs + run] = {taken};"]
+        total = f"({total} - middle * static_cast<int32_t>(last - first))"
+    if product.minimum:
+        return [*lines, f"x.totals[r * runs + run] = {total};"]
+    taken = f"-{total}" if product.weight.zero else f"-{product.weight.middle} * {total}"
+    return [*lines, f"x.sums[r * runs + run] = {taken}{' & 0xffff' if product.weight.zero and few_columns(product) else ''};"]
 
 
 def plain(spec: KernelSpec) -> KernelSpec:
@@ -186,19 +215,25 @@ def product_of(spec: KernelSpec) -> Product:
     """The product of a specification that is not refused."""
     group, columns = int(spec.option("group_size")), spec.size("K")
     whole = group == -1 or group >= columns
+    zero = spec.format("w_zero")
     return Product(
-        weight_of(plain(spec)), columns, 0 if whole else group, type_of(spec, "scale"), bool(spec.option("static", False)),
-        spec.format("zero") is not None,
-    )  # fmt: skip
+        weight=replace(weight_of(plain(spec)), zero=zero == "uint8"),
+        columns=columns,
+        group=0 if whole else group,
+        scale=type_of(spec, "scale"),
+        static=bool(spec.option("static", False)),
+        zero=spec.format("zero") is not None,
+        minimum=zero in FLOATS,
+    )
 
 
 CODE_ROWS = [
-    "// Rows of codes as products want them: where each is, and by row and run what sums begin with, zero points and scales; copies of",
-    "// `held` bytes a row, and one of ones, where runs do not end with words.",
+    "// Rows of codes as products want them: where each is, and by row and run what sums begin with, zero points, sums for minima and",
+    "// scales; copies of `held` bytes a row, and one of ones, where runs do not end with words.",
     "struct CodeRows {",
     "    const int8_t** rows;",
     "    int32_t *sums, *zeros;",
-    "    float* scales;",
+    "    float *totals, *scales;",
     "    int8_t *copies, *ones;",
     "    int64_t held;",
     "};",

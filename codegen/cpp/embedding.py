@@ -6,7 +6,9 @@ from qcompile.codegen.contract import FLOATS, same_storage
 from qcompile.codegen.cpp.contract import Operator, kernel, type_of
 from qcompile.codegen.cpp.float_linear import LAYOUTS
 from qcompile.codegen.cpp.loops import every_row
+from qcompile.codegen.cpp.packed_forms import helpers
 from qcompile.codegen.cpp.source import block, constants
+from qcompile.codegen.cpp.tiles import FIXED, TABLES, looked_up, refuses_tiles, tile_layouts, tile_weight
 from qcompile.ir.lowered import Kernel, KernelSpec
 
 
@@ -28,6 +30,24 @@ def emit_embedding(spec: KernelSpec) -> Kernel:
         ),
     ]
     return kernel(spec, EMBEDDING.present(spec), body, layouts=[("weight", layout)])
+
+
+def emit_quantized_embedding(spec: KernelSpec) -> Kernel:
+    """Rows of a packed table, from the same tiles as a head that shares it."""
+    real = type_of(spec, "out")
+    body = [
+        *constants({"rows": (spec.size("N"), "of the table"), "columns": (spec.size("K"), "of the table")}),
+        *tile_weight(spec),
+        *every_row(
+            [
+                "const int64_t token = std::clamp<int64_t>(indices.element<int64_t>(row), 0, rows - 1);",
+                f"row_of_tiles(weight, token, out.row<{real}>(row));",
+            ],
+            "indices.count()",
+        ),
+    ]
+    headers = TABLES if looked_up(spec) else FIXED
+    return kernel(spec, QUANTIZED_EMBEDDING.present(spec), body, helpers(*headers), tile_layouts(spec))
 
 
 def emit_gather_last(spec: KernelSpec) -> Kernel:
@@ -52,6 +72,13 @@ EMBEDDING = Operator(
     emit=emit_embedding, operands={"weight": FLOATS, "indices": ("i64",), "out": FLOATS}, sizes=("N", "K"),
     refuses=lambda spec: same_storage(spec, "weight", "out"),
 )  # fmt: skip
+QUANTIZED_EMBEDDING = Operator(
+    emit=emit_quantized_embedding,
+    operands={"indices": ("i64",), "codes": (), "scale": (), "zero": (), "scale2": (), "out": FLOATS},
+    optional=frozenset({"zero", "scale2"}),
+    sizes=("N", "K"),
+    refuses=refuses_tiles,
+)
 _MOVED = (*FLOATS, "i8", "i32")
 """Rows, and what quantized rows are: codes, scales, zero points."""
 GATHER_LAST = Operator(

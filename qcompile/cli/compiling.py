@@ -52,7 +52,8 @@ def compile_model(
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Weights without a zero point, or with one.")] = None,
     weight_format: Annotated[str | None, typer.Option(help="A format in place of the target's, such as 'nf4 g36 sym int8'.")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Leave weights of this name alone (re: for a pattern); repeatable.")] = None,
-    quantize_head: Annotated[bool, typer.Option("--quantize-head", help="Also quantize the output head.")] = False,
+    head_format: Annotated[str | None, typer.Option(help="Format of the output head, such as 'int8 g32 sym fp16', or 'float'.")] = None,
+    quantize_head: Annotated[bool, typer.Option("--quantize-head", help="Quantize the output head as all weights.")] = False,
     quantize_embedding: Annotated[bool, typer.Option("--quantize-embedding", help="Also quantize token embeddings.")] = False,
     matmul: Annotated[
         str | None, typer.Option(help="With integer weights: exact, on floats; or fast, with activations rounded to int8 on the way.")
@@ -102,11 +103,11 @@ def compile_model(
     with console.status(f"reading {model}") as status:
         compiled = qcompile.compile(
             model, target, recipe=recipe, passes=passes, disable=disable_pass or (), strict=strict, dump=dump, check=check or None,
-            group_size=group_size, symmetric=symmetric, weight_format=weight_format, ignore=ignore, quantize_head=quantize_head or None,
-            quantize_embedding=quantize_embedding or None, matmul=matmul, activation_group_size=activation_group_size,
-            activation_symmetric=activation_symmetric, activation_static=activation_static, activation_clip=activation_clip,
-            cache_keys=cache_keys, cache_values=cache_values, cache_sinks=cache_sinks, cache_window=cache_window,
-            cache_before_positions=cache_before_positions, cache_bits=cache_bits,
+            group_size=group_size, symmetric=symmetric, weight_format=weight_format, ignore=ignore, head_format=head_format,
+            quantize_head=quantize_head or None, quantize_embedding=quantize_embedding or None, matmul=matmul,
+            activation_group_size=activation_group_size, activation_symmetric=activation_symmetric, activation_static=activation_static,
+            activation_clip=activation_clip, cache_keys=cache_keys, cache_values=cache_values, cache_sinks=cache_sinks,
+            cache_window=cache_window, cache_before_positions=cache_before_positions, cache_bits=cache_bits,
             calibration=None if calibration is None else Path(calibration),
             num_calibration_samples=num_calibration_samples, max_seq_length=max_seq_length, max_batch=max_batch, max_context=max_context,
             prefill_chunk=prefill_chunk, revision=revision, trust_remote_code=trust_remote_code, engine=engine,

@@ -14,7 +14,7 @@ from qcompile.cli.compiling import StatusInstrument, compile_model
 from qcompile.cli.output import BytesOption, JsonOption, PageOption, emit, stderr
 
 _AS_COMPILE = (
-    "recipe", "group_size", "symmetric", "weight_format", "ignore", "quantize_head", "quantize_embedding", "matmul",
+    "recipe", "group_size", "symmetric", "weight_format", "ignore", "head_format", "quantize_head", "quantize_embedding", "matmul",
     "activation_group_size", "activation_symmetric", "activation_static", "activation_clip", "cache_keys", "cache_values", "cache_sinks",
     "cache_window", "cache_bits", "cache_before_positions", "calibration", "num_calibration_samples", "max_seq_length", "disable_pass",
     "passes", "revision", "trust_remote_code", "max_batch", "max_context", "prefill_chunk", "engine",

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -103,29 +105,9 @@ def tiles_pairs(stored: Tensor) -> Tensor:
     return tiles(torch.nn.functional.pad(stored, (0, stored.shape[1] % 2)).contiguous().view(torch.int32))
 
 
-def _word_tiles(codes: Tensor, middle: int) -> Tensor:
-    padded = torch.nn.functional.pad(codes ^ middle, (0, -codes.shape[1] % 4))
-    return tiles(padded.view(torch.int32))
-
-
-def tiles_int8(codes: Tensor) -> Tensor:
-    """8-bit codes uint8 [N, K] to int32 [ceil(N/16), ceil(K/4), 16]: a word holds 4 columns of a row, low first, each `code - 128`."""
-    return _word_tiles(codes, 0x80)
-
-
-def tiles_int4(codes: Tensor) -> Tensor:
-    """4-bit codes uint8 [N, ceil(K/2)] to int32 [ceil(N/16), ceil(K/8), 16]: 8 columns in a word, two's complement of `code - 8`."""
-    return _word_tiles(codes, 0x88)
-
-
-def tiles_int2(codes: Tensor) -> Tensor:
-    """2-bit codes uint8 [N, ceil(K/4)] to int32 [ceil(N/16), ceil(K/16), 16]: 16 columns in a word, each `code - 2`."""
-    return _word_tiles(codes, 0xAA)
-
-
 def tiles_planes8(codes: Tensor) -> Tensor:
     """8-bit codes uint8 [N, K] as they are to int32 [ceil(N/16), ceil(K/4), 16]: a word holds 4 columns of a row, unsigned."""
-    return _word_tiles(codes, 0)
+    return tiles(torch.nn.functional.pad(codes, (0, -codes.shape[1] % 4)).view(torch.int32))
 
 
 def tiles_planes4(codes: Tensor) -> Tensor:
@@ -145,6 +127,34 @@ def tiles_planes2(codes: Tensor) -> Tensor:
     parts = columns.view(len(codes), -1, 4, 4)
     words = parts[:, :, 0] | (parts[:, :, 1] << 2) | (parts[:, :, 2] << 4) | (parts[:, :, 3] << 6)
     return tiles(words.flatten(1).view(torch.int32))
+
+
+def tiles_planes(codes: Tensor, bits: int) -> Tensor:
+    """Codes of 3, 5, 6 or 7 bits uint8 [N, ceil(K·b/8)] to int32 [ceil(N/16), C, 16]: planes of 4, 2 and 1 bits, low bits in the widest.
+
+    A block of 32 columns (16 of 6-bit codes) takes the words of its planes one after the other, the widest first. In a plane of v bits word
+    w has columns 32/v·w and so on, dealt out as by `tiles_planes4`: byte i holds columns i, i + 4 …, low bits first.
+    """
+    widths = [width for width in (4, 2, 1) if bits & width]
+    block = 32 // (bits & -bits)
+    columns = unpack(codes, bits, codes.shape[1] * 8 // bits)
+    columns = torch.nn.functional.pad(columns, (0, -columns.shape[1] % block)).view(len(codes), -1, block)
+    planes = []
+    for offset, width in zip(accumulate(widths[:-1], initial=0), widths, strict=True):
+        parts = (columns >> offset & ((1 << width) - 1)).view(*columns.shape[:2], -1, 8 // width, 4)
+        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=codes.device).view(-1, 1)
+        planes.append((parts << shifts).sum(-2, dtype=torch.uint8).flatten(2))
+    return tiles(torch.cat(planes, dim=-1).flatten(1).view(torch.int32))
+
+
+def tiles_bytes(stored: Tensor) -> Tensor:
+    """The bit patterns of an 8-bit type [N, C] as bytes under `tiles`."""
+    return tiles(stored.view(torch.uint8))
+
+
+def tiles_zero(zero: Tensor, bits: int) -> Tensor:
+    """Packed zero points uint8 [N, B] of `bits` bits to bytes [ceil(N/16), 8·B // bits, 16]."""
+    return tiles(unpack(zero, bits, 8 * zero.shape[1] // bits))
 
 
 def tiles_zero4(zero: Tensor) -> Tensor:
@@ -174,10 +184,10 @@ class Words:
 
 WORDS: dict[str, Words] = {
     "tiles": Words(),
-    "tiles-int8": Words(4, 0x80),
-    "tiles-int4": Words(4, 0x88),
-    "tiles-int2": Words(4, 0xAA),
-    "tiles-codes": Words(4),
+    "tiles-pairs": Words(4),
+    "tiles-planes8": Words(4),
+    "tiles-planes4": Words(4, bits=4),
+    "tiles-planes2": Words(4, bits=2),
 }
 """Layouts by name that need not go through torch."""
 
@@ -192,14 +202,14 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "bytes": as_bytes,
     "tiles": tiles,
     "tiles-pairs": tiles_pairs,
-    "tiles-int8": tiles_int8,
-    "tiles-int4": tiles_int4,
-    "tiles-int2": tiles_int2,
     "tiles-planes8": tiles_planes8,
     "tiles-planes4": tiles_planes4,
     "tiles-planes2": tiles_planes2,
     "tiles-zero4": tiles_zero4,
     "tiles-zero2": tiles_zero2,
+    "tiles-bytes": tiles_bytes,
+    **{f"tiles-planes{bits}": partial(tiles_planes, bits=bits) for bits in (3, 5, 6, 7)},
+    **{f"tiles-zero{bits}": partial(tiles_zero, bits=bits) for bits in (3, 5, 6, 7)},
 }
 
 

@@ -18,6 +18,8 @@ from qcompile.quant.scheme_options import SchemeOptions, given_options
 
 MATMULS = ("exact", "fast")
 """How float activations meet integer weights."""
+FLOAT = "float"
+"""The `head_format` of a head that stays as it is."""
 DTYPE_NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
@@ -31,10 +33,12 @@ class QuantScheme:
     """What a compiled model computes in and stores: `weight=None` keeps weights in the computation dtype `compute`.
 
     `ignore` holds names or `re:` patterns of weights (as the model calls them) to be left alone; first match wins.
-    `quantize_head` and `quantize_embedding` take in the output head and the token embedding, left alone by default.
+    `head` is the format of the output head, and of the token embedding where that is the same matrix; rounded to nearest, and multiplied
+    with float activations in schemes that quantize these. None leaves them alone. `quantize_head` and `quantize_embedding` take head and
+    embedding in among the weights, in their format.
     `activation` is what linears and convolutions with quantized weights read; None leaves activations in the computation dtype.
     `matmul` says how float activations meet integer weights: `exact`ly, or `fast`, rounded to int8 while the model runs; bases and
-    rounding of weights are the same for both. Raises FormatError for a fast matmul of a scheme that has none.
+    rounding of weights are the same for both. Raises FormatError for a fast matmul of a scheme that has none, or a head without weights.
     """
 
     name: str
@@ -46,10 +50,13 @@ class QuantScheme:
     quantize_embedding: bool = False
     activation: ActivationFormat | None = None
     matmul: str = "exact"
+    head: QuantFormat | None = None
 
     def __post_init__(self) -> None:
         if self.matmul not in MATMULS:
             raise FormatError(f"matmul={self.matmul!r}: expected one of {', '.join(MATMULS)}")
+        if self.head is not None and self.weight is None:
+            raise FormatError(f"scheme {self.name}: expected quantized weights beside a head in {self.head}; choose int8 or int4")
         if self.matmul == "fast" and self.activation is not None:
             raise FormatError(f"scheme {self.name}: expected float activations for matmul='fast', got {self.activation}; leave matmul out")
         if self.matmul == "fast" and (self.weight is None or not self.weight.element.is_integer):
@@ -57,7 +64,7 @@ class QuantScheme:
             raise FormatError(f"scheme {self.name}: expected integer weights for matmul='fast', got {found}; choose int8 or int4")
 
     def with_options(self, **options: Unpack[SchemeOptions]) -> QuantScheme:
-        """A copy with those options replaced that are not None; `weight_format` is text such as `nf4 g36 sym int8`.
+        """A copy with those options replaced that are not None; `weight_format` is text such as `nf4 g36 sym int8`, `head_format` too.
 
         Raises:
             OptionError: for an option that does not exist, or a value of another kind.
@@ -65,9 +72,11 @@ class QuantScheme:
                 activations, a fast matmul to one without integer weights, or the combination does not exist.
         """
         given = given_options(options)
-        kept = {name: given[name] for name in ("quantize_head", "quantize_embedding", "matmul") if name in given}
+        kept: dict[str, Any] = {name: given[name] for name in ("quantize_head", "quantize_embedding", "matmul") if name in given}
         ignore = tuple(given.get("ignore", self.ignore))
         cache = self.cache.with_options(given)
+        if "head_format" in given:
+            kept["head"] = None if given["head_format"] == FLOAT else parse_format(given["head_format"])
         return replace(self, weight=self._weight(given), activation=self._activation(given), cache=cache, ignore=ignore, **kept)
 
     def _weight(self, given: dict[str, Any]) -> QuantFormat | None:
@@ -124,6 +133,10 @@ SCHEMES = {
     "mxfp4": MXFP4A16, "mxfp4a16": MXFP4A16, "nvfp4": NVFP4A16, "nvfp4a16": NVFP4A16,
 }  # fmt: skip
 """Presets, with their names in compressed-tensors; its NVFP4 and MXFP4 quantize activations too, ours the weights alone."""
+
+
+HEAD = QuantFormat(INT8, Granularity(32))
+"""What a head can be stored in at no cost that can be measured: a quarter of the bytes that it takes in float32."""
 
 
 def scheme(name: str) -> QuantScheme:

@@ -32,6 +32,7 @@ def scheme_to_json(scheme: QuantScheme) -> dict[str, Any]:
             "static": activation.static, "clip": activation.clip,
         },
         "matmul": scheme.matmul,
+        "head": None if scheme.head is None else str(scheme.head),
         "cache": {
             "name": cache.name, "dtype": _name(cache.dtype), "keys": None if cache.keys is None else str(cache.keys),
             "values": None if cache.values is None else str(cache.values), "sinks": cache.sinks, "window": cache.window,
@@ -53,7 +54,7 @@ def scheme_from_json(data: Any) -> QuantScheme:
             str(data["name"]), _dtype(data["compute"]), None if weight is None else parse_format(weight), _cache(data["cache"]),
             tuple(map(str, data["ignore"])), bool(data["quantize_head"]), bool(data["quantize_embedding"]),
             None if activation is None else _activation(activation),
-            str(data.get("matmul", "exact")),
+            str(data.get("matmul", "exact")), None if data.get("head") is None else parse_format(data["head"]),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"scheme: expected what scheme_to_json writes, got {type(error).__name__}: {error}") from error

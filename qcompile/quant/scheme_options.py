@@ -18,6 +18,7 @@ class SchemeOptions(TypedDict, total=False):
     ignore: Sequence[str] | None
     quantize_head: bool | None
     quantize_embedding: bool | None
+    head_format: str | None
     matmul: str | None
     activation_group_size: int | None
     activation_symmetric: bool | None
@@ -38,6 +39,7 @@ _KINDS: Mapping[str, tuple[type | tuple[type, ...], str]] = {
     "ignore": ((list, tuple), "a list of names or 're:' patterns"),
     "quantize_head": (bool, "True or False"),
     "quantize_embedding": (bool, "True or False"),
+    "head_format": (str, "text such as 'int8 g32 sym fp16', or 'float'"),
     "matmul": (str, "'exact' or 'fast'"),
     "activation_group_size": (int, "an integer"),
     "activation_symmetric": (bool, "True or False"),

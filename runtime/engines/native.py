@@ -17,7 +17,7 @@ from qcompile.collecting import without_collecting
 from qcompile.errors import EngineError
 from qcompile.ir.lowered import Entry, Plan
 from qcompile.ir.memory import buffers_in
-from qcompile.ir.native import Segment, plan_digest, segments
+from qcompile.ir.native import Segment
 from qcompile.runtime.artifact import ArtifactContents
 from qcompile.runtime.engines.program import Call, Kernels, Operands, Program
 from qcompile.runtime.engines.torch_cpu import TorchCpuEngine
@@ -45,8 +45,8 @@ class NativeEngine(TorchCpuEngine):
             UntrustedCodeError: for one that was not built on this machine and that the caller did not allow.
             CapacityError: if the cache has no room for a page for each row.
         """
-        self._runs = {name: segments(entry, contents.kernels) for name, entry in contents.plan.entries.items()}
-        self.library = open_library(contents, self._runs)
+        self.library = open_library(contents)
+        self._runs, _ = contents.native_runs()
         self._packed: Packed = {}
         self._between = contents_between(contents, self._runs)
         self._alone = all(step.operator not in _OVER_CACHE for entry in self._between.plan.entries.values() for step in entry.steps)
@@ -96,8 +96,8 @@ class NativeEngine(TorchCpuEngine):
         return super().weight_bytes + sum(tensor.nbytes for tensor in self._packed.values())
 
 
-def open_library(contents: ArtifactContents, runs: Mapping[str, list[Segment]]) -> Library:
-    """The best library of an artifact for this processor; `runs` are those of its entries.
+def open_library(contents: ArtifactContents) -> Library:
+    """The best library of an artifact for this processor.
 
     Raises:
         EngineError: if there is none, it does not load, or it was made for another plan.
@@ -111,7 +111,7 @@ def open_library(contents: ArtifactContents, runs: Mapping[str, list[Segment]]) 
         )
     contents.require_native(name)
     library = loaded(name, contents.binaries[name])
-    if library.plan != plan_digest(contents.plan, contents.kernels, runs):
+    if library.plan != contents.native_runs()[1]:
         raise EngineError(f"{name}: expected a library made for the artifact's plan, got one of another; compile the model again")
     return library
 
@@ -124,7 +124,7 @@ def objection(contents: ArtifactContents) -> str:
     if name in contents.untrusted:
         return f"{name} was not built on this machine (allow_native=True runs it)"
     try:
-        open_library(contents, {name: segments(entry, contents.kernels) for name, entry in contents.plan.entries.items()})
+        open_library(contents)
     except EngineError as error:
         return str(error).partition("; ")[0]
     return ""

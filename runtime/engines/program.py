@@ -61,7 +61,7 @@ class Program:
         self.entry, self.sizes, self._given = entry, dict(sizes), dict(sizes)
         self.tensors: dict[str, Tensor] = {**constants, **states}
         names = undecided_sizes(entry)
-        undecided = {name for name, buffer in entry.buffers.items() if names & size_names(buffer)}
+        undecided = {name for name, buffer in entry.buffers.items() if names & size_names(buffer)} if names else set()
         for name, buffer in entry.buffers.items():
             if name in undecided:
                 continue

@@ -59,8 +59,8 @@ class NativeProgram(Program):
 
 def table_of(tensors: Sequence[Tensor]) -> Tensor:
     """int64 [n, 12]: the address, rank, sizes and strides of each, as `Tensor` of `support.h` has them."""
-    table = torch.zeros(len(tensors), TENSOR_WORDS, dtype=torch.int64)
-    for row, tensor in zip(table, tensors, strict=True):
-        filled = [0] * (RANK - tensor.dim())
-        row.copy_(torch.tensor([tensor.data_ptr(), tensor.dim(), *tensor.shape, *filled, *tensor.stride(), *filled]))
-    return table
+    rows = []
+    for tensor in tensors:
+        filled = (0,) * (RANK - tensor.dim())
+        rows.append((tensor.data_ptr(), tensor.dim(), *tensor.shape, *filled, *tensor.stride(), *filled))
+    return torch.tensor(rows, dtype=torch.int64).view(-1, TENSOR_WORDS)

@@ -33,9 +33,9 @@ def test_compile_hands_every_option_on(model: FakeModel, invoke: Invoke, tmp_pat
         "--strict", "--check", "--dump", tmp_path / "d", "--revision", "v1", "--trust-remote-code", "--max-batch", "2",
         "--max-context", "64", "--calibration", "c.npy", "--num-calibration-samples", "5", "--max-seq-length", "7",
         "--weight-format", "nf4 g36 sym int8", "--activation-group-size", "-1", "--activation-asymmetric", "--activation-static",
-        "--activation-clip", "0.9", "--matmul", "exact", "--cache-keys", "int4 t32", "--cache-values", "int4", "--cache-sinks", "3",
-        "--cache-window", "16", "--cache-before-positions", "--cache-bits", "3.5", "--prefill-chunk", "96", "--engine", "torch_cpu",
-        "--instruction-sets", "avx2",
+        "--activation-clip", "0.9", "--matmul", "exact", "--head-format", "float", "--cache-keys", "int4 t32", "--cache-values", "int4",
+        "--cache-sinks", "3", "--cache-window", "16", "--cache-before-positions", "--cache-bits", "3.5", "--prefill-chunk", "96",
+        "--engine", "torch_cpu", "--instruction-sets", "avx2",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     instruments = model.asked.pop("instruments")
@@ -44,7 +44,7 @@ def test_compile_hands_every_option_on(model: FakeModel, invoke: Invoke, tmp_pat
         "dump": tmp_path / "d", "check": True, "group_size": 32, "symmetric": False, "ignore": ["a", "re:b"], "quantize_head": True,
         "quantize_embedding": True, "calibration": Path("c.npy"), "num_calibration_samples": 5, "max_seq_length": 7, "max_batch": 2,
         "max_context": 64, "revision": "v1", "trust_remote_code": True, "weight_format": "nf4 g36 sym int8", "activation_group_size": -1,
-        "activation_symmetric": False, "activation_static": True, "activation_clip": 0.9, "matmul": "exact",
+        "activation_symmetric": False, "activation_static": True, "activation_clip": 0.9, "matmul": "exact", "head_format": "float",
         "cache_keys": "int4 t32", "cache_values": "int4", "cache_sinks": 3, "cache_window": 16,
         "cache_before_positions": True, "cache_bits": 3.5, "prefill_chunk": 96, "engine": "torch_cpu", "instruction_sets": "avx2",
     }  # fmt: skip

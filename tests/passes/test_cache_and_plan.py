@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import product
 from typing import ClassVar
@@ -14,8 +15,8 @@ from qcompile.codegen.select import backend_for
 from qcompile.errors import PassError, UnsupportedModelError
 from qcompile.frontend import load
 from qcompile.ir.graph import Graph
-from qcompile.ir.lowered import Entry, KernelSpec
-from qcompile.ir.memory import buffers_in, root_of, with_batch
+from qcompile.ir.lowered import Entry, KernelSpec, Step
+from qcompile.ir.memory import buffers_in, dtype_of, phases, root_of, with_batch
 from qcompile.ir.size import evaluate
 from qcompile.passes.base import Pass, PassContext
 from qcompile.passes.instruments import NumericCheck
@@ -158,6 +159,52 @@ def test_no_two_living_buffers_share_a_byte(llama: tuple[Graph, PassContext], na
             for other_first, other_last, other_start, other_end in spans[:index]:
                 if first <= other_last and other_first <= last:
                     assert end <= other_start or other_end <= start
+
+
+@pytest.mark.parametrize("name", ["prefill", "decode"])
+def test_steps_of_a_phase_touch_nothing_that_another_writes(llama: tuple[Graph, PassContext], name: str) -> None:
+    _, ctx = llama
+    entry = ctx.products["plan"].entries[name]
+    numbers = phases(entry)
+    assert numbers == sorted(numbers)
+    for place, step in enumerate(entry.steps):
+        for other in range(place):
+            if numbers[other] == numbers[place]:
+                written, touched = written_by(entry, entry.steps[other]), memory_of(entry, step)
+                assert not any(overlap(one, two) for one in written for two in touched)
+                written, touched = written_by(entry, step), memory_of(entry, entry.steps[other])
+                assert not any(overlap(one, two) for one in written for two in touched)
+    # Two layers: a norm; three projections; two rotations; the cache; attention; a projection; a norm; two; the gate; one.
+    assert numbers[-1] + 1 == len({*numbers}) == 1 + 2 * 10 + {"prefill": 3, "decode": 2}[name]
+
+
+Memory = tuple[str, int, int]
+"""What memory, its first byte, and the one behind its last."""
+
+
+def memory_of(entry: Entry, step: Step) -> list[Memory]:
+    """What a step that is called reads or writes."""
+    names = (*step.outputs, *buffers_in([*step.args, *step.kwargs.values()]))
+    return [] if step.outputs and entry.buffers[step.outputs[0]].alias else [_memory(entry, name) for name in names]
+
+
+def written_by(entry: Entry, step: Step) -> list[Memory]:
+    """Results, and the cache of a step that has none."""
+    names = step.outputs or [name for name in buffers_in(list(step.args)) if entry.buffers[name].kind == "state"]
+    return [] if step.outputs and entry.buffers[step.outputs[0]].alias else [_memory(entry, name) for name in names]
+
+
+def _memory(entry: Entry, name: str) -> Memory:
+    buffer = entry.buffers[root_of(entry, name)]
+    if buffer.offset < 0:
+        return buffer.name, 0, 1
+    count = math.prod(evaluate(size, entry.limits) for size in buffer.shape) * dtype_of(buffer.dtype).itemsize
+    return "arena", buffer.offset, buffer.offset + count
+
+
+def overlap(one: Memory, two: Memory) -> bool:
+    """Whether both have a byte in common."""
+    return one[0] == two[0] and one[1] < two[2] and two[1] < one[2]
 
 
 def test_the_cache_is_written_in_place_and_heads_join_without_a_copy(llama: tuple[Graph, PassContext]) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -24,8 +26,9 @@ from qcompile.ir.lowered import Engine
 from qcompile.runtime.engines import make_engine
 from qcompile.runtime.engines.native import NativeEngine
 from qcompile.runtime.native.processor import best_library
+from qcompile.target import parse_target
 from tests.codegen.cpp.harness import RUNNABLE
-from tests.models import tiny
+from tests.models import example_inputs, tiny
 
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3], [11]]
 SIZES = {"max_batch": 4, "max_context": 32}
@@ -71,12 +74,57 @@ def test_a_llama_runs_wholly_native(target: str, bound: float) -> None:
     assert len(native._program("decode", 3, 1).calls) == 1
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
-def test_other_steps_run_between(family: str) -> None:
-    native, reference = engines(compiled("cpu-int4", family))
+def test_layers_are_one_function() -> None:
+    model = qcompile.compile(tiny("llama", num_hidden_layers=5), "cpu-int4", recipe="nearest", engine="native", **SIZES)
+    source = model.contents.binaries["native.cpp"].decode()
+    for name in ("prefill", "decode"):
+        assert len(re.findall(rf"^    for .*layer < 4.*\n        {name}_0_layer\(team, t, t \+ \d+ \+ layer \* \d+\);", source, re.M)) == 1
+    native, reference = engines(model)
     (made, tokens), (exact, expected) = generated(native), generated(reference)
     assert max(map(error, made, exact)) < 1e-5
     assert tokens == expected
+
+
+@pytest.mark.parametrize(("family", "runs"), [("gpt2", 1), ("gemma2", 1), ("gpt_neox", 1), ("falcon", 1), ("mixtral", 3)])
+def test_other_families(family: str, runs: int) -> None:
+    """Those that torch serves between runs are the mixtures of two layers."""
+    native, reference = engines(compiled("cpu-int4", family))
+    assert {len(found) for found in native._runs.values()} == {runs}
+    (made, tokens), (exact, expected) = generated(native), generated(reference)
+    assert max(map(error, made, exact)) < 1e-5
+    assert tokens == expected
+
+
+def test_an_encoder_runs_wholly_native() -> None:
+    inputs = example_inputs("bert")
+    inputs["attention_mask"][1, 4:] = 0
+    model = qcompile.compile(tiny("bert"), "cpu-fp32", engine="native", example_inputs=inputs)
+    assert isinstance(model.engine, NativeEngine)
+    assert len(model.engine._runs["forward"]) == 1
+    assert error(model(**inputs)["last_hidden_state"], tiny("bert")(**inputs).last_hidden_state.detach()) < 1e-5
+
+
+# A number passes some 16 operators from the embedding to the logits, and each of them rounds by half a unit of its last place; where
+# activations are codes of 8 bits one of these may turn, a 256th of the greatest.
+@pytest.mark.parametrize(
+    ("target", "family", "compute", "bound"),
+    [
+        ("cpu-bf16", "llama", torch.bfloat16, 16 * 2.0**-9),
+        ("cpu-bf16", "gpt2", torch.bfloat16, 16 * 2.0**-9),
+        ("cpu-int4-kv8", "llama", torch.float16, 16 * 2.0**-12 + 2.0**-8),
+        ("cpu-w8a8", "llama", torch.bfloat16, 16 * (2.0**-9 + 2.0**-8)),
+    ],
+)
+def test_values_of_16_bits_run_wholly_native(target: str, family: str, compute: torch.dtype, bound: float) -> None:
+    scheme = replace(parse_target(target).scheme, compute=compute)
+    native, reference = engines(qcompile.compile(tiny(family), target, recipe="nearest", engine="native", scheme=scheme, **SIZES))
+    assert {name: len(runs) for name, runs in native._runs.items()} == {"forward": 1, "prefill": 1, "decode": 1}
+    made, exact = native.prefill(PROMPTS), reference.prefill(PROMPTS)
+    for _ in range(4):
+        assert made.dtype == compute
+        assert error(made.float(), exact.float()) < bound
+        tokens = exact.argmax(-1).tolist()
+        made, exact = native.decode(tokens), reference.decode(tokens)
 
 
 def test_neither_threads_nor_neighbours_change_a_bit() -> None:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,18 @@ SERVED_BY_TORCH = {f"torch_cpu.{name}" for name in ("embedding", "quantized_line
 def compiled() -> CompiledModel:
     """A tiny llama, as targets of CPUs are compiled by default."""
     return qcompile.compile(tiny("llama"), "cpu-int4", **OPTIONS)
+
+
+@cache
+def for_torch() -> CompiledModel:
+    """The same without a library."""
+    return qcompile.compile(tiny("llama"), "cpu-int4", engine="torch_cpu", **OPTIONS)
+
+
+def small(**options: Any) -> CompiledModel:
+    """One linear: quickly compiled."""
+    torch.manual_seed(0)
+    return qcompile.compile(torch.nn.Linear(24, 8), "cpu-int8", recipe="nearest", example_inputs=torch.ones(3, 24), **options)
 
 
 @pytest.fixture
@@ -173,8 +186,7 @@ def test_a_library_that_is_none_or_of_another_plan_is_built_anew_although_it_is_
 
 @pytest.mark.usefixtures("silence")
 def test_torch_by_choice_stays_torch(tmp_path: Path) -> None:
-    plain = qcompile.compile(tiny("llama"), "cpu-int4", engine="torch_cpu", **OPTIONS)
-    plain.save(tmp_path / "plain")
+    for_torch().save(tmp_path / "plain")
     model = load(tmp_path / "plain")
     assert (model.engine.name, model.contents.settings.engine) == ("torch_cpu", "torch_cpu")
     assert not model.contents.binaries
@@ -186,7 +198,7 @@ def test_torch_by_choice_stays_torch(tmp_path: Path) -> None:
 
 def older(path: Path) -> Path:
     """An artifact as earlier versions wrote it: for torch, without a word on engines."""
-    qcompile.compile(tiny("llama"), "cpu-int4", engine="torch_cpu", **OPTIONS).save(path)
+    for_torch().save(path)
     reseal(path, change=lambda manifest: manifest["settings"].pop("engine"))
     return path
 
@@ -232,7 +244,7 @@ def test_compiling_without_a_compiler(tmp_path: Path) -> None:
     assert {row.reason.rpartition("; ")[2] for row in model.coverage} == {"no C++ kernel: there is no C++ compiler"}
     assert says(model) == says(compiled())
     with pytest.raises(CoverageError, match=r"no C\+\+ kernel: there is no C\+\+ compiler"), pytest.warns(UserWarning, match="served by"):
-        qcompile.compile(tiny("llama"), "cpu-int4", strict=True, **OPTIONS)
+        small(strict=True)
     with pytest.raises(KernelBuildError, match=rf"expected a C\+\+ compiler, got none: {NO_COMPILER}"):
         build.build_libraries("")
 
@@ -241,15 +253,16 @@ def test_libraries_are_built_later_of_what_was_compiled_without_a_compiler(tmp_p
     with monkeypatch.context() as patch:
         patch.setenv("CXX", str(tmp_path / "none"))
         with pytest.warns(UserWarning, match=r"no C\+\+ compiler \(\$CXX is '.*none', which is no program"):
-            made = qcompile.compile(tiny("llama"), "cpu-int4", **OPTIONS)
+            made = small()
     made.save(tmp_path / "artifact")
     build_artifact(tmp_path / "artifact")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model = load(tmp_path / "artifact")
-    assert model.engine.name == "native"
-    assert [row.reason for row in model.coverage] == [row.reason for row in compiled().coverage]
-    assert says(model) == says(compiled())
+        model = qcompile.load(tmp_path / "artifact")
+    assert (made.engine.name, model.engine.name) == ("torch_cpu", "native")
+    assert [(row.kernel.partition("_m1")[0], row.reason) for row in model.coverage] == [("quantized_linear", "")]
+    x = torch.randn(3, 24)
+    assert torch.allclose(model(x), made(x), atol=1e-6)
 
 
 @pytest.fixture
@@ -267,15 +280,18 @@ def test_emitted_code_that_does_not_compile(tmp_path: Path) -> None:
         r"served by torch_cpu .* expected a source that broken\+\+ compiles, got errors; .*a fault of qcompile: report it .*/dump/failed/"
     )
     with pytest.warns(UserWarning, match=fault):
-        model = qcompile.compile(tiny("llama"), "cpu-int4", dump=tmp_path / "dump", **OPTIONS)
+        model = small(dump=tmp_path / "dump")
     assert [path.suffix for path in sorted((tmp_path / "dump" / "failed").iterdir())] == [".cpp", ".log"]
     assert model.engine.name == "torch_cpu"
     assert not model.contents.binaries
-    assert all("no C++ kernel: native kernels: expected a source that broken++ compiles" in row.reason for row in model.coverage)
+    (row,) = model.coverage
+    assert row.kernel == "torch_cpu.quantized_linear"
+    assert "no C++ kernel: native kernels: expected a source that broken++ compiles" in row.reason
     assert "torch_cpu.quantized_linear" in (tmp_path / "dump" / "coverage.json").read_text()
-    assert says(model) == says(compiled())
+    x = torch.randn(3, 24)
+    assert torch.equal(model(x), small(engine="torch_cpu")(x))
     with pytest.raises(KernelBuildError, match="a fault of qcompile"):
-        qcompile.compile(tiny("llama"), "cpu-int4", strict=True, **OPTIONS)
+        small(strict=True)
 
 
 @pytest.mark.usefixtures("broken_compiler")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from qcompile.codegen.cpp import build
 from qcompile.codegen.cpp.backend import OPERATORS, CppBackend
 from qcompile.codegen.cpp.build import build_libraries
 from qcompile.codegen.cpp.entry import kernels_source
+from qcompile.codegen.cpp.repeats import Item, Repeat, find_repeats
 from qcompile.errors import CoverageError, KernelBuildError, OptionError
 from qcompile.ir.lowered import KernelSpec
 from tests.codegen.cpp.harness import RUNNABLE
@@ -29,19 +31,47 @@ BACKEND = CppBackend()
     ],
 )
 def test_golden(name: str, spec: KernelSpec) -> None:
+    # What it shares with others stands in headers, which come before it.
     path, source = GOLDEN / f"{name}.cpp", BACKEND.emit(spec).source
+    source = source[source.index(f"// {name}") :] if name == "quantized_linear" else source
     if os.environ.get("ACCEPT_GOLDEN"):
         path.write_text(source, encoding="utf-8")
     assert source == path.read_text(encoding="utf-8")
+
+
+def calls(*kinds: str, tensors: Callable[[int], int] = lambda place: place) -> list[Item]:
+    """One for each kind, over a tensor of all and one that `tensors` says."""
+    return [Item(kind, (0, tensors(place))) for place, kind in enumerate(kinds, 1)]
+
+
+def test_layers_are_found_where_calls_repeat_over_other_tensors() -> None:
+    begin, layer, end = ["embed"], ["norm", "q", "k", "k", "attend"], ["norm", "head"]
+    items = calls(*begin, *layer * 6, *end)
+    assert find_repeats(items) == [
+        Repeat(0, 1), Repeat(1, 5, 6, 5, frozenset({2, 3, 4, 5, 6})), Repeat(31, 1), Repeat(32, 1)
+    ]  # fmt: skip
+    # Two kinds of layers in turn are one twice as long; a kind that differs once is by itself, as are layers too few to be worth it.
+    assert [(part.length, part.count) for part in find_repeats(calls(*(["a", "b"] * 2 + ["c", "b"]) * 4))] == [(6, 4)]
+    assert [(part.length, part.count) for part in find_repeats(calls(*"ab" * 5, *"xb", *"ab" * 6))] == [(2, 5), (1, 1), (2, 6), (1, 1)]
+    assert {part.count for part in find_repeats(calls(*layer * 2))} == {1}
+
+
+def test_calls_over_the_same_tensors_or_over_others_at_random_are_no_layers() -> None:
+    assert {part.count for part in find_repeats(calls(*"ab" * 20, tensors=lambda place: 1))} == {1}
+    assert {part.count for part in find_repeats(calls(*"ab" * 20, tensors=lambda place: place * place))} == {1}
+    assert {part.count for part in find_repeats(calls(*"ab" * 20, tensors=lambda place: 99 - place))} == {1}
+    # One call of the last layer that reads elsewhere ends the repetition before that layer.
+    items = calls(*"abcd" * 8)
+    items[30] = Item("c", (0, 77))
+    assert find_repeats(items)[0] == Repeat(0, 4, 7, 4, frozenset({1, 2, 3, 4}))
 
 
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [
         (specs.with_format(specs.rms_norm(576, "bf16"), x="fp8e4nv"), "x is fp8e4nv: expected bf16 or fp16 or fp32"),
-        (specs.quantized_linear(8, 64, "m1", "int3 g32 sym fp16", "fp32"), "codes are int3: expected int2 or int4 or int8"),
-        (specs.quantized_linear(8, 64, "m1", "nf4 g32 sym fp16", "fp32"), "codes are nf4: expected int2 or int4 or int8"),
-        (specs.quantized_linear(8, 1 << 16, "m1", "int4 g16 asym fp16", "fp32"), "4096 groups with zero points: expected at most 1024"),
+        (specs.quantized_linear(8, 1 << 16, "m1", "int4 g16 asym fp16", "fp32"), "K=65536: expected at most 32768 columns"),
+        (specs.with_format(specs.quantized_linear(8, 64, "m1", dtype="fp32"), zero="uint8"), "zero is uint8: expected none"),
         (specs.with_format(specs.quantized_linear(8, 64, "m1", dtype="fp32"), scale="fp32"), "scale is fp32: expected fp16"),
         (specs.with_option(specs.rms_norm(576, "fp32"), other=1), "option 'other': expected one of eps, offset"),
         (specs.spec("attend_ranked", sizes={}, formats={}), "operator 'attend_ranked' has no C++ kernel: expected one of linear"),
@@ -63,7 +93,7 @@ def test_one_kernel_serves_all_numbers_of_rows_but_one() -> None:
 def test_functions_that_kernels_share_stand_once() -> None:
     kernels = [BACKEND.emit(specs.quantized_linear(count, 64, "m1", dtype="fp32")) for count in (32, 64)]
     source = kernels_source(kernels, "Two kernels.")
-    assert source.count("static inline void int4_channel_fp16_product(") == 1
+    assert source.count("static inline void fixed_product(") == 1
     assert all(source.count(f"static void {kernel.name}(") == 1 for kernel in kernels)
 
 

@@ -48,6 +48,9 @@ FORMS = (
 LINEARS = [
     *product(FORMS, ("row", "moved")), ("int8 channel sym fp32", "static"), ("int4 g36 asym fp16", "static"),
     ("int8 channel sym fp32", "groups"), ("int4 g36 sym fp16", "groups"), ("int4 g72 asym fp16", "moved groups"),
+    ("int4 g36 min fp16", "groups"), ("int8 g72 min bf16", "moved groups"), ("int4 channel min fp32", "row"),
+    ("int4 g32 sym fp16", "groups of 32"), ("int4 g64 asym fp16", "groups of 32"), ("int4 g32 min fp16", "groups of 32"),
+    ("int8 g32 sym fp16", "groups of 32"), ("int2 g64 asym fp16", "moved groups of 32"),
 ]  # fmt: skip
 SHAPES = ((33, 71), (48, 576))
 COUNTS = (1, 2, 13)
@@ -84,16 +87,21 @@ def static(columns: int, bits: int, zero: bool) -> KernelSpec:
 
 
 def linear(form: str, kind: str, count: int, columns: int, rows: int, bias: bool = True) -> KernelSpec:
-    """A product of codes; groups of activations have 36 columns."""
-    grouped = "groups" in kind
+    """A product of codes; groups of activations have 36 columns where `kind` does not say 32."""
+    grouped, stored = "groups" in kind, form.rsplit(" ", 1)[1]
     formats = {
         "codes": "i8", "scale": "fp16" if grouped else FLOAT, "zero": "i32" if "moved" in kind or kind == "static" else None,
-        "w_codes": form, "w_scale": form.rsplit(" ", 1)[1], "w_zero": "uint8" if "asym" in form else None,
+        "w_codes": form, "w_scale": stored, "w_zero": "uint8" if "asym" in form else stored if "min" in form else None,
         "bias": FLOAT if bias else None, "out": FLOAT,
     }  # fmt: skip
     sizes = {"N": count, "K": columns}
-    group = 36 if grouped else -1
+    group = group_of(kind)
     return spec("integer_linear", "m1" if rows == 1 else "m2-63", sizes=sizes, formats=formats, group_size=group, static=kind == "static")
+
+
+def group_of(kind: str) -> int:
+    """Columns of activations that share a scale."""
+    return -1 if "groups" not in kind else 32 if "32" in kind else 36
 
 
 def layer_norm(columns: int, affine: bool) -> KernelSpec:
@@ -283,7 +291,8 @@ def _operands(form: str, kind: str, count: int, columns: int, rows: int, bias: b
     draw = torch.Generator().manual_seed(3)
     codes = torch.randint(-128, 128, (rows, columns), generator=draw, dtype=torch.int8)
     codes[0] = -128  # with the weight's extremes, what saturates in 16 bits
-    groups = -(-columns // 36) if "groups" in kind else 1
+    group = group_of(kind)
+    groups = 1 if group == -1 else -(-columns // group)
     shape = (1,) if kind == "static" else (rows, groups)
     scale = randn(*shape, seed=4).to(torch.float16 if "groups" in kind else torch.float32)
     moved = "moved" in kind or kind == "static"
@@ -293,7 +302,6 @@ def _operands(form: str, kind: str, count: int, columns: int, rows: int, bias: b
         "codes": codes, "scale": scale, "zero": zero, "bias": shift,
         "w_codes": packed.codes, "w_scale": packed.scale, "w_zero": packed.zero,
     }  # fmt: skip
-    group = 36 if "groups" in kind else -1
     bits, size = stored.element.bits, stored.granularity.group_size
     exact = qcompile.integer_linear(codes, scale, zero, packed.codes, packed.scale, packed.zero, shift, group, bits, size, torch.float32)
     return {name: tensor for name, tensor in given.items() if tensor is not None}, exact
