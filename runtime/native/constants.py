@@ -19,6 +19,8 @@ Packed = dict[tuple[str, str], Tensor]
 """Constants by name and layout ("" is as they are stored)."""
 ALIGNMENT = 64
 """A cache line, and more than any vector load wants."""
+HUGE_PAGE = 2 << 20
+"""As x86-64 and most ARM systems have them; where they are larger, fewer of them are used."""
 AT_ONCE_BYTES = 64 << 20
 """What is read before it is packed: where constants are computed as they are read, no more than this stands beside what is packed."""
 
@@ -87,10 +89,14 @@ class _Memory:
 
     def __init__(self, size: int) -> None:
         self._taken = 0
-        mapped = mmap.mmap(-1, max(size, ALIGNMENT))
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            mapped.madvise(mmap.MADV_HUGEPAGE)
-        self._memory = torch.frombuffer(mapped, dtype=torch.uint8)
+        if not hasattr(mmap, "MADV_HUGEPAGE"):
+            self._memory = torch.frombuffer(mmap.mmap(-1, max(size, ALIGNMENT)), dtype=torch.uint8)
+            return
+        # Memory that processes may share, as `mmap` makes it by itself, gets no huge pages, nor does what begins beside their borders.
+        mapped = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        mapped.madvise(mmap.MADV_HUGEPAGE)
+        memory = torch.frombuffer(mapped, dtype=torch.uint8)
+        self._memory = memory[-memory.data_ptr() % HUGE_PAGE :]
 
     def take(self, place: _Place) -> Tensor:
         """The next part, as what `place` says."""
