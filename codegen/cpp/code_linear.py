@@ -21,6 +21,8 @@ from qcompile.ir.lowered import BUCKETS, Kernel, KernelSpec
 MOST_COLUMNS = 1 << 15
 """Of a row: its products stay within 32 bits whatever the codes are, and rows of x fit on the stack."""
 
+AHEAD = 1024
+"""Words of a weight that others are asked for before they are multiplied with one row: a page, where a new stream would begin."""
 MOST_CHUNKS = 4
 """Of a run that are written out one after the other."""
 
@@ -33,7 +35,13 @@ def product_function(product: Product) -> Lines:
     near = f"near[r][t][p] = int{bits}_{{}};"
     word = [
         "Ints word[TILES][PARTS];",
-        *_every_part(["word[t][p] = load_bits<Ints>(codes + (t * words + word_at + w) * TILE + p * LANES);"]),
+        *_every_part(
+            [
+                "const int32_t* from = codes + (t * words + word_at + w) * TILE + p * LANES;",
+                "word[t][p] = load_bits<Ints>(from);",
+                f"if (ROWS == 1) __builtin_prefetch(from + {AHEAD});",
+            ]
+        ),
         *block(
             f"UNROLL for (int s = 0; s < INT{bits}_PARTS; s++)",
             [
