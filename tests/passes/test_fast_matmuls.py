@@ -34,7 +34,7 @@ IDS = torch.arange(3, 23).view(2, 10)
 
 @pytest.mark.parametrize(("options", "group"), [
     ({"group_size": 16}, 16), ({"group_size": -1}, 32), ({"weight_format": "int4 g16 min fp16"}, 16),
-    ({"weight_format": "int3 g32 asym int8/2"}, 32),
+    ({"weight_format": "int3 g32 asym int8/2", "engine": "torch_cpu"}, 32),
 ])  # fmt: skip
 def test_every_integer_weight_meets_codes_and_stays_what_it_is(options: dict[str, Any], group: int) -> None:
     exact = qcompile.compile(tiny("llama"), "cpu-int4", recipe="nearest", **options)
@@ -122,8 +122,10 @@ def test_fuel_stops_it() -> None:
 
 
 def test_an_artifact_says_how_it_multiplies(tmp_path: Path) -> None:
+    """The head has scales along 32 columns, all that there are: what it reads has one for a token."""
     model = tiny("llama")
-    for matmul, text in (("exact", "exact (float32 activations)"), ("fast", "fast (int8 activations per group of 16)")):
+    fast = "fast (int8 activations per group of 16) in 14 of 15 linears, fast (int8 activations per token) in 1 of 15 linears"
+    for matmul, text in (("exact", "exact (float32 activations)"), ("fast", fast)):
         compiled = qcompile.compile(model, "cpu-int4", recipe="nearest", group_size=16, matmul=matmul)
         compiled.save(tmp_path / matmul)
         assert json.loads((tmp_path / matmul / "manifest.json").read_text())["matmul"] == text
