@@ -67,7 +67,8 @@ def stranger(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine whose path has no compiler."""
+    """A machine whose path has no compiler; what others built is built by now."""
+    compiled()
     (tmp_path / "bin").mkdir()
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
@@ -265,7 +266,8 @@ def test_libraries_are_built_later_of_what_was_compiled_without_a_compiler(tmp_p
 
 @pytest.fixture
 def broken_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that takes every flag and compiles nothing but an empty file."""
+    """One that takes every flag and compiles nothing but an empty file; what others built is built by now."""
+    compiled()
     script = tmp_path / "broken++"
     script.write_text(f'#!/bin/sh\ncase "$*" in *{os.devnull}*|*--version*) exit 0;; esac\necho "native.cpp:1: error: no" >&2; exit 1\n')
     script.chmod(0o755)
