@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import qcompile
-from qcompile.errors import FormatError, OptionError
+from qcompile.errors import CoverageError, FormatError, OptionError
 from qcompile.ir.graph import fake_value
 from qcompile.ir.matmuls import matmul_text
 from qcompile.ir.records import CoverageRow
@@ -108,6 +108,15 @@ def test_weights_without_an_integer_matmul_keep_the_floats_and_say_so() -> None:
         ("fast-matmuls", "there is no integer matmul with nf4 weights: it reads floats", False)
     ]
     assert not graph.calls(ops.quantize_activation.default)
+
+
+def test_scales_of_two_levels_have_no_cpp_kernel_and_strict_says_so() -> None:
+    """Torch multiplies the codes, which `engine="torch_cpu"` asks for."""
+    options: dict[str, Any] = {"recipe": "nearest", "matmul": "fast", "weight_format": "int3 g32 asym int8/2"}
+    module, x = nn.Linear(64, 24), torch.randn(5, 64)
+    with pytest.raises(CoverageError, match=r"integer_linear weight: refused by native: .*'w_scale2': expected one of"):
+        qcompile.compile(module, "cpu-int4", example_inputs=(x,), strict=True, **options)
+    qcompile.compile(module, "cpu-int4", example_inputs=(x,), strict=True, engine="torch_cpu", **options)
 
 
 def test_fuel_stops_it() -> None:
