@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import qcompile
-from qcompile.errors import FormatError, OptionError
+from qcompile.errors import CoverageError, FormatError, OptionError
 from qcompile.ir.graph import fake_value
 from qcompile.ir.matmuls import matmul_text
 from qcompile.ir.records import CoverageRow
@@ -34,7 +34,7 @@ IDS = torch.arange(3, 23).view(2, 10)
 
 @pytest.mark.parametrize(("options", "group"), [
     ({"group_size": 16}, 16), ({"group_size": -1}, 32), ({"weight_format": "int4 g16 min fp16"}, 16),
-    ({"weight_format": "int3 g32 asym int8/2"}, 32),
+    ({"weight_format": "int3 g32 asym int8/2", "engine": "torch_cpu"}, 32),
 ])  # fmt: skip
 def test_every_integer_weight_meets_codes_and_stays_what_it_is(options: dict[str, Any], group: int) -> None:
     exact = qcompile.compile(tiny("llama"), "cpu-int4", recipe="nearest", **options)
@@ -110,6 +110,15 @@ def test_weights_without_an_integer_matmul_keep_the_floats_and_say_so() -> None:
     assert not graph.calls(ops.quantize_activation.default)
 
 
+def test_scales_of_two_levels_have_no_cpp_kernel_and_strict_says_so() -> None:
+    """Torch multiplies the codes, which `engine="torch_cpu"` asks for."""
+    options: dict[str, Any] = {"recipe": "nearest", "matmul": "fast", "weight_format": "int3 g32 asym int8/2"}
+    module, x = nn.Linear(64, 24), torch.randn(5, 64)
+    with pytest.raises(CoverageError, match=r"integer_linear weight: refused by native: .*'w_scale2': expected one of"):
+        qcompile.compile(module, "cpu-int4", example_inputs=(x,), strict=True, **options)
+    qcompile.compile(module, "cpu-int4", example_inputs=(x,), strict=True, engine="torch_cpu", **options)
+
+
 def test_fuel_stops_it() -> None:
     graph = capture(Gated(), torch.randn(3, 32))
     ctx = run(graph, Canonicalize())
@@ -122,8 +131,10 @@ def test_fuel_stops_it() -> None:
 
 
 def test_an_artifact_says_how_it_multiplies(tmp_path: Path) -> None:
+    """The head has scales along 32 columns, all that there are: what it reads has one for a token."""
     model = tiny("llama")
-    for matmul, text in (("exact", "exact (float32 activations)"), ("fast", "fast (int8 activations per group of 16)")):
+    fast = "fast (int8 activations per group of 16) in 14 of 15 linears, fast (int8 activations per token) in 1 of 15 linears"
+    for matmul, text in (("exact", "exact (float32 activations)"), ("fast", fast)):
         compiled = qcompile.compile(model, "cpu-int4", recipe="nearest", group_size=16, matmul=matmul)
         compiled.save(tmp_path / matmul)
         assert json.loads((tmp_path / matmul / "manifest.json").read_text())["matmul"] == text
