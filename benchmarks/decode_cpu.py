@@ -43,13 +43,13 @@ NEAREST = {"target": "cpu-int4", "recipe": "nearest", "group_size": 32, **HEAD}
 OURS: dict[str, list[dict[str, Any]]] = {
     "file": [{**LOSSLESS, "matmul": "fast"}, {**LOSSLESS, "matmul": "exact"}],
     "rotated": [
-        {"target": "cpu-int4", "matmul": "fast", **HEAD},
-        {"target": "cpu-int4", "matmul": "fast", "group_size": 32, **HEAD},
-        {"target": "cpu-int4", "matmul": "fast", "weight_format": "int4 g32 min fp16", **HEAD},
+        {"target": "cpu-int4", "weight_format": "int4 g32 min fp16", "matmul": "fast", **HEAD},
+        {"target": "cpu-int4", "weight_format": "int5 g64 sym fp16", "matmul": "exact", **HEAD},
     ],
     "billion": [{**NEAREST, "matmul": "fast"}, {**NEAREST, "matmul": "exact"}],
 }
-"""Row -> target and options of `qcompile.compile`, the fastest first; `rotated` takes the first that is close enough."""
+"""Row -> target and options of `qcompile.compile`. For `rotated` with as many bits as Q4_1, and with fewer than llama.cpp's Q4_K_M has
+on rows of 576 columns, which it can hold in Q5_0 alone; of these, up to the first that is as close as the closest of llama.cpp's."""
 PREFILL = 256
 
 
@@ -113,7 +113,9 @@ def ours_for(model: Path, options: argparse.Namespace) -> Iterator[Contender]:
     """Ours, compiled when they are asked for."""
     for place, settings in enumerate(map(json.loads, options.ours) if options.ours else OURS[options.row]):
         artifact = compiled(model, {"max_context": CONTEXT, **settings}, f"{options.row}-{place}")
-        yield Contender(f"qcompile {settings.get('matmul') or place}", "qcompile", artifact, {"options": settings})
+        bits = settings.get("weight_format", "").split(" ")[0]
+        name = " ".join(part for part in ("qcompile", bits, settings.get("matmul") or str(place)) if part)
+        yield Contender(name, "qcompile", artifact, {"options": settings})
 
 
 def file_row(options: argparse.Namespace) -> list[Contender]:
@@ -138,7 +140,7 @@ def rotated_row(options: argparse.Namespace) -> list[Contender]:
     peers = sorted(map(judged, peers), key=lambda contender: float(contender.notes["kl"]))
     ours: list[Contender] = []
     for made in map(judged, ours_for(model, options)):
-        ours = [made]
+        ours.append(made)
         if made.notes["kl"] <= peers[0].notes["kl"]:
             break
     return [*peers, *ours]
