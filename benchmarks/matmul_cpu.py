@@ -7,7 +7,7 @@ again. Cold: copies of it in turn, more than four times the last cache; GB/s are
 engine's format needs them at least (4 bits, and 16 bits of scale per group), beside the read bandwidth of a C++ loop in the same rounds.
 
 Ours in both modes, called through their library like any run of steps: `fast` quantizes the float32 x per group to int8 (in the timed call)
-and sums products of integers; `exact` multiplies floats. onnxruntime quantizes x too; torch computes in bf16 or float32, whichever of the
+and sums products of integers; `exact` keeps 24 bits of it. onnxruntime quantizes x too; torch computes in bf16 or float32, whichever of the
 two is faster here. `call` is what a call of the peer's interface costs with nothing in it, `net` the ratio without it.
 Before anything is timed each product is compared with float64, within a bound that follows from the activations' codes.
 """
