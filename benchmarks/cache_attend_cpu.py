@@ -246,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = {
             "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(), "processor": platform.processor() or platform.machine(),
             "instruction_set": options.instruction_set or best, "torch": torch.__version__, "read_bandwidth": bandwidth,
-            "command": " ".join(["python", *sys.argv]), "rows": rows,
+            "command": " ".join(["python -m benchmarks.cache_attend_cpu", *sys.argv[1:]]), "rows": rows,
         }  # fmt: skip
         options.out.write_text(json.dumps(result, indent=2) + "\n")
     return 0
