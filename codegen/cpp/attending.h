@@ -18,13 +18,16 @@ struct Attention {
     typedef Values ValueForm;
     // Queries whose products are computed at once, tokens whose scores are computed before they are weighed.
     static constexpr int Q = MANY, ROWS = TOGETHER;
-    static constexpr int64_t STRETCH = 128, ROOM = Values::PLAIN;
+    static constexpr int64_t STRETCH = 256, ROOM = Values::PLAIN;
     int64_t count, position[Q];
     // Keys from `low` up to `high` are seen in this walk.
     int64_t low[Q], high[Q];
     alignas(64) float query[Q][Keys::PLAIN];
     alignas(64) float scores[Q][STRETCH];
+    // Of keys whose tokens have scales of their own: the sum of a query's numbers, or these as coefficients of a token's codes.
+    static constexpr bool BY_TOKEN = Keys::SCALED && !Keys::BY_CHANNEL;
     float sums[Q][Keys::GROUPS], shrink[Q];
+    Coefficients<Keys::GROUP> by[BY_TOKEN && SUMMED<Keys> ? Keys::GROUPS : 0][Q];
     Gathered<Q, ROOM> found;
 };
 
@@ -49,25 +52,13 @@ static inline float highest(Floats vector) {
 #endif
 }
 
-// e to the power of x for x up to 0, within 2 units in the last place (the polynomial of Cephes); 0 below the normal numbers.
+// e to the power of x for x up to 0; 0 below the normal numbers.
 static inline Floats weight_of(Floats x) {
-    const Floats magic = splat(0x1.8p23f), least = splat(-87.3f);
-    const Floats inside = highest(least, x);
-    Floats steps = fma(inside, splat(0x1.715476p0f), magic);
-    const Ints exponent = reinterpret_cast<Ints>(steps) << 23;
-    steps = steps - magic;
-    const Floats rest = fma(steps, splat(-0x1.7f7d1cp-20f), fma(steps, splat(-0x1.62e4p-1f), inside));
-    Floats power = fma(rest, splat(1.9875691500e-4f), splat(1.3981999507e-3f));
-    power = fma(rest, power, splat(8.3334519073e-3f));
-    power = fma(rest, power, splat(4.1665795894e-2f));
-    power = fma(rest, power, splat(1.6666665459e-1f));
-    power = fma(rest, power, splat(5.0000001201e-1f));
-    power = fma(rest * rest, power, rest + splat(1.0f));
-    const Floats scaled = reinterpret_cast<Floats>(reinterpret_cast<Ints>(power) + exponent);
+    const Floats least = splat(-87.3f);
 #if defined(__AVX512F__)
-    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ), scaled);
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ), exp_inside(x));
 #else
-    return choose(x < least, Floats{}, scaled);
+    return choose(x < least, Floats{}, exp_inside(highest(least, x)));
 #endif
 }
 
@@ -96,17 +87,21 @@ static inline void join(Gathered<Q, ROOM>& whole, const Gathered<Q, ROOM>& part,
     }
 }
 
-// A query, by the scales of keys that have a table of them.
+// A query, by the scale of scores, and by those of keys that have a table of them.
 template <class A, class T>
-static inline void set_query(A& a, int64_t q, const T* from, const fp16* scales = nullptr) {
+static inline void set_query(A& a, int64_t q, const T* from, float scale, const fp16* scales = nullptr) {
     typedef typename A::KeyForm Keys;
     for (int64_t dim = 0; dim < Keys::DIMS; dim += LANES) {
         const int64_t count = std::min<int64_t>(LANES, Keys::DIMS - dim);
-        const Floats query = load(from + dim, count);
+        const Floats query = load(from + dim, count) * splat(scale);
         store(a.query[q] + dim, Keys::STATIC ? query * load(scales + dim, count) : query);
     }
-    if constexpr (Keys::SCALED && !Keys::BY_CHANNEL)
-        for (int64_t group = 0; group < Keys::GROUPS; group++) a.sums[q][group] = sum(a.query[q] + group * Keys::GROUP, Keys::GROUP);
+    if constexpr (A::BY_TOKEN)
+        for (int64_t group = 0; group < Keys::GROUPS; group++) {
+            const float* numbers = a.query[q] + group * Keys::GROUP;
+            a.sums[q][group] = sum(numbers, Keys::GROUP);
+            if constexpr (SUMMED<Keys>) set_word_coefficients<Keys>(numbers, a.by[group][q]);
+        }
 }
 
 // Queries that fill up the last rows see nothing.
@@ -115,6 +110,7 @@ static inline void set_rest(A& a) {
     for (int64_t q = a.count; q < A::Q && q % A::ROWS; q++) {
         std::memset(a.query[q], 0, sizeof a.query[q]);
         std::memset(a.sums[q], 0, sizeof a.sums[q]);
+        for (auto& by : a.by) by[q] = {};
         std::memset(a.scores[q], 0, sizeof a.scores[q]);
         std::memset(a.found.mixed[q], 0, sizeof a.found.mixed[q]);
         a.shrink[q] = 0.0f;
@@ -123,12 +119,12 @@ static inline void set_rest(A& a) {
 
 // The scores that a query sees, scaled, -inf for the others; its greatest so far, and how much what was gathered shrinks as that grows.
 template <class A>
-static inline void scale_scores(A& a, int64_t q, int64_t start, int64_t count, float scale, float softcap) {
+static inline void limit_scores(A& a, int64_t q, int64_t start, int64_t count, float softcap) {
     float* scores = a.scores[q];
     Floats greatest = splat(-INFINITY);
     const bool all = a.low[q] <= start && start + count <= a.high[q] && count % LANES == 0;
     for (int64_t place = 0; place < count; place += LANES) {
-        Floats score = load(scores + place) * splat(scale);
+        Floats score = load(scores + place);
         if (softcap != 0.0f) score = splat(softcap) * each(score / splat(softcap), [](float x) { return std::tanh(x); });
         if (!all) {
             const Ints key = lane_numbers() + static_cast<int>(start + place);
@@ -145,8 +141,8 @@ static inline void scale_scores(A& a, int64_t q, int64_t start, int64_t count, f
 
 // Scores become weights, 0 for keys that a query does not see.
 template <class A>
-static inline void weigh(A& a, int64_t start, int64_t count, float scale, float softcap) {
-    for (int64_t q = 0; q < a.count; q++) scale_scores(a, q, start, count, scale, softcap);
+static inline void weigh(A& a, int64_t start, int64_t count, float softcap) {
+    for (int64_t q = 0; q < a.count; q++) limit_scores(a, q, start, count, softcap);
     for (int64_t q = 0; q < a.count; q++) {
         const Floats base = splat(a.found.peak[q] == -INFINITY ? 0.0f : a.found.peak[q]);
         Floats total{};

@@ -13,7 +13,7 @@ from qcompile.codegen.cpp.retained import POLICY, policy_type, refuses_policy
 from qcompile.codegen.cpp.source import Lines, block, constants, number
 from qcompile.ir.lowered import BUCKETS, Kernel, KernelSpec
 
-READING = ("packed", "codes", "attending", "stretches", "sharing")
+READING = ("packed", "codes", "digits", "code_sums", "attending", "stretches", "sharing")
 """Headers that attention needs."""
 MOST_ROWS, MANY_ROWS = 4, 6
 """Queries whose products are computed at once, of a token and of a prompt: as many sums as there are registers for."""
@@ -63,7 +63,7 @@ def every_query(spec: KernelSpec, ranges: Lines, parts: Lines, walk: Lines) -> L
     ]
     read = [
         "const int64_t token = (block.first + i) / group, at_head = block.head * group + (block.first + i) % group;",
-        f"set_query(a, i, q.at<{type_of(spec, 'q')}>(block.batch, at_head, token){scales('k_tables_0')});",
+        f"set_query(a, i, q.at<{type_of(spec, 'q')}>(block.batch, at_head, token), {number(spec.option('scale'))}{scales('k_tables_0')});",
         *sinks,
     ]
     put = [
@@ -95,8 +95,8 @@ def _least(spec: KernelSpec) -> str:
     return f"std::max<int64_t>(0, a.position[i] + 1 - {window})" if window else "0"
 
 
-def _numbers(spec: KernelSpec) -> str:
-    return f"{number(spec.option('scale'))}, {number(spec.option('softcap', 0.0))}"
+def _softcap(spec: KernelSpec) -> str:
+    return number(spec.option("softcap", 0.0))
 
 
 def _pages(spec: KernelSpec) -> Lines:
@@ -104,7 +104,7 @@ def _pages(spec: KernelSpec) -> Lines:
     return [
         "only_part(a, part);",
         "const int32_t* table = page_table.at<int32_t>(block.batch);",
-        f"attend_pages<Keys, Values>(a, keys, values, table, block.head, {_numbers(spec)});",
+        f"attend_pages<Keys, Values>(a, keys, values, table, block.head, {_softcap(spec)});",
     ]
 
 
@@ -131,7 +131,7 @@ def emit_attend_settled(spec: KernelSpec) -> Kernel:
         "a.high[i] = Policy::settled(a.position[i] + 1) - Policy::FIRST;",
     ]
     parts = ["const Range parts = parts_of(a);", "return Range{parts.first, parts.last + 1};"]
-    walk = f"attend_kept<Policy, Kept>(a, exact_keys, exact_values, positions, row, block.head, {_numbers(spec)});"
+    walk = f"attend_kept<Policy, Kept>(a, exact_keys, exact_values, positions, row, block.head, {_softcap(spec)});"
     early = [f"a.low[i] = {least};", "a.high[i] = std::min<int64_t>(Policy::FIRST, a.position[i] + 1);"]
     late = [f"a.low[i] = std::max<int64_t>({least}, Policy::settled(a.position[i] + 1));", "a.high[i] = a.position[i] + 1;"]
     every = "for (int64_t i = 0; i < a.count; i++)"

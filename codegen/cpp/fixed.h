@@ -2,9 +2,8 @@
 // number, so that each is an integer of 24 bits. Half a unit is at most 2^-22.9 of the largest, what a sum of floats loses when it meets
 // that number. The three bytes of such an integer are multiplied with codes by themselves; these sums are exact, and joined once a run.
 
-// Columns of a run at most, and bytes of an integer.
+// Columns of a run at most.
 constexpr int64_t FIXED_RUN = 64;
-constexpr int FIXED_DIGITS = 3;
 // How far ahead of the words that are multiplied others are asked for.
 constexpr int64_t FIXED_AHEAD = 1024;
 // Rows of x and tiles beside each other: as many sums as there are registers for.
@@ -28,96 +27,6 @@ static inline void every_run(int64_t columns, Step step) {
             step(number, first, std::min(end, first + FIXED_RUN));
 }
 
-static inline Ints nearest_whole(Floats vector) {
-#if defined(__AVX512F__)
-    return reinterpret_cast<Ints>(_mm512_cvtps_epi32(vector));
-#elif defined(__AVX2__)
-    return reinterpret_cast<Ints>(_mm256_cvtps_epi32(vector));
-#elif defined(__SSE2__)
-    return reinterpret_cast<Ints>(_mm_cvtps_epi32(vector));
-#else
-    Ints whole;
-    for (int lane = 0; lane < LANES; lane++)
-        whole[lane] = std::abs(vector[lane]) < 0x1p24f ? static_cast<int32_t>(std::nearbyint(vector[lane])) : 0;
-    return whole;
-#endif
-}
-
-static inline int32_t largest_lane(Ints vector) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_max_epi32(reinterpret_cast<__m512i>(vector));
-#else
-    int32_t most = 0;
-    UNROLL for (int lane = 0; lane < LANES; lane++) most = std::max(most, vector[lane]);
-    return most;
-#endif
-}
-
-typedef int32_t FixedSums __attribute__((vector_size(16)));
-
-// The sums of the lanes that are four apart.
-static inline FixedSums fixed_fold(Ints vector) {
-#if defined(__AVX512F__)
-    const __m512i all = reinterpret_cast<__m512i>(vector);
-    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
-    return reinterpret_cast<FixedSums>(_mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
-#elif defined(__AVX2__)
-    const __m256i all = reinterpret_cast<__m256i>(vector);
-    return reinterpret_cast<FixedSums>(_mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
-#else
-    return vector;
-#endif
-}
-
-static inline float float_of_bits(int32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-// 16 columns as the words that meet four parts: byte d of four columns is word d, and a fourth is unused.
-static inline void digits_of(const int32_t* from, int32_t* to) {
-#if defined(__AVX512F__)
-    const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    _mm512_storeu_si512(to, _mm512_shuffle_epi8(_mm512_loadu_si512(from), order));
-#elif defined(__AVX2__)
-    const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    for (int half = 0; half < 16; half += 8) {
-        const __m256i columns = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + half));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + half), _mm256_shuffle_epi8(columns, order));
-    }
-#else
-    for (int q = 0; q < 16; q += 4)
-        for (int d = 0; d < 4; d++) {
-            uint32_t word = 0;
-            for (int i = 0; i < 4; i++) word |= (static_cast<uint32_t>(from[q + i]) >> 8 * d & 255) << 8 * i;
-            to[q + d] = static_cast<int32_t>(word);
-        }
-#endif
-}
-
-// `count` columns of x as integers of 24 bits that share an exponent, each in three signed bytes; returns the unit.
-template <class T>
-static inline float integers_of(const T* from, int64_t count, int32_t* to) {
-    const int64_t full = count / LANES * LANES;
-    Ints most{};
-    const auto see = [&](Floats value) {
-        const Ints bits = reinterpret_cast<Ints>(value) & 0x7fffffff;
-        most = bits > most ? bits : most;
-    };
-    for (int64_t at = 0; at < full; at += LANES) see(load(from + at));
-    if (full < count) see(load(from + full, count - full));
-    const int32_t peak = largest_lane(most);
-    // The largest becomes less than 2^23 - 2^16, so that its upper byte is signed; infinity and what is no number make the unit none.
-    const int32_t exponent = std::max(24, (peak >> 23) + ((peak & 0x7fffff) >= 0x7e0000));
-    const Floats power = splat(float_of_bits(276 - exponent << 23));
-    const auto put = [&](Floats value) { return nearest_whole(value * power) + 0x808080 ^ 0x808080; };
-    const auto store_whole = [&](int64_t at, Ints numbers) { std::memcpy(to + at, &numbers, sizeof numbers); };
-    for (int64_t at = 0; at < full; at += LANES) store_whole(at, put(load(from + at)));
-    if (full < count) store_whole(full, put(load(from + full, count - full)));
-    return peak < 0x7f800000 ? float_of_bits(exponent - 22 << 23) : NAN;
-}
-
 // One run of a row of x: the words that meet a weight's blocks, zeros where the run ends inside one; returns how many blocks.
 template <class Kind, class T>
 static inline int64_t fixed_run(const T* from, int64_t first, int64_t last, int32_t* words, int32_t* begin, float* unit, float* sum) {
@@ -127,9 +36,10 @@ static inline int64_t fixed_run(const T* from, int64_t first, int64_t last, int3
     if (blocks * Codes::BLOCK != last - first || blocks * Codes::BLOCK % 16) std::memset(numbers, 0, sizeof numbers);
     const float step = integers_of(from + first, last - first, numbers + before);
     Ints total{};
-    for (int64_t at = 0; at < blocks * Codes::BLOCK; at += 16) {
-        digits_of(numbers + at, words + at);
-        UNROLL for (int p = 0; p < PARTS; p++) total = dot_bytes<1>(0x01010101 - Ints{}, load_bits<Ints>(words + at + p * LANES), total);
+    for (int64_t at = 0; at < blocks * Codes::BLOCK; at += LANES) {
+        const Ints digits = digits_of(load_bits<Ints>(numbers + at));
+        std::memcpy(words + at, &digits, sizeof digits);
+        total = dot_bytes<1>(0x01010101 - Ints{}, digits, total);
     }
     const FixedSums sums = fixed_fold(total), start = sums * (Kind::LEAST ? 0 : -Codes::MIDDLE);
     std::memcpy(begin, &start, sizeof start);

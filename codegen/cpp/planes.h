@@ -60,32 +60,3 @@ struct Fp4 : Planes<4> {
     }
     static inline float number(int code) { return UNIT * (TABLE[code] - MIDDLE); }
 };
-
-// `total` and the products of each lane's four unsigned bytes of `codes`, none above `most`, with the signed ones of `x`.
-template <int most>
-static inline Ints dot_bytes(Ints codes, Ints x, Ints total) {
-#if defined(__AVX512F__)
-    return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(
-        reinterpret_cast<__m512i>(total), reinterpret_cast<__m512i>(codes), reinterpret_cast<__m512i>(x)));
-#elif defined(__AVX2__)
-    if (most < 128) {
-        // Two products stay within 16 bits.
-        const __m256i halves = _mm256_maddubs_epi16(reinterpret_cast<__m256i>(codes), reinterpret_cast<__m256i>(x));
-        return total + reinterpret_cast<Ints>(_mm256_madd_epi16(halves, _mm256_set1_epi16(1)));
-    }
-    const __m256i low = _mm256_srai_epi16(_mm256_slli_epi16(reinterpret_cast<__m256i>(x), 8), 8);
-    const __m256i high = _mm256_srai_epi16(reinterpret_cast<__m256i>(x), 8);
-    const __m256i even = _mm256_madd_epi16(reinterpret_cast<__m256i>(codes & 0x00ff00ff), low);
-    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(reinterpret_cast<__m256i>(codes), 8), high);
-    return total + reinterpret_cast<Ints>(even) + reinterpret_cast<Ints>(odd);
-#elif defined(__SSE2__)
-    const __m128i low = _mm_srai_epi16(_mm_slli_epi16(reinterpret_cast<__m128i>(x), 8), 8);
-    const __m128i high = _mm_srai_epi16(reinterpret_cast<__m128i>(x), 8);
-    const __m128i even = _mm_madd_epi16(reinterpret_cast<__m128i>(codes & 0x00ff00ff), low);
-    const __m128i odd = _mm_madd_epi16(_mm_srli_epi16(reinterpret_cast<__m128i>(codes), 8), high);
-    return total + reinterpret_cast<Ints>(even) + reinterpret_cast<Ints>(odd);
-#else
-    for (int i = 0; i < 4; i++) total += (codes >> 8 * i & 255) * (x << (24 - 8 * i) >> 24);
-    return total;
-#endif
-}

@@ -10,36 +10,47 @@ struct Tile {
     float scale[Form::GROUPS][STRETCH], least[Form::GROUPS][STRETCH];
 };
 
-// Where tokens lie that follow each other in pages [P, L, R, W], from `start` on; behind the last one of `count` it stands again.
-template <class A, class T>
-static inline void find_cells(
-    const Tensor& pages, const int32_t* table, int64_t head, int64_t start, int64_t count, const T** cells) {
+// Memory on its way to the processor before it is needed: where each page of it begins, from where the processor follows by itself.
+static inline void fetch(const void* from, int64_t bytes) {
+    for (int64_t page = 0; page < bytes; page += 4096)
+        for (int64_t byte = page; byte < std::min(bytes, page + 128); byte += 64) __builtin_prefetch(static_cast<const char*>(from) + byte);
+}
+
+// The last cell stands behind itself as far as whole vectors of tokens reach.
+template <class T>
+static inline void fill_cells(const T** cells, int64_t count) {
+    for (int64_t place = count; place % LANES; place++) cells[place] = cells[count - 1];
+}
+
+// Where tokens lie that follow each other in pages [P, L, R, W], from `start` on; of those that share scales, where the first does.
+template <class Form, class T>
+static inline void find_cells(const Tensor& pages, const int32_t* table, int64_t head, int64_t start, int64_t count, const T** cells) {
     const int64_t page_tokens = pages.size[2], step = pages.stride[2];
     int64_t page = start / page_tokens, row = start % page_tokens;
     for (int64_t place = 0; place < count; page++, row = 0) {
         const T* cell = pages.at<T>(table[page], head, row);
         const int64_t here = std::min(count - place, page_tokens - row);
-        for (int64_t token = 0; token < here; token++) cells[place + token] = cell + token * step;
+        fetch(cell, here * step * sizeof(T));
+        for (int64_t token = 0; token < here; token += Form::TOKENS, cell += Form::TOKENS * step) cells[place + token] = cell;
         place += here;
     }
-    for (int64_t place = count; place < A::STRETCH; place++) cells[place] = cells[count - 1];
+    if (Form::TOKENS == 1) fill_cells(cells, count);
 }
 
-// Numbers of 16 bits at an offset in each cell, as floats. Those of four cells are one number first: what is stored in small pieces is
+// Numbers of 16 bits at an offset in each cell, as floats. Those of several cells are one vector first: what is stored in small pieces is
 // slow to load at once.
 template <class T>
 static inline void read_halves(const T* const* cells, int64_t count, int64_t offset, float* to) {
     const fp16* kind = nullptr;
+    const auto half = [&](int64_t token) {
+        uint16_t bits;
+        std::memcpy(&bits, reinterpret_cast<const uint8_t*>(cells[token]) + offset, 2);
+        return bits;
+    };
     for (int64_t place = 0; place < count; place += LANES) {
-        typedef uint64_t Fours __attribute__((vector_size(2 * LANES)));
-        Fours fours;
-        UNROLL for (int four = 0; four < LANES / 4; four++) {
-            uint16_t halves[4];
-            UNROLL for (int token = 0; token < 4; token++)
-                std::memcpy(halves + token, reinterpret_cast<const uint8_t*>(cells[place + 4 * four + token]) + offset, 2);
-            fours[four] = halves[0] | uint64_t(halves[1]) << 16 | uint64_t(halves[2]) << 32 | uint64_t(halves[3]) << 48;
-        }
-        store(to + place, widen(reinterpret_cast<Halves>(fours), kind));
+        Halves halves{};
+        UNROLL for (int lane = 0; lane < LANES; lane++) halves[lane] = half(place + lane);
+        store(to + place, widen(halves, kind));
     }
 }
 
@@ -128,7 +139,62 @@ static inline void token_scores(A& a, const Tile<Keys, A::STRETCH>& tile, int64_
         UNROLL for (int v = 0; v < WIDEST; v++) store(a.scores[row + q] + (vector + v) * LANES, scores[q][v]);
 }
 
-// Scores of tokens that share the scale of each channel, for queries from `row` on: scales join the query.
+// The same by sums of integers.
+template <class A, class Keys>
+static inline void summed_token_scores(A& a, const Tile<Keys, A::STRETCH>& tile, int64_t row, int64_t vector) {
+    constexpr int ROWS = most_rows(A::ROWS, MET);
+    constexpr int64_t words = Keys::RUN / 4;
+    for (int64_t first = row; first < row + A::ROWS; first += ROWS)
+        for (int64_t group = 0; group < Keys::GROUPS; group++) {
+            const auto codes_of = [&](int64_t four, int plane, Ints* codes) {
+                const Ints* word = tile.words[group * words + four / Keys::PER] + vector;
+                UNROLL for (int v = 0; v < MET; v++) codes[v] = plane_of<Keys>(word[v], plane);
+            };
+            sum_codes<Keys, ROWS, MET, Keys::PER>(&a.by[group][first], words * Keys::PER, codes_of, [&](int q, int v, Floats sum) {
+                const int64_t place = (vector + v) * LANES;
+                Floats score = load(tile.scale[group] + place) * sum;
+                if (!Keys::SIGNED) score += load(tile.least[group] + place) * splat(a.sums[first + q][group]);
+                store(a.scores[first + q] + place, group ? load(a.scores[first + q] + place) + score : score);
+            });
+        }
+}
+
+// A query by the scales of the channels of a cell; returns the sum of what their numbers begin at, by the query.
+template <class Keys>
+static inline float channel_shares(const float* query, const uint8_t* cell, float* shares) {
+    Floats sums{};
+    for (int64_t dim = 0; dim < Keys::DIMS; dim += LANES) {
+        const int64_t here = std::min<int64_t>(LANES, Keys::DIMS - dim);
+        const Floats numbers = load(query + dim), share = numbers * halves_at(cell + Keys::BODY + 2 * dim, here);
+        store(shares + dim, share);
+        if (Keys::SIGNED) sums += share * splat(Keys::LOW);
+        else sums = fma(numbers, halves_at(cell + Keys::BODY + 2 * (Keys::DIMS + dim), here), sums);
+    }
+    return sum(sums);
+}
+
+// Scores of tokens that share the scale of each channel, for queries from `row` on, by sums of integers.
+template <class Keys, class A>
+static inline void summed_scores(A& a, const uint8_t* const* cells, int64_t count, int64_t row) {
+    for (int64_t group = 0; group < count; group += Keys::TOKENS) {
+        Coefficients<Keys::DIMS> by[A::ROWS];
+        const uint8_t* scales = cells[group] + Keys::BODY;
+        const auto here = [](int64_t dim) { return std::min<int64_t>(LANES, Keys::DIMS - dim); };
+        set_coefficients<Keys, A::ROWS>(
+            Keys::DIMS, [&](int q, int64_t dim) { return load(a.query[row + q] + dim); },
+            [&](int64_t dim) { return halves_at(scales + 2 * dim, here(dim)); },
+            [&](int64_t dim) { return halves_at(scales + 2 * (Keys::DIMS + dim), here(dim)); }, by);
+        for (int64_t at = 0; at < Keys::RUN; at += LANES)
+            sum_rows<Keys, A::ROWS>(
+                by, Keys::DIMS / 4, [&](int64_t dim) { return cells[group] + dim * Keys::RUN + at; },
+                [&](int q, const Floats* sums) {
+                    float* to = a.scores[row + q] + group + at * Keys::PER;
+                    UNROLL for (int64_t v = 0; v < Keys::PER; v++) store(to + v * LANES, sums[v] + splat(by[q].rest));
+                });
+    }
+}
+
+// The same by sums of floats: scales join the query.
 template <class Keys, class A>
 static inline void channel_scores(A& a, const uint8_t* const* cells, int64_t count, int64_t row) {
     constexpr int64_t groups = A::STRETCH / Keys::TOKENS, bytes = Keys::TOKENS * Keys::BITS / 8;
@@ -136,19 +202,7 @@ static inline void channel_scores(A& a, const uint8_t* const* cells, int64_t cou
     const uint8_t* from[groups];
     for (int64_t group = 0; group < groups; group++) {
         from[group] = cells[group * Keys::TOKENS < count ? group * Keys::TOKENS : 0];
-        Floats sums[A::ROWS] = {};
-        for (int64_t dim = 0; dim < Keys::DIMS; dim += LANES) {
-            const int64_t here = std::min<int64_t>(LANES, Keys::DIMS - dim);
-            const Floats scale = halves_at(from[group] + Keys::BODY + 2 * dim, here);
-            Floats least = scale * splat(Keys::LOW);
-            if (!Keys::SIGNED) least = halves_at(from[group] + Keys::BODY + 2 * (Keys::DIMS + dim), here);
-            for (int q = 0; q < A::ROWS; q++) {
-                const Floats query = load(a.query[row + q] + dim);
-                store(shares[group][q] + dim, query * scale);
-                sums[q] = fma(query, least, sums[q]);
-            }
-        }
-        for (int q = 0; q < A::ROWS; q++) rest[group][q] = sum(sums[q]);
+        for (int q = 0; q < A::ROWS; q++) rest[group][q] = channel_shares<Keys>(a.query[row + q], from[group], shares[group][q]);
     }
     for (int64_t vector = 0; vector * LANES < count; vector += WIDEST) {
         Floats sums[A::ROWS][WIDEST] = {};
@@ -229,26 +283,43 @@ static inline void values_from(
     if constexpr (FIRST + wide < all) values_from<Values, FIRST + wide>(a, cells, count, row, shares);
 }
 
+// The same by sums of integers, all channels.
+template <class Values, class A>
+static inline void summed_values(A& a, const uint8_t* const* cells, int64_t count, int64_t row, Shares<Values, A>& shares) {
+    for (int64_t group = 0; group < Values::GROUPS; group++) {
+        Coefficients<A::STRETCH> by[A::ROWS];
+        set_coefficients<Values, A::ROWS>(
+            count, [&](int q, int64_t place) { return load(a.scores[row + q] + place); },
+            [&](int64_t place) { return load(shares.scale[group] + place); },
+            [&](int64_t place) { return load(shares.least[group] + place); }, by);
+        for (int64_t byte = group * Values::RUN; byte < (group + 1) * Values::RUN; byte += LANES)
+            sum_rows<Values, A::ROWS>(
+                by, (count + 3) / 4, [&](int64_t place) { return cells[place] + byte; },
+                [&](int q, const Floats* sums) {
+                    float* to = a.found.mixed[row + q] + byte * Values::PER;
+                    const Floats rest = splat(by[q].rest), shrink = splat(a.shrink[row + q]);
+                    UNROLL for (int64_t v = 0; v < Values::PER; v++)
+                        store(to + v * LANES, fma(load(to + v * LANES), shrink, sums[v] + rest));
+                });
+    }
+}
+
 // All values of a stretch.
 template <class Values, class A>
 static inline void token_values(A& a, const typename Values::Cell* const* cells, int64_t count) {
     Shares<Values, A> shares;
     read_scales<Values, A::STRETCH>(cells, count, shares.scale, shares.least);
-    for (int64_t row = 0; row < a.count; row += A::ROWS) values_from<Values, 0>(a, cells, count, row, shares);
-}
-
-// The lines of memory where tokens lie, on their way to the processor before they are needed.
-template <class Form, int64_t STRETCH>
-static inline void fetch(const typename Form::Cell* const* cells) {
-    constexpr int64_t bytes = Form::BY_CHANNEL ? Form::ALL : Form::RUN * Form::GROUPS;
-    for (int64_t place = 0; place < STRETCH; place += Form::TOKENS)
-        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(reinterpret_cast<const char*>(cells[place]) + byte);
+    for (int64_t row = 0; row < a.count; row += A::ROWS)
+        if constexpr (SUMMED<Values>) summed_values(a, cells, count, row, shares);
+        else values_from<Values, 0>(a, cells, count, row, shares);
 }
 
 // Scores of a stretch of keys for all queries.
 template <class Keys, class A>
 static inline void scores_of(A& a, const typename Keys::Cell* const* cells, int64_t count) {
-    if constexpr (Keys::BY_CHANNEL)
+    if constexpr (Keys::BY_CHANNEL && SUMMED<Keys>)
+        for (int64_t row = 0; row < a.count; row += A::ROWS) summed_scores<Keys>(a, cells, count, row);
+    else if constexpr (Keys::BY_CHANNEL)
         for (int64_t row = 0; row < a.count; row += A::ROWS) channel_scores<Keys>(a, cells, count, row);
     else if constexpr (!Keys::SCALED)
         for (int64_t row = 0; row < a.count; row += A::ROWS)
@@ -258,31 +329,30 @@ static inline void scores_of(A& a, const typename Keys::Cell* const* cells, int6
         read_scales<Keys, A::STRETCH>(cells, count, tile.scale, tile.least);
         read_words(cells, count, tile);
         for (int64_t row = 0; row < a.count; row += A::ROWS)
-            for (int64_t vector = 0; vector * LANES < count; vector += WIDEST) token_scores(a, tile, row, vector);
+            if constexpr (SUMMED<Keys>)
+                for (int64_t vector = 0; vector * LANES < count; vector += MET) summed_token_scores(a, tile, row, vector);
+            else
+                for (int64_t vector = 0; vector * LANES < count; vector += WIDEST) token_scores(a, tile, row, vector);
     }
 }
 
-// Walk what queries see, a stretch after the other; `find(state, start, count, cells)` says where tokens lie. While keys are met with
-// queries values are on their way, then the keys behind them.
+// Walk what queries see, a stretch after the other; `find(form, state, start, count, cells)` says where tokens lie and asks for them. While
+// keys are met with queries values are on their way, then the keys behind them.
 template <class Keys, class Values, class A, class Find>
-static inline void attend_stretches(A& a, const Tensor& keys, const Tensor& values, float scale, float softcap, Find find) {
+static inline void attend_stretches(A& a, const Tensor& keys, const Tensor& values, float softcap, Find find) {
     const Range seen = seen_by(a);
     const typename Keys::Cell* key_cells[A::STRETCH];
     const typename Values::Cell* value_cells[A::STRETCH];
     // What no query sees is left out as far as that moves no token to another lane; its weights would be 0.
     constexpr int64_t step = std::max<int64_t>(Keys::TOKENS, 16);
     int64_t start = seen.first / step * step, count = std::min(A::STRETCH - start % A::STRETCH, seen.last - start);
-    if (seen.first < seen.last) find(keys, start, count, key_cells);
+    if (seen.first < seen.last) find(Keys(), keys, start, count, key_cells);
     while (count > 0) {
-        find(values, start, count, value_cells);
-        fetch<Values, A::STRETCH>(value_cells);
+        find(Values(), values, start, count, value_cells);
         scores_of<Keys>(a, key_cells, count);
         const int64_t behind = std::min(A::STRETCH, seen.last - start - count);
-        if (behind > 0) {
-            find(keys, start + count, behind, key_cells);
-            fetch<Keys, A::STRETCH>(key_cells);
-        }
-        weigh(a, start, count, scale, softcap);
+        if (behind > 0) find(Keys(), keys, start + count, behind, key_cells);
+        weigh(a, start, count, softcap);
         token_values<Values>(a, value_cells, count);
         start += count;
         count = behind;
@@ -291,9 +361,8 @@ static inline void attend_stretches(A& a, const Tensor& keys, const Tensor& valu
 
 // Walk the pages of a sequence as far as any query sees them.
 template <class Keys, class Values, class A>
-static inline void attend_pages(
-    A& a, const Tensor& keys, const Tensor& values, const int32_t* table, int64_t head, float scale, float softcap) {
-    attend_stretches<Keys, Values>(a, keys, values, scale, softcap, [&](auto& pages, int64_t start, int64_t count, auto** cells) {
-        find_cells<A>(pages, table, head, start, count, cells);
+static inline void attend_pages(A& a, const Tensor& keys, const Tensor& values, const int32_t* table, int64_t head, float softcap) {
+    attend_stretches<Keys, Values>(a, keys, values, softcap, [&](auto form, auto& pages, int64_t start, int64_t count, auto** cells) {
+        find_cells<decltype(form)>(pages, table, head, start, count, cells);
     });
 }

@@ -260,23 +260,40 @@ static inline float largest(Floats vector) {
 #endif
 }
 
-// e to the power of x, within 2 units in the last place (the polynomial of Cephes); 0 below the normal numbers.
-static inline Floats exp(Floats x) {
+// e to the power of x from -87.3 to 88.7, within 2 units in the last place.
+static inline Floats exp_inside(Floats x) {
+#if defined(__AVX512F__)
+    // 2 to the power of whole steps, which the processor applies, times that of what is left, up to half a step (a minimax polynomial).
+    const Floats steps = _mm512_roundscale_ps(x * splat(0x1.715476p0f), 0);
+    const Floats rest = fma(x, splat(0x1.4ae0cp-26f), fma(x, splat(0x1.715476p0f), -steps));
+    Floats power = fma(rest, splat(0x1.41d334p-13f), splat(0x1.5f456ap-10f));
+    power = fma(rest, power, splat(0x1.3b2dbcp-7f));
+    power = fma(rest, power, splat(0x1.c6aed4p-5f));
+    power = fma(rest, power, splat(0x1.ebfbdap-3f));
+    power = fma(rest, power, splat(0x1.62e43p-1f));
+    return _mm512_scalef_ps(fma(rest, power, splat(1.0f)), steps);
+#else
+    // The polynomial of Cephes.
     const Floats magic = splat(0x1.8p23f);
-    Floats inside = choose(x > splat(-87.3f), choose(x < splat(88.7f), x, splat(88.7f)), splat(-87.3f));
-    Floats steps = fma(inside, splat(0x1.715476p0f), magic);
-    Ints exponent = reinterpret_cast<Ints>(steps) << 23;
+    Floats steps = fma(x, splat(0x1.715476p0f), magic);
+    const Ints exponent = reinterpret_cast<Ints>(steps) << 23;
     steps = steps - magic;
-    Floats rest = fma(steps, splat(-0x1.7f7d1cp-20f), fma(steps, splat(-0x1.62e4p-1f), inside));
+    const Floats rest = fma(steps, splat(-0x1.7f7d1cp-20f), fma(steps, splat(-0x1.62e4p-1f), x));
     Floats power = fma(rest, splat(1.9875691500e-4f), splat(1.3981999507e-3f));
     power = fma(rest, power, splat(8.3334519073e-3f));
     power = fma(rest, power, splat(4.1665795894e-2f));
     power = fma(rest, power, splat(1.6666665459e-1f));
     power = fma(rest, power, splat(5.0000001201e-1f));
     power = fma(rest * rest, power, rest + splat(1.0f));
-    Floats scaled = reinterpret_cast<Floats>(reinterpret_cast<Ints>(power) + exponent);
-    scaled = choose(x > splat(88.7f), splat(INFINITY), choose(x < splat(-87.3f), Floats{}, scaled));
-    return choose(x == x, scaled, x);
+    return reinterpret_cast<Floats>(reinterpret_cast<Ints>(power) + exponent);
+#endif
+}
+
+// e to the power of x; 0 below the normal numbers.
+static inline Floats exp(Floats x) {
+    const Floats inside = choose(x > splat(-87.3f), choose(x < splat(88.7f), x, splat(88.7f)), splat(-87.3f));
+    const Floats power = choose(x > splat(88.7f), splat(INFINITY), choose(x < splat(-87.3f), Floats{}, exp_inside(inside)));
+    return choose(x == x, power, x);
 }
 
 static inline Floats magnitude(Floats x) { return reinterpret_cast<Floats>(reinterpret_cast<Ints>(x) & 0x7fffffff); }

@@ -9,7 +9,7 @@ from qcompile.errors import FormatError
 from qcompile.ir.lowered import KernelSpec
 from qcompile.quant.format import SCALE_TYPES, QuantFormat, parse_format
 
-FIXED = ("planes", "scales", "fixed")
+FIXED = ("digits", "planes", "scales", "fixed")
 """Headers of matmuls over codes that are integers."""
 TABLES = ("planes", "scales", "tables")
 """Headers of those over codes that stand for floats."""
