@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qcompile.codegen.contract import FLOATS, same_storage
-from qcompile.codegen.cpp.code_dot import ZEROS, dot_helpers
-from qcompile.codegen.cpp.code_rows import CODE_ROWS, Product, each_run, few_columns, prepare_function, prepare_name, product_of
+from qcompile.codegen.cpp.code_rows import Product, each_run, few_columns, prepare_function, prepare_name, product_of
 from qcompile.codegen.cpp.contract import Operator, kernel, type_of
+from qcompile.codegen.cpp.packed_forms import helpers
 from qcompile.codegen.cpp.source import Lines, block, call, constants, function, when
 from qcompile.codegen.cpp.tiles import tile_layouts
 from qcompile.codegen.cpp.weights import plain, refuses_weight
@@ -30,9 +30,8 @@ MOST_CHUNKS = 4
 
 def product_function(product: Product) -> Lines:
     """`total` = ROWS rows of x times TILES tiles of a weight of this format."""
-    weight, bits = product.weight, product.weight.bits
+    weight = product.weight
     rows = f"UNROLL for (int r = 0; r < {product.rows}; r++)"
-    near = f"near[r][t][p] = int{bits}_{{}};"
     word = [
         "Ints word[TILES][PARTS];",
         *_every_part(
@@ -43,15 +42,15 @@ def product_function(product: Product) -> Lines:
             ]
         ),
         *block(
-            f"UNROLL for (int s = 0; s < INT{bits}_PARTS; s++)",
+            "UNROLL for (int q = 0; q < Codes::QUADS; q++)",
             [
                 "Ints code[TILES][PARTS];",
-                *_every_part([f"code[t][p] = int{bits}_part(word[t][p], s);"]),
+                *_every_part(["code[t][p] = Codes::part(&word[t][p], q);"]),
                 *block(
                     rows,
                     [
                         f"const Ints value = {_value(product)};",
-                        *_every_part([near.format("dot(code[t][p], value, near[r][t][p])")]),
+                        *_every_part(["near[r][t][p] = Near::dot(code[t][p], value, near[r][t][p]);"]),
                     ],
                 ),
             ],
@@ -59,9 +58,9 @@ def product_function(product: Product) -> Lines:
     ]
     chunk = [
         f"Ints near[{product.rows}][TILES][PARTS];",
-        *_every_part([f"{rows} {near.format('open(part[r][t][p])')}"]),
+        *_every_part([f"{rows} near[r][t][p] = Near::open(part[r][t][p]);"]),
         *block(f"UNROLL for (int w = 0; w < {product.chunk}; w++)", word),
-        *_every_part([f"{rows} part[r][t][p] = int{bits}_close(near[r][t][p], part[r][t][p]);"]),
+        *_every_part([f"{rows} part[r][t][p] = Near::close(near[r][t][p], part[r][t][p]);"]),
     ]
     run = [
         f"Ints part[{product.rows}][TILES][PARTS];",
@@ -70,6 +69,8 @@ def product_function(product: Product) -> Lines:
         *_every_part(_finish(product)),
     ]
     body = [
+        f"typedef Integers<{weight.bits}> Codes;",
+        f"typedef NearSum<{weight.bits}> Near;",
         *weight.stride_constants,
         *when(not product.direct, ["int64_t place = 0;"]),
         *each_run(product, run),
@@ -96,9 +97,9 @@ def _every_chunk(product: Product, lines: Lines) -> Lines:
 
 
 def _value(product: Product) -> str:
-    """The word of row r that part s of word w meets."""
+    """The word of row r that part q of word w meets."""
     at = "word_at" if product.direct else "place"
-    at = f"(({at} + w) * INT{product.weight.bits}_PARTS + s) * 4"
+    at = f"(({at} + w) * Codes::QUADS + q) * 4"
     if not product.zero:
         return f"every_lane(x.rows[r] + {at})"
     ones = "0x01010101 - Ints{}" if product.direct else f"every_lane(x.ones + {at})"
@@ -123,7 +124,7 @@ def _start(product: Product) -> Lines:
         taken = "dot_pairs(offset, x.sums[r * runs + run] - Ints{}, Ints{})" if few_columns(product) else "offset * x.sums[r * runs + run]"
         at = f"zero + (t * {weight.zero_stride} + {_group(product)}) * TILE + p * LANES"
         lines = [
-            f"const Ints offset = zero_points({at});",
+            f"const Ints offset = lanes_of(load_bits<Bytes>({at}));",
             f"UNROLL for (int r = 0; r < ROWS; r++) part[r][t][p] = {taken};",
         ]
     return [*lines, *when(product.zero, ["part[ROWS][t][p] = Ints{};"])]
@@ -196,9 +197,9 @@ def emit_integer_linear(spec: KernelSpec) -> Kernel:
         "const Range mine = team.share((rows + TILE - 1) / TILE);",
         *(_one_row(product, pointers) if single else _many_rows(product, pointers)),
     ]
-    helpers = [*dot_helpers(weight.bits), *[ZEROS] * weight.zero, CODE_ROWS, prepare_function(product)]
-    helpers += [product_function(product), rows_function(product)]
-    return kernel(spec, INTEGER_LINEAR.present(spec), body, helpers, [(f"w_{name}", layout) for name, layout in tile_layouts(plain(spec))])
+    functions = [*helpers("planes", "code_dot"), prepare_function(product), product_function(product), rows_function(product)]
+    layouts = [(f"w_{name}", layout) for name, layout in tile_layouts(plain(spec))]
+    return kernel(spec, INTEGER_LINEAR.present(spec), body, functions, layouts)
 
 
 def _kept(product: Product, most: int) -> Lines:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import gcd
 
-from qcompile.codegen.cpp.code_dot import CHUNK
 from qcompile.codegen.cpp.contract import type_of
 from qcompile.codegen.cpp.source import Lines, block, function, when
 from qcompile.codegen.cpp.weights import Weight, plain, weight_of
@@ -15,6 +14,8 @@ MOST_ROWS = 64
 """Rows of x that pass one after the other while a part of the weight stays near."""
 STACK = 1 << 17
 """Bytes that what is kept of these rows takes on a stack."""
+CHUNK = 4
+"""Words of a row that are taken together at most (`NearSum` in `code_dot.h`)."""
 
 
 @dataclass(frozen=True)
@@ -193,16 +194,3 @@ def product_of(spec: KernelSpec) -> Product:
         static=bool(spec.option("static", False)),
         zero=spec.format("zero") is not None,
     )
-
-
-CODE_ROWS = [
-    "// Rows of codes as products want them: where each is, and by row and run what sums begin with, zero points, sums for minima and",
-    "// scales; copies of `held` bytes a row, and one of ones, where runs do not end with words.",
-    "struct CodeRows {",
-    "    const int8_t** rows;",
-    "    int32_t *sums, *zeros;",
-    "    float *totals, *scales;",
-    "    int8_t *copies, *ones;",
-    "    int64_t held;",
-    "};",
-]
