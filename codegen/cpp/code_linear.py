@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qcompile.codegen.contract import FLOATS, same_storage, stored
-from qcompile.codegen.cpp.code_dot import ZEROS, dot_helpers
-from qcompile.codegen.cpp.code_rows import CODE_ROWS, Product, each_run, few_columns, plain, prepare_function, prepare_name, product_of
+from qcompile.codegen.contract import FLOATS, same_storage
+from qcompile.codegen.cpp.code_rows import Product, each_run, few_columns, prepare_function, prepare_name, product_of
 from qcompile.codegen.cpp.contract import Operator, kernel, type_of
+from qcompile.codegen.cpp.packed_forms import helpers
 from qcompile.codegen.cpp.source import Lines, block, call, constants, function, when
-from qcompile.codegen.cpp.weights import refuses_weight
+from qcompile.codegen.cpp.tiles import tile_layouts
+from qcompile.codegen.cpp.weights import plain, refuses_weight
 from qcompile.ir.lowered import BUCKETS, Kernel, KernelSpec
 
 MOST_COLUMNS = 1 << 15
@@ -29,10 +30,8 @@ MOST_CHUNKS = 4
 
 def product_function(product: Product) -> Lines:
     """`total` = ROWS rows of x times TILES tiles of a weight of this format."""
-    weight, bits = product.weight, product.weight.bits
-    per = weight.per_word
+    weight = product.weight
     rows = f"UNROLL for (int r = 0; r < {product.rows}; r++)"
-    near = f"near[r][t][p] = int{bits}_{{}};"
     word = [
         "Ints word[TILES][PARTS];",
         *_every_part(
@@ -43,15 +42,15 @@ def product_function(product: Product) -> Lines:
             ]
         ),
         *block(
-            f"UNROLL for (int s = 0; s < INT{bits}_PARTS; s++)",
+            "UNROLL for (int q = 0; q < Codes::QUADS; q++)",
             [
                 "Ints code[TILES][PARTS];",
-                *_every_part([f"code[t][p] = int{bits}_part(word[t][p], s);"]),
+                *_every_part(["code[t][p] = Codes::part(&word[t][p], q);"]),
                 *block(
                     rows,
                     [
                         f"const Ints value = {_value(product)};",
-                        *_every_part([near.format("dot(code[t][p], value, near[r][t][p])")]),
+                        *_every_part(["near[r][t][p] = Near::dot(code[t][p], value, near[r][t][p]);"]),
                     ],
                 ),
             ],
@@ -59,9 +58,9 @@ def product_function(product: Product) -> Lines:
     ]
     chunk = [
         f"Ints near[{product.rows}][TILES][PARTS];",
-        *_every_part([f"{rows} {near.format('open(part[r][t][p])')}"]),
+        *_every_part([f"{rows} near[r][t][p] = Near::open(part[r][t][p]);"]),
         *block(f"UNROLL for (int w = 0; w < {product.chunk}; w++)", word),
-        *_every_part([f"{rows} part[r][t][p] = int{bits}_close(near[r][t][p], part[r][t][p]);"]),
+        *_every_part([f"{rows} part[r][t][p] = Near::close(near[r][t][p], part[r][t][p]);"]),
     ]
     run = [
         f"Ints part[{product.rows}][TILES][PARTS];",
@@ -70,15 +69,16 @@ def product_function(product: Product) -> Lines:
         *_every_part(_finish(product)),
     ]
     body = [
-        f"const int64_t words = (columns + {per - 1}) / {per};",
-        f"const int64_t groups = {f'(columns + {weight.group - 1}) / {weight.group}' if weight.group else '1'};",
+        f"typedef Integers<{weight.bits}> Codes;",
+        f"typedef NearSum<{weight.bits}> Near;",
+        *weight.stride_constants,
         *when(not product.direct, ["int64_t place = 0;"]),
         *each_run(product, run),
     ]
-    parameters = ["const CodeRows& x", "const int32_t* codes", *product.parameters, "int64_t columns"]
+    parameters = ["const CodeRows& x", "const int32_t* codes", *weight.parameters, "int64_t columns"]
     head = f"template <int ROWS, int TILES>\nstatic inline void {product.name}_product"
     return function(
-        head, [*parameters, "Floats (&total)[ROWS][TILES][PARTS]"], f"ROWS rows of codes times TILES tiles of {product.text}.", body
+        head, [*parameters, "Floats (&total)[ROWS][TILES][PARTS]"], f"ROWS rows of codes times TILES tiles of {weight.text}.", body
     )
 
 
@@ -97,9 +97,9 @@ def _every_chunk(product: Product, lines: Lines) -> Lines:
 
 
 def _value(product: Product) -> str:
-    """The word of row r that part s of word w meets."""
+    """The word of row r that part q of word w meets."""
     at = "word_at" if product.direct else "place"
-    at = f"(({at} + w) * INT{product.weight.bits}_PARTS + s) * 4"
+    at = f"(({at} + w) * Codes::QUADS + q) * 4"
     if not product.zero:
         return f"every_lane(x.rows[r] + {at})"
     ones = "0x01010101 - Ints{}" if product.direct else f"every_lane(x.ones + {at})"
@@ -117,14 +117,14 @@ def _group(product: Product) -> str:
 def _start(product: Product) -> Lines:
     """Sums begin with what the weight's zero point takes off."""
     weight = product.weight
-    if product.minimum:
+    if weight.minimum:
         return [f"UNROLL for (int r = 0; r < {product.rows}; r++) part[r][t][p] = Ints{{}};"]
     lines = ["UNROLL for (int r = 0; r < ROWS; r++) part[r][t][p] = x.sums[r * runs + run] - Ints{};"]
     if weight.zero:
         taken = "dot_pairs(offset, x.sums[r * runs + run] - Ints{}, Ints{})" if few_columns(product) else "offset * x.sums[r * runs + run]"
         at = f"zero + (t * {weight.zero_stride} + {_group(product)}) * TILE + p * LANES"
         lines = [
-            f"const Ints offset = zero_points({at});",
+            f"const Ints offset = lanes_of(load_bits<Bytes>({at}));",
             f"UNROLL for (int r = 0; r < ROWS; r++) part[r][t][p] = {taken};",
         ]
     return [*lines, *when(product.zero, ["part[ROWS][t][p] = Ints{};"])]
@@ -132,16 +132,17 @@ def _start(product: Product) -> Lines:
 
 def _finish(product: Product) -> Lines:
     """The run's sums join the totals, times its scales."""
+    minimum = product.weight.minimum
     at = f"(t * groups + {_group(product)}) * TILE + p * LANES"
     sums = ["part[r][t][p] -= x.zeros[r * runs + run] * part[ROWS][t][p];"] * product.zero
     sums += ["const Floats products = __builtin_convertvector(part[r][t][p], Floats), own = splat(x.scales[r * runs + run]);"]
-    if product.minimum:
+    if minimum:
         sums += ["total[r][t][p] += own * (products * factor + splat(x.totals[r * runs + run]) * least);"]
     else:
         sums += ["total[r][t][p] += products * (own * factor);"]
     return [
         f"const Floats factor = load(scale + {at});",
-        *when(product.minimum, [f"const Floats least = load(zero + {at});"]),
+        *when(minimum, [f"const Floats least = load(zero + {at});"]),
         *block("UNROLL for (int r = 0; r < ROWS; r++)", sums),
     ]
 
@@ -149,8 +150,8 @@ def _finish(product: Product) -> Lines:
 def rows_function(product: Product) -> Lines:
     """ROWS rows of x, those of `out` from `row` on, times the tiles of a range, and what comes after the sum."""
     weight = product.weight
-    names = [name for name, _ in product.strides]
-    shares = [f"{name} + tile * {stride} * TILE" for name, stride in product.strides]
+    names = [name for name, _ in weight.strides]
+    shares = [f"{name} + tile * {stride} * TILE" for name, stride in weight.strides]
     given = ["x", "codes + tile * words * TILE", *shares, "columns", "total"]
     rest = ["x", "codes", *names, "bias", "out", "row", "Range{tile, tiles.last}", "rows", "columns"]
     stored = [
@@ -173,11 +174,11 @@ def rows_function(product: Product) -> Lines:
         *block("if constexpr (TILES > 1)", call(f"{product.name}_rows<ROWS, TILES / 2>", rest)),
     ]
     parameters = [
-        "const CodeRows& x", "const int32_t* codes", *product.parameters, "const Real* bias", "const Tensor& out", "int64_t row",
+        "const CodeRows& x", "const int32_t* codes", *weight.parameters, "const Real* bias", "const Tensor& out", "int64_t row",
         "Range tiles", "int64_t rows", "int64_t columns",
     ]  # fmt: skip
     head = f"template <int ROWS, int TILES, class Real>\nstatic void {product.name}_rows"
-    return function(head, parameters, f"ROWS rows of codes times a range of tiles of {product.text}, stored.", body)
+    return function(head, parameters, f"ROWS rows of codes times a range of tiles of {weight.text}, stored.", body)
 
 
 def emit_integer_linear(spec: KernelSpec) -> Kernel:
@@ -187,7 +188,7 @@ def emit_integer_linear(spec: KernelSpec) -> Kernel:
         spec = replace(spec, bucket="m2-63")  # one kernel for any number of rows but one
     product = product_of(spec)
     weight = product.weight
-    pointers = [f"w_{name}.at<{type_of(spec, f'w_{name}')}>()" for name, _ in product.strides]
+    pointers = [f"w_{name}.at<{type_of(spec, f'w_{name}')}>()" for name, _ in weight.strides]
     real = type_of(spec, "out")
     pointers = ["w_codes.at<int32_t>()", *pointers, f"bias.at<{real}>()" if spec.format("bias") else f"static_cast<{real}*>(nullptr)"]
     body = [
@@ -196,10 +197,9 @@ def emit_integer_linear(spec: KernelSpec) -> Kernel:
         "const Range mine = team.share((rows + TILE - 1) / TILE);",
         *(_one_row(product, pointers) if single else _many_rows(product, pointers)),
     ]
-    names = INTEGER_LINEAR.present(spec)
-    helpers = [*dot_helpers(weight.bits), *[ZEROS] * weight.zero, CODE_ROWS, prepare_function(product)]
-    helpers += [product_function(product), rows_function(product)]
-    return kernel(spec, names, body, helpers, [(name, layout) for name, layout in product.layouts.items() if name in names])
+    functions = [*helpers("planes", "code_dot"), prepare_function(product), product_function(product), rows_function(product)]
+    layouts = [(f"w_{name}", layout) for name, layout in tile_layouts(plain(spec))]
+    return kernel(spec, INTEGER_LINEAR.present(spec), body, functions, layouts)
 
 
 def _kept(product: Product, most: int) -> Lines:
@@ -269,10 +269,6 @@ def refuses_integer_linear(spec: KernelSpec) -> str | None:
     reason = refuses_weight(plain(spec))
     if reason is not None:
         return f"the weight's {reason}"
-    minimum = "min" in stored(spec, "w_codes").split()
-    wanted = spec.format("w_scale") if minimum else spec.format("w_zero") and "uint8"
-    if spec.format("w_zero") != wanted:
-        return f"w_zero is {spec.format('w_zero')}: expected {wanted} for {stored(spec, 'w_codes')}"
     if (reason := same_storage(spec, "bias", "out")) is not None:
         return reason
     product = product_of(spec)
@@ -287,10 +283,10 @@ def refuses_integer_linear(spec: KernelSpec) -> str | None:
 INTEGER_LINEAR = Operator(
     emit=emit_integer_linear,
     operands={
-        "codes": ("i8",), "scale": ("fp32", "fp16"), "zero": ("i32",), "w_codes": (), "w_scale": FLOATS, "w_zero": ("uint8", *FLOATS),
+        "codes": ("i8",), "scale": ("fp32", "fp16"), "zero": ("i32",), "w_codes": (), "w_scale": (), "w_zero": (), "w_scale2": (),
         "bias": FLOATS, "out": FLOATS,
     },
-    optional=frozenset({"zero", "w_zero", "bias"}),
+    optional=frozenset({"zero", "w_zero", "w_scale2", "bias"}),
     sizes=("K", "N"),
     options=("group_size", "static"),
     required=("group_size",),

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import gcd
 
-from qcompile.codegen.contract import FLOATS
-from qcompile.codegen.cpp.code_dot import CHUNK
 from qcompile.codegen.cpp.contract import type_of
 from qcompile.codegen.cpp.source import Lines, block, function, when
-from qcompile.codegen.cpp.weights import Weight, weight_of
+from qcompile.codegen.cpp.weights import Weight, plain, weight_of
 from qcompile.ir.lowered import KernelSpec
 
 MOST_ROWS = 64
 """Rows of x that pass one after the other while a part of the weight stays near."""
 STACK = 1 << 17
 """Bytes that what is kept of these rows takes on a stack."""
+CHUNK = 4
+"""Words of a row that are taken together at most (`NearSum` in `code_dot.h`)."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,6 @@ class Product:
         scale: C++ type of the scales of x.
         static: whether x has one scale for every row.
         zero: whether x has zero points.
-        minimum: whether the weight has minima, what code 0 of a group stands for; `weight` then knows nothing of zero points.
     """
 
     weight: Weight
@@ -38,7 +37,6 @@ class Product:
     scale: str
     static: bool
     zero: bool
-    minimum: bool
 
     @property
     def run(self) -> int:
@@ -88,35 +86,14 @@ class Product:
         """What functions for this product begin with; those over whole rows serve any number of columns."""
         size = "" if self.whole else f"_run{self.run}"
         read = "_even" if self.even else f"_by{self.chunk}" if self.direct else "_copied"
-        return f"{self.weight.name}{'_min' * self.minimum}_codes{size}{read}{'_moved' if self.zero else ''}"
-
-    @property
-    def text(self) -> str:
-        """The weight in words."""
-        return f"{self.weight.text}, minima" if self.minimum else self.weight.text
+        return f"{self.weight.name}_codes{size}{read}{'_moved' if self.zero else ''}"
 
     @property
     def kept(self) -> dict[str, str]:
         """What is kept by row and run, and its C++ type."""
         kinds = {"sums": "int32_t", "zeros": "int32_t", "totals": "float", "scales": "float"}
-        present = {"sums": not self.minimum, "zeros": self.zero, "totals": self.minimum, "scales": True}
+        present = {"sums": not self.weight.minimum, "zeros": self.zero, "totals": self.weight.minimum, "scales": True}
         return {name: kind for name, kind in kinds.items() if present[name]}
-
-    @property
-    def strides(self) -> list[tuple[str, str]]:
-        """Operands of the weight beside the codes, and how many of theirs a row has."""
-        return [*self.weight.scale_strides, *[("zero", "groups")] * self.minimum]
-
-    @property
-    def parameters(self) -> list[str]:
-        """Parameters of a product beside the codes of the weight."""
-        return [*self.weight.scale_parameters, *[f"const {self.weight.scale}* zero"] * self.minimum]
-
-    @property
-    def layouts(self) -> dict[str, str]:
-        """Of the weight's operands."""
-        zero = "tiles" if self.minimum else self.weight.zero_layout
-        return {"w_codes": f"tiles-planes{self.weight.bits}", "w_scale": "tiles", "w_zero": zero}
 
     @property
     def rows(self) -> str:
@@ -199,42 +176,21 @@ def _sum_of(product: Product) -> Lines:
             "x.zeros[r * runs + run] = middle;",
         ]
         total = f"({total} - middle * static_cast<int32_t>(last - first))"
-    if product.minimum:
+    if product.weight.minimum:
         return [*lines, f"x.totals[r * runs + run] = {total};"]
     taken = f"-{total}" if product.weight.zero else f"-{product.weight.middle} * {total}"
     return [*lines, f"x.sums[r * runs + run] = {taken}{' & 0xffff' if product.weight.zero and few_columns(product) else ''};"]
-
-
-def plain(spec: KernelSpec) -> KernelSpec:
-    """The specification of the weight by itself, as a weight-only product names it."""
-    formats = [(name.removeprefix("w_"), kind) for name, kind in spec.formats if name.startswith("w_")]
-    return replace(spec, formats=tuple(sorted(formats)))
 
 
 def product_of(spec: KernelSpec) -> Product:
     """The product of a specification that is not refused."""
     group, columns = int(spec.option("group_size")), spec.size("K")
     whole = group == -1 or group >= columns
-    zero = spec.format("w_zero")
     return Product(
-        weight=replace(weight_of(plain(spec)), zero=zero == "uint8"),
+        weight=weight_of(plain(spec)),
         columns=columns,
         group=0 if whole else group,
         scale=type_of(spec, "scale"),
         static=bool(spec.option("static", False)),
         zero=spec.format("zero") is not None,
-        minimum=zero in FLOATS,
     )
-
-
-CODE_ROWS = [
-    "// Rows of codes as products want them: where each is, and by row and run what sums begin with, zero points, sums for minima and",
-    "// scales; copies of `held` bytes a row, and one of ones, where runs do not end with words.",
-    "struct CodeRows {",
-    "    const int8_t** rows;",
-    "    int32_t *sums, *zeros;",
-    "    float *totals, *scales;",
-    "    int8_t *copies, *ones;",
-    "    int64_t held;",
-    "};",
-]

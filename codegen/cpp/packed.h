@@ -30,14 +30,6 @@ static inline Ints lane_numbers() {
 
 static inline Floats smallest(Floats a, Floats b) { return choose(a < b, a, b); }
 
-static inline Floats absolute(Floats vector) { return reinterpret_cast<Floats>(reinterpret_cast<Ints>(vector) & 0x7fffffff); }
-
-// As numbers of 16 bits hold it.
-static inline Floats rounded_half(Floats vector) {
-    const fp16* half = nullptr;
-    return widen(narrow(vector, half), half);
-}
-
 // `count` numbers of 16 bits from any address, the other lanes 0.
 static inline Floats halves_at(const uint8_t* from, int64_t count) {
     const fp16* half = nullptr;
@@ -48,12 +40,12 @@ static inline Floats halves_at(const uint8_t* from, int64_t count) {
 template <class Form>
 static inline Floats scale_for(Floats spread) {
     constexpr float most = Form::FLOAT8 ? 448 : Form::SIGNED ? -1 - Form::LOW : Form::TOP;
-    return rounded_half(largest(spread / splat(most), splat(0x1p-14f)));
+    return as_stored<fp16>(largest(spread / splat(most), splat(0x1p-14f)));
 }
 
 // The bytes of numbers with 4 bits of exponent and 3 behind the point, up to 448: rounded to the nearest, a tie to the even one.
 static inline Ints float8_of(Floats numbers) {
-    const Floats most = splat(448.0f), small = smallest(absolute(numbers), most);
+    const Floats most = splat(448.0f), small = smallest(magnitude(numbers), most);
     const Ints bits = reinterpret_cast<Ints>(small), below = small < splat(0x1p-6f);
     const Ints normal = ((bits + 0x7ffff + ((bits >> 20) & 1)) >> 20) - 120 * 8;
     const Ints subnormal = reinterpret_cast<Ints>(small + splat(0x1p14f)) - 0x46800000;
@@ -97,9 +89,9 @@ static inline void encode_token(const T* numbers, uint8_t* cell) {
             const Floats loaded = load(from + dim, count);
             const Floats vector = choose(lane_numbers() < static_cast<int>(count), loaded, splat(get(from + dim)));
             least = smallest(least, vector);
-            greatest = largest(greatest, Form::SIGNED ? absolute(vector) : vector);
+            greatest = largest(greatest, Form::SIGNED ? magnitude(vector) : vector);
         }
-        least = Form::SIGNED ? Floats{} : rounded_half(splat(-largest(-least)));
+        least = Form::SIGNED ? Floats{} : as_stored<fp16>(splat(-largest(-least)));
         const Floats scale = scale_for<Form>(splat(largest(greatest)) - least);
         float codes[(Form::GROUP + LANES - 1) / LANES * LANES];
         for (int64_t dim = 0; dim < Form::GROUP; dim += LANES) {
@@ -133,9 +125,9 @@ static inline void encode_channels(float* numbers, uint8_t* cells) {
         for (int64_t token = 0; token < Form::TOKENS; token++) {
             const Floats vector = load(numbers + token * Form::PLAIN + dim);
             least = smallest(least, vector);
-            greatest = largest(greatest, Form::SIGNED ? absolute(vector) : vector);
+            greatest = largest(greatest, Form::SIGNED ? magnitude(vector) : vector);
         }
-        least = Form::SIGNED ? Floats{} : rounded_half(least);
+        least = Form::SIGNED ? Floats{} : as_stored<fp16>(least);
         const Floats scale = scale_for<Form>(greatest - least);
         for (int64_t token = 0; token < Form::TOKENS; token++) {
             float* at = numbers + token * Form::PLAIN + dim;

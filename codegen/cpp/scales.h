@@ -1,15 +1,4 @@
-// TileScales and zero points of a weight in tiles of 16 rows: `tile` and `group` say which, `p` which vector of the tile.
-
-// Bytes of a vector in lanes, unsigned.
-static inline Ints lanes_of(const Bytes& bytes) {
-#if defined(__AVX512F__)
-    return reinterpret_cast<Ints>(_mm512_cvtepu8_epi32(reinterpret_cast<__m128i>(bytes)));
-#elif defined(__AVX2__)
-    return reinterpret_cast<Ints>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(reinterpret_cast<int64_t>(bytes))));
-#else
-    return __builtin_convertvector(bytes, Ints);
-#endif
-}
+// Scales and zero points of a weight in tiles of 16 rows: `tile` and `group` say which, `p` which vector of the tile.
 
 // Numbers of 8 bits as they are stored: a power of two, a float with 4 bits of exponent and 3 of mantissa, an integer.
 struct e8m0 { uint8_t bits; };
@@ -40,17 +29,13 @@ static inline Floats widen(Bytes bits, const whole8*) {
     return __builtin_convertvector(lanes_of(bits) << 24 >> 24, Floats);
 }
 
-// Element `index` as a float.
-template <class T>
-static inline float number_at(const T* from, int64_t index) { return load(from + index, 1)[0]; }
-
-// TileScales that stand for themselves.
+// Scales that stand for themselves.
 template <class T>
 struct TileScales {
     const T* from;
     int64_t groups;
     Floats at(int64_t tile, int64_t group, int p) const { return load(from + (tile * groups + group) * TILE + p * LANES); }
-    float of(int64_t row, int64_t group) const { return number_at(from, (row / TILE * groups + group) * TILE + row % TILE); }
+    float of(int64_t row, int64_t group) const { return get(from + (row / TILE * groups + group) * TILE + row % TILE); }
 };
 
 // Integers with a scale of their own for every `run` groups, `runs` of them in a row.
@@ -63,7 +48,7 @@ struct ScaledScales {
     }
     float of(int64_t row, int64_t group) const {
         const int64_t tile = row / TILE, lane = row % TILE;
-        return number_at(from, (tile * groups + group) * TILE + lane) * number_at(above, (tile * runs + group / run) * TILE + lane);
+        return get(from + (tile * groups + group) * TILE + lane) * get(above + (tile * runs + group / run) * TILE + lane);
     }
 };
 
@@ -76,7 +61,7 @@ struct MatrixScales {
         return load(from + (tile * groups + group) * TILE + p * LANES) * splat(*above);
     }
     float of(int64_t row, int64_t group) const {
-        return number_at(from, (row / TILE * groups + group) * TILE + row % TILE) * *above;
+        return get(from + (row / TILE * groups + group) * TILE + row % TILE) * *above;
     }
 };
 
@@ -102,12 +87,8 @@ struct ZeroCodes {
 
 // What code 0 stands for.
 template <class T>
-struct TileMinima {
+struct TileMinima : TileScales<T> {
     static constexpr bool MOVED = false, LEAST = true;
-    const T* from;
-    int64_t groups;
-    Floats at(int64_t tile, int64_t group, int p) const { return load(from + (tile * groups + group) * TILE + p * LANES); }
-    float of(int64_t row, int64_t group) const { return number_at(from, (row / TILE * groups + group) * TILE + row % TILE); }
 };
 
 // A weight [rows, columns] in tiles: its codes, and what turns them into numbers, for every `group` columns (0: for all of a row).

@@ -106,6 +106,17 @@ static inline Vector load_bits(const T* from, int64_t count) {
     return vector;
 }
 
+// Bytes of a vector in lanes, unsigned.
+static inline Ints lanes_of(const Bytes& bytes) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Ints>(_mm512_cvtepu8_epi32(reinterpret_cast<__m128i>(bytes)));
+#elif defined(__AVX2__)
+    return reinterpret_cast<Ints>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(reinterpret_cast<int64_t>(bytes))));
+#else
+    return __builtin_convertvector(bytes, Ints);
+#endif
+}
+
 static inline Floats widen(Floats vector, const float*) { return vector; }
 
 static inline Floats widen(Halves bits, const bf16*) {

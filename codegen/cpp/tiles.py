@@ -61,7 +61,7 @@ def _scale_kind(form: QuantFormat) -> str:
     return next(name for name, dtype in SCALE_TYPES.items() if dtype == form.scale_dtype)
 
 
-def _group(spec: KernelSpec) -> int:
+def group_of(spec: KernelSpec) -> int:
     """Columns of a group, 0 for all of a row."""
     size = format_of(spec).granularity.size(spec.size("K"))
     return 0 if size >= spec.size("K") else size
@@ -76,7 +76,7 @@ def tile_weight(spec: KernelSpec) -> Lines:
     scale_type, scale = _scale(spec)
     zero_type, zero = _zero(spec)
     return [
-        f"typedef TileWeight<{_codes(spec)}, {_group(spec)}, {scale_type}, {zero_type}> Kind;  // {stored(spec, 'codes')}",
+        f"typedef TileWeight<{_codes(spec)}, {group_of(spec)}, {scale_type}, {zero_type}> Kind;  // {stored(spec, 'codes')}",
         f"const Kind weight{{codes.at<int32_t>(), {scale}, {zero}, rows, columns}};",
     ]
 
@@ -131,7 +131,7 @@ def tile_layouts(spec: KernelSpec) -> list[tuple[str, str]]:
 def fixed_sizes(spec: KernelSpec) -> tuple[int, int]:
     """Words that a row of x takes for a weight of integers, and runs of columns that share an exponent (`every_run`)."""
     bits, columns = format_of(spec).element.bits, spec.size("K")
-    block, group = 32 // (bits & -bits), _group(spec) or columns
+    block, group = 32 // (bits & -bits), group_of(spec) or columns
     words = runs = first = 0
     while first < columns:
         last = min(columns, first + RUN, (first // group + 1) * group)

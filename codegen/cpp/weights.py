@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from qcompile.codegen.contract import stored
-from qcompile.codegen.cpp.contract import TYPES
+from qcompile.codegen.contract import FLOATS
+from qcompile.codegen.cpp.contract import type_of
 from qcompile.codegen.cpp.source import Lines
-from qcompile.errors import FormatError
+from qcompile.codegen.cpp.tiles import format_of, group_of, refuses_tiles
 from qcompile.ir.lowered import KernelSpec
-from qcompile.quant.format import QuantFormat, parse_format
-from qcompile.quant.scheme import dtype_name
 
 WIDTHS = (2, 4, 8)
 """Bits of the integer codes that are read: those that a byte holds a whole number of."""
-MOST_GROUPS = 1024
-"""Groups of a row with zero points: the sums of x over each of them stand on the stack."""
 
 
 @dataclass(frozen=True)
@@ -27,22 +23,26 @@ class Weight:
         group: columns that share a scale, 0 for all of a row.
         scale: C++ type of the scales.
         zero: whether there are zero points.
+        minimum: whether there are minima, what code 0 of a group stands for, in place of zero points.
     """
 
     bits: int
     group: int
     scale: str
-    zero: bool = False
+    zero: bool
+    minimum: bool
 
     @property
     def text(self) -> str:
         """In words."""
-        return f"int{self.bits} codes, {f'groups of {self.group} columns' if self.group else 'one group a row'}, {self.scale} scales"
+        groups = f"groups of {self.group} columns" if self.group else "one group a row"
+        return f"int{self.bits} codes, {groups}, {self.scale} scales{', minima' * self.minimum}"
 
     @property
     def name(self) -> str:
         """What functions for this format begin with."""
-        return f"int{self.bits}_{f'g{self.group}' if self.group else 'channel'}_{self.scale}{'_zero' if self.zero else ''}"
+        groups = f"g{self.group}" if self.group else "channel"
+        return f"int{self.bits}_{groups}_{self.scale}{'_zero' * self.zero}{'_min' * self.minimum}"
 
     @property
     def per_word(self) -> int:
@@ -55,60 +55,51 @@ class Weight:
         return 1 << (self.bits - 1)
 
     @property
-    def scale_parameters(self) -> list[str]:
+    def parameters(self) -> list[str]:
         """Parameters of a product beside the codes."""
-        return [f"const {self.scale}* scale"] + ["const uint8_t* zero"] * self.zero
+        zero = ["const uint8_t* zero"] * self.zero + [f"const {self.scale}* zero"] * self.minimum
+        return [f"const {self.scale}* scale", *zero]
 
     @property
     def zero_stride(self) -> str:
-        """Zero points from one tile to the next, in tiles' rows: whole bytes of packed ones."""
-        per_byte = 8 // self.bits
+        """Zero points or minima from one tile to the next, in tiles' rows: of packed ones whole bytes."""
+        per_byte = 1 if self.minimum else 8 // self.bits
         return "groups" if per_byte == 1 else f"((groups + {per_byte - 1}) / {per_byte} * {per_byte})"
 
     @property
-    def scale_strides(self) -> list[tuple[str, str]]:
+    def strides(self) -> list[tuple[str, str]]:
         """Operands beside the codes, and how many of theirs a row has."""
-        return [("scale", "groups")] + [("zero", self.zero_stride)] * self.zero
-
-    @property
-    def zero_layout(self) -> str:
-        """Of the zero points."""
-        return "tiles" if self.bits == 8 else f"tiles-zero{self.bits}"
+        return [("scale", "groups")] + [("zero", self.zero_stride)] * (self.zero or self.minimum)
 
     @property
     def stride_constants(self) -> Lines:
         """How many words and scales a row has."""
         per, group = self.per_word, self.group
-        lines = [f"const int64_t words = {'columns' if per == 1 else f'(columns + {per - 1}) / {per}'};"]
-        return [*lines, f"const int64_t groups = {f'(columns + {group - 1}) / {group}' if group else '1'};"]
+        return [
+            f"const int64_t words = (columns + {per - 1}) / {per};",
+            f"const int64_t groups = {f'(columns + {group - 1}) / {group}' if group else '1'};",
+        ]
 
 
-def _format(spec: KernelSpec) -> QuantFormat | str:
-    text = stored(spec, "codes")
-    try:
-        return parse_format(text)
-    except FormatError as error:
-        return f"codes are {text!r}: {error}"
+def plain(spec: KernelSpec) -> KernelSpec:
+    """The specification of the weight by itself, as a weight-only product names it."""
+    formats = [(name.removeprefix("w_"), kind) for name, kind in spec.formats if name.startswith("w_")]
+    return replace(spec, formats=tuple(sorted(formats)))
 
 
 def refuses_weight(spec: KernelSpec) -> str | None:
-    """Why the codes, scales and zero points of a specification cannot be read, or None."""
-    form = _format(spec)
-    if isinstance(form, str):
-        return form
-    if not form.element.is_integer or form.element.bits not in WIDTHS:
-        return f"codes are {form.element.name}: expected {' or '.join(f'int{bits}' for bits in WIDTHS)}"
-    if spec.format("scale") != dtype_name(form.scale_dtype):
-        return f"scale is {spec.format('scale')}: expected {dtype_name(form.scale_dtype)} as the codes' format says"
-    if (spec.format("zero") is None) != form.symmetric:
-        return f"zero is {spec.format('zero')}: expected {'none for symmetric' if form.symmetric else 'uint8 for asymmetric'} codes"
-    groups = form.granularity.groups(spec.size("K"))
-    return f"{groups} groups with zero points: expected at most {MOST_GROUPS}" if groups > MOST_GROUPS and not form.symmetric else None
+    """Why the codes, scales and zero points of a weight by itself are not multiplied as integers, or None."""
+    reason = refuses_tiles(spec)
+    if reason is not None:
+        return reason
+    form = format_of(spec)
+    if form.element.is_integer and form.element.bits in WIDTHS and spec.format("scale") in FLOATS:
+        return None
+    return f"codes are {form}: expected {' or '.join(f'int{bits}' for bits in WIDTHS)} with scales of {' or '.join(FLOATS)}"
 
 
 def weight_of(spec: KernelSpec) -> Weight:
-    """The weight of a specification that is not refused."""
-    form = _format(spec)
-    assert isinstance(form, QuantFormat)
-    group = form.granularity.size(spec.size("K"))
-    return Weight(form.element.bits, 0 if group >= spec.size("K") else group, TYPES[dtype_name(form.scale_dtype)], not form.symmetric)
+    """The weight of a specification that is not refused, by itself."""
+    form = format_of(spec)
+    zero = not (form.symmetric or form.minimum)
+    return Weight(form.element.bits, group_of(spec), type_of(spec, "scale"), zero, form.minimum)

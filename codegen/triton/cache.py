@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from qcompile.codegen.triton.contract import HALVES, TRITON_TYPES, Operator, integer, kernel, pointer, stored, strides
 from qcompile.codegen.triton.source import constants, function
 from qcompile.codegen.triton.tiles import Architecture, power_of_two
-from qcompile.ir.lowered import Kernel, KernelSpec, Launch
+from qcompile.ir.lowered import Kernel, KernelSpec, Launch, Parameter
 
 
 def emit_append(spec: KernelSpec, arch: Architecture) -> Kernel:
@@ -36,12 +38,21 @@ def emit_append(spec: KernelSpec, arch: Architecture) -> Kernel:
         "value = tl.load(v + batch * v_stride_0 + head * v_stride_1 + token * v_stride_2 + dim, mask=present, other=0.0)",
         f"tl.store(values + cell, value.to({TRITON_TYPES[stored(spec, 'values')]}), mask=present)",
     ]
-    aligned = 16 if size % 16 == 0 else 1
-    parameters = (
+    parameters = append_parameters(spec)
+    launch = Launch(spec.operator, ("sequence", "batch", 1), parameters)
+    doc = "One program stores the keys and values of one token; a token at position -1 is padding and is not stored."
+    return kernel(spec, arch, [function(spec.operator, [p.name for p in parameters], doc, body)], [launch])
+
+
+def append_parameters(spec: KernelSpec, tables: Iterable[str] = ()) -> tuple[Parameter, ...]:
+    """Of a kernel that stores k and v in pages, with `tables` of how vectors lie."""
+    aligned = 16 if spec.size("D") % 16 == 0 else 1
+    return (
         pointer("keys", stored(spec, "keys")),
         pointer("values", stored(spec, "values")),
         pointer("k", stored(spec, "k"), aligned),
         pointer("v", stored(spec, "v"), aligned),
+        *(pointer(name, stored(spec, name)) for name in tables),
         pointer("page_table", "i32"),
         pointer("positions", "i64"),
         integer("sequence"),
@@ -50,9 +61,6 @@ def emit_append(spec: KernelSpec, arch: Architecture) -> Kernel:
         *strides("k", (0, 1, 2), "k", aligned),
         *strides("v", (0, 1, 2), "v", aligned),
     )
-    launch = Launch(spec.operator, ("sequence", "batch", 1), parameters)
-    doc = "One program stores the keys and values of one token; a token at position -1 is padding and is not stored."
-    return kernel(spec, arch, [function(spec.operator, [p.name for p in parameters], doc, body)], [launch])
 
 
 def refuses_append(spec: KernelSpec) -> str | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from qcompile.codegen.triton.block_vectors import order_line
-from qcompile.codegen.triton.contract import HALVES, TRITON_TYPES, Operator, integer, kernel, pointer, same_storage, stored, strides
+from qcompile.codegen.triton.cache import append_parameters
+from qcompile.codegen.triton.contract import HALVES, TRITON_TYPES, Operator, kernel, same_storage, stored
 from qcompile.codegen.triton.pack import pack_lines, refuses_pack
 from qcompile.codegen.triton.packed_attention import forms_of, refuses_forms
 from qcompile.codegen.triton.packed_forms import KEY_ORDER, PACKED, TABLES, VALUE_ORDER
@@ -74,21 +75,7 @@ def emit_append_packed(spec: KernelSpec, arch: Architecture) -> Kernel:
         *vector_lines("value", "v", VALUE_ORDER if VALUE_ORDER in ordered else ""),
         *pack_lines(values, "value", "values", f"slot * {values.width}", "real"),
     ]
-    aligned = 16 if spec.size("D") % 16 == 0 else 1
-    parameters = (
-        pointer("keys", stored(spec, "keys")),
-        pointer("values", stored(spec, "values")),
-        pointer("k", stored(spec, "k"), aligned),
-        pointer("v", stored(spec, "v"), aligned),
-        *(pointer(name, stored(spec, name)) for name in ordered),
-        pointer("page_table", "i32"),
-        pointer("positions", "i64"),
-        integer("sequence"),
-        integer("pages"),
-        integer("page_tokens"),
-        *strides("k", (0, 1, 2), "k", aligned),
-        *strides("v", (0, 1, 2), "v", aligned),
-    )
+    parameters = append_parameters(spec, ordered)
     launch = Launch(spec.operator, ("sequence", spec.size("L"), "batch"), parameters, (), row_warps(power_of_two(spec.size("D"))))
     doc = "One program packs and stores one head of one token; a token at position -1 is padding and is not stored."
     main = function(spec.operator, [p.name for p in parameters], doc, body)

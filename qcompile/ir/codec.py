@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from functools import cache
 from typing import Any, TypeVar, cast
 
@@ -144,13 +144,7 @@ def _tuple(kind: Any) -> _Reader:
             raise _mismatch("a list", data)
         if len(readers) != len(data):
             raise _mismatch(f"{len(readers)} items", data)
-        made: list[Any] = []
-        try:
-            made.extend(one(item) for one, item in zip(readers, data, strict=True))
-        except _WrongValueError as error:
-            error.way.append(f"[{len(made)}]")
-            raise
-        return tuple(made)
+        return _listed(one(item) for one, item in zip(readers, data, strict=True))
 
     return read
 
@@ -161,15 +155,20 @@ def _items(one: _Reader) -> _Reader:
     def read(data: Any) -> Any:
         if not isinstance(data, list):
             raise _mismatch("a list", data)
-        made: list[Any] = []
-        try:
-            made.extend(map(one, data))
-        except _WrongValueError as error:
-            error.way.append(f"[{len(made)}]")
-            raise
-        return tuple(made)
+        return _listed(map(one, data))
 
     return read
+
+
+def _listed(values: Iterable[Any]) -> tuple[Any, ...]:
+    """Values, read one after the other: one that does not fit is told its place."""
+    made: list[Any] = []
+    try:
+        made.extend(values)
+    except _WrongValueError as error:
+        error.way.append(f"[{len(made)}]")
+        raise
+    return tuple(made)
 
 
 def _dict(kind: Any) -> _Reader:

@@ -35,8 +35,8 @@ class Kernels:
 
     def __call__(self, spec: KernelSpec, operands: Mapping[str, Tensor], threads: int = 1) -> None:
         """Run the kernel of a specification; constants are given as the artifact stores them."""
-        if sanitized.ACTIVE and spec not in self.kernels:
-            pytest.skip("not in this part of the grid")
+        if sanitized.PARTIAL and spec not in self.kernels:
+            pytest.skip("not in the part of the grid that was built")
         kernel = self.kernels[spec]
         layouts = dict(kernel.layouts)
         names = [str(parameter.value) for parameter in kernel.launches[0].parameters]

@@ -31,6 +31,8 @@ T = TypeVar("T")
 VARIABLE = "QCOMPILE_SANITIZE"
 ACTIVE = bool(os.environ.get(VARIABLE))
 """Whether this is such a process."""
+PARTIAL = os.environ.get(VARIABLE) == "part"
+"""Whether it builds only a part of the kernels: `test_a_part_of_the_grid` asks for that, and counts what ran."""
 FLAGS = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 RUNTIMES = ("libasan.so", "libubsan.so", "libstdc++.so")
 """The last one because AddressSanitizer looks for its functions when it starts."""
@@ -60,7 +62,7 @@ def runtimes() -> list[str]:
 def part_of(specs: Iterable[T]) -> list[T]:
     """What a library holds: all of its kernels, or a part if that was asked for; tests of the others are skipped when they call them."""
     distinct = list(dict.fromkeys(specs))
-    return distinct[:: 1 + len(distinct) // PART] if os.environ.get(VARIABLE) == "part" else distinct
+    return distinct[:: 1 + len(distinct) // PART] if PARTIAL else distinct
 
 
 def sanitized(arguments: list[str], *, part: bool = False, **options: Any) -> subprocess.CompletedProcess[str]:

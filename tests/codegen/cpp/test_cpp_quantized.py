@@ -25,7 +25,7 @@ from qcompile.quant.reference import quantize
 from qcompile.runtime.engines import make_engine
 from qcompile.runtime.engines.native import NativeEngine
 from tests.codegen.cpp.harness import RUNNABLE, Kernels, library_of, randn
-from tests.codegen.triton.specs import rms_norm, spec, with_option
+from tests.codegen.triton.specs import rms_norm, spec, with_format, with_option
 from tests.models import tiny
 
 qcompile = torch.ops.qcompile
@@ -367,7 +367,9 @@ def test_layer_norms(columns: int, affine: bool, instruction_set: str) -> None:
         (quantized("", 1 << 17, 8, -1), "expected at most 65536 columns"),
         (with_option(hadamard(64, 64), hadamard_size=48), "expected a divisor of K=64"),
         (with_option(hadamard(72, 36), hadamard_size=24), "expected M=36 times a power of two"),
-        (linear("int3 channel sym fp32", "row", 16, 16, 1), "the weight's codes are int3"),
+        (linear("int3 channel sym fp32", "row", 16, 16, 1), "the weight's codes are int3 channel sym fp32: expected int2 or int4 or int8"),
+        (with_format(linear("int8 g32 sym e8m0", "row", 16, 64, 1), w_scale="float8_e8m0fnu"), "the weight's codes are int8 g32 sym e8m0"),
+        (with_format(linear("int4 g32 asym fp16", "row", 16, 64, 1), w_zero="fp16"), "the weight's zero is fp16: expected uint8"),
         (linear("int4 g32 sym fp16", "groups", 16, 144, 1), "groups of 32 and 36 columns"),
         (linear("int8 channel sym fp32", "row", 16, 1 << 16, 1), "expected at most 32768 columns"),
         (with_option(linear("int8 channel sym fp32", "groups", 16, 72, 1), static=True), "expected one a group"),
