@@ -197,7 +197,7 @@ def emit_integer_linear(spec: KernelSpec) -> Kernel:
         "const Range mine = team.share((rows + TILE - 1) / TILE);",
         *(_one_row(product, pointers) if single else _many_rows(product, pointers)),
     ]
-    functions = [*helpers("planes", "code_dot"), prepare_function(product), product_function(product), rows_function(product)]
+    functions = [*helpers("digits", "planes", "code_dot"), prepare_function(product), product_function(product), rows_function(product)]
     layouts = [(f"w_{name}", layout) for name, layout in tile_layouts(plain(spec))]
     return kernel(spec, INTEGER_LINEAR.present(spec), body, functions, layouts)
 
