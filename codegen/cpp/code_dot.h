@@ -33,12 +33,12 @@ static inline Ints dot_pairs(Ints a, Ints b, Ints total) {
 #endif
 }
 
-// Where products with codes of `bits` bits are summed. AVX2 sums pairs of them in 16 bits: below 8 bits these hold what four words of
+// Where products with codes of `bits` bits are summed. AVX2 sums pairs of them in 16 bits: up to 4 bits these hold what four words of
 // the weight come to (eight pairs of 4-bit codes with int8: 30720), which then joins the run's sum of 32 bits. All else has that at once.
 template <int bits>
 struct NearSum {
 #if defined(__AVX2__) && !defined(__AVX512F__)
-    static constexpr bool HALVES = bits < 8;
+    static constexpr bool HALVES = bits <= 4;
     static inline Ints dot_halves(Ints codes, Ints x, Ints total) {
         const __m256i sums = _mm256_maddubs_epi16(reinterpret_cast<__m256i>(codes), reinterpret_cast<__m256i>(x));
         return reinterpret_cast<Ints>(_mm256_add_epi16(reinterpret_cast<__m256i>(total), sums));

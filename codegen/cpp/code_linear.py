@@ -1,6 +1,6 @@
 """Linear layers over quantized activations: integer products of codes over tiles of 16 rows of the weight.
 
-A word of the weight holds codes of one row; unsigned they are multiplied with four signed codes of x at a time (VNNI's `vpdpbusd`),
+Words of the weight hold codes of one row; unsigned they are multiplied with four signed codes of x at a time (VNNI's `vpdpbusd`),
 which are read where they stand.
 With C the weight's code, Z its zero point, X the activation's code and z its zero point, a run of columns that share their scales sums to
 `Σ (C - Z)(X - z) = Σ C·X - Z·Σ (X - z) - z·Σ C`: exact, so that a result is the definition's in float32 bit for bit.
@@ -33,19 +33,22 @@ def product_function(product: Product) -> Lines:
     weight = product.weight
     rows = f"UNROLL for (int r = 0; r < {product.rows}; r++)"
     word = [
-        "Ints word[TILES][PARTS];",
+        f"Ints word[TILES][PARTS][{weight.block_words}];",
         *_every_part(
-            [
-                "const int32_t* from = codes + (t * words + word_at + w) * TILE + p * LANES;",
-                "word[t][p] = load_bits<Ints>(from);",
-                f"if (ROWS == 1) __builtin_prefetch(from + {AHEAD});",
-            ]
+            _every_word(
+                product,
+                [
+                    f"const int32_t* from = codes + (t * words + {_word(product)}) * TILE + p * LANES;",
+                    f"word[t][p][{'i' if weight.block_words > 1 else 0}] = load_bits<Ints>(from);",
+                    f"if (ROWS == 1) __builtin_prefetch(from + {AHEAD});",
+                ],
+            )
         ),
         *block(
             "UNROLL for (int q = 0; q < Codes::QUADS; q++)",
             [
                 "Ints code[TILES][PARTS];",
-                *_every_part(["code[t][p] = Codes::part(&word[t][p], q);"]),
+                *_every_part(["code[t][p] = Codes::part(word[t][p], q);"]),
                 *block(
                     rows,
                     [
@@ -59,7 +62,7 @@ def product_function(product: Product) -> Lines:
     chunk = [
         f"Ints near[{product.rows}][TILES][PARTS];",
         *_every_part([f"{rows} near[r][t][p] = Near::open(part[r][t][p]);"]),
-        *block(f"UNROLL for (int w = 0; w < {product.chunk}; w++)", word),
+        *block(f"UNROLL for (int b = 0; b < {product.chunk}; b++)", word),
         *_every_part([f"{rows} part[r][t][p] = Near::close(near[r][t][p], part[r][t][p]);"]),
     ]
     run = [
@@ -83,23 +86,35 @@ def product_function(product: Product) -> Lines:
 
 
 def _every_chunk(product: Product, lines: Lines) -> Lines:
-    """The lines for every chunk of words of a run, from `word_at` on; `place` counts words of copies of x."""
-    per, step = product.weight.per_word, product.chunk
+    """The lines for every chunk of blocks of a run, from `block_at` on; `place` counts blocks of copies of x."""
+    per, step = product.weight.block, product.chunk
     if product.even and product.run == step * per:
-        return [f"const int64_t word_at = first / {per};", *lines]
+        return [f"const int64_t block_at = first / {per};", *lines]
     until = f"last / {per}" if product.direct else f"(last + {per - 1}) / {per}"
     if product.even and product.run <= MOST_CHUNKS * step * per:
         # All at once: so short a loop costs more than what is in it.
         head = f"UNROLL for (int chunk = 0; chunk < {product.run // (step * per)}; chunk++)"
-        return block(head, [f"const int64_t word_at = first / {per} + chunk * {step};", *lines])
+        return block(head, [f"const int64_t block_at = first / {per} + chunk * {step};", *lines])
     place = "" if product.direct else f", place += {step}"
-    return block(f"for (int64_t word_at = first / {per}, until = {until}; word_at < until; word_at += {step}{place})", lines)
+    return block(f"for (int64_t block_at = first / {per}, until = {until}; block_at < until; block_at += {step}{place})", lines)
+
+
+def _every_word(product: Product, lines: Lines) -> Lines:
+    """The lines for every word i of a block."""
+    words = product.weight.block_words
+    return block(f"UNROLL for (int i = 0; i < {words}; i++)", lines) if words > 1 else lines
+
+
+def _word(product: Product) -> str:
+    """The number of word i of block b."""
+    words = product.weight.block_words
+    return f"(block_at + b) * {words} + i" if words > 1 else "block_at + b"
 
 
 def _value(product: Product) -> str:
-    """The word of row r that part q of word w meets."""
-    at = "word_at" if product.direct else "place"
-    at = f"(({at} + w) * Codes::QUADS + q) * 4"
+    """The word of row r that part q of block b meets."""
+    at = "block_at" if product.direct else "place"
+    at = f"(({at} + b) * Codes::QUADS + q) * 4"
     if not product.zero:
         return f"every_lane(x.rows[r] + {at})"
     ones = "0x01010101 - Ints{}" if product.direct else f"every_lane(x.ones + {at})"

@@ -55,24 +55,24 @@ class Product:
 
     @property
     def direct(self) -> bool:
-        """Whether runs and rows end where words do: then x is read where it is, else from a copy that is 0 outside of a run."""
-        return self.run % self.weight.per_word == 0 and self.columns % self.weight.per_word == 0
+        """Whether runs and rows end where blocks do: then x is read where it is, else from a copy that is 0 outside of a run."""
+        return self.run % self.weight.block == 0 and self.columns % self.weight.block == 0
 
     @property
     def chunk(self) -> int:
-        """Words that are taken together: every run holds a whole number of chunks."""
-        words = gcd(self.run // self.weight.per_word, self.columns % self.run // self.weight.per_word) if self.direct else 1
-        return next(count for count in range(CHUNK, 0, -1) if words % count == 0)
+        """Blocks that are taken together: every run holds a whole number of chunks."""
+        blocks = gcd(self.run // self.weight.block, self.columns % self.run // self.weight.block) if self.direct else 1
+        return next(count for count in range(max(1, CHUNK // self.weight.block_words), 0, -1) if blocks % count == 0)
 
     @property
     def even(self) -> bool:
-        """Whether every run has as many words as any other, a number that the compiler knows."""
+        """Whether every run has as many blocks as any other, a number that the compiler knows."""
         return self.direct and not self.whole and self.columns % self.run == 0
 
     @property
     def held(self) -> int:
-        """Bytes of a copied row: words that its runs meet, one at a border twice."""
-        per = self.weight.per_word
+        """Bytes of a copied row: blocks that its runs meet, one at a border twice."""
+        per = self.weight.block
         return per * sum(-(-min(first + self.run, self.columns) // per) - first // per for first in range(0, self.columns, self.run))
 
     @property
@@ -121,9 +121,9 @@ def prepare_function(product: Product) -> Lines:
     ]
     row = ["x.rows[r] = codes.row<int8_t>(row + r);", *each_run(product, run)]
     if not product.direct:
-        per = product.weight.per_word
+        per = product.weight.block
         copied = [
-            "// Every run has words of its own, and no column that is another's.",
+            "// Every run has blocks of its own, and no column that is another's.",
             "std::memcpy(to + (first - begin), from + first, last - first);",
             *when(product.zero, ["std::memset(x.ones + (to - copy) + (first - begin), 1, last - first);"]),
             f"to += (last + {per - 1}) / {per} * {per} - begin;",

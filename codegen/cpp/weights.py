@@ -1,4 +1,4 @@
-"""How kernels over codes of activations read a weight: words of codes, each for one row of a tile."""
+"""How kernels over codes of activations read a weight: blocks of words of codes, each for one row of a tile (`planes.h`)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from qcompile.codegen.cpp.source import Lines
 from qcompile.codegen.cpp.tiles import format_of, group_of, refuses_tiles
 from qcompile.ir.lowered import KernelSpec
 
-WIDTHS = (2, 4, 8)
-"""Bits of the integer codes that are read: those that a byte holds a whole number of."""
+WIDTHS = range(2, 9)
+"""Bits of the integer codes that are read."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,14 @@ class Weight:
         return f"int{self.bits}_{groups}_{self.scale}{'_zero' * self.zero}{'_min' * self.minimum}"
 
     @property
-    def per_word(self) -> int:
-        """Codes in a word of 32 bits."""
-        return 32 // self.bits
+    def block(self) -> int:
+        """Columns of the shortest run that takes whole words of 32 bits."""
+        return 32 // (self.bits & -self.bits)
+
+    @property
+    def block_words(self) -> int:
+        """Words of a block."""
+        return self.block * self.bits // 32
 
     @property
     def middle(self) -> int:
@@ -63,8 +68,7 @@ class Weight:
     @property
     def zero_stride(self) -> str:
         """Zero points or minima from one tile to the next, in tiles' rows: of packed ones whole bytes."""
-        per_byte = 1 if self.minimum else 8 // self.bits
-        return "groups" if per_byte == 1 else f"((groups + {per_byte - 1}) / {per_byte} * {per_byte})"
+        return "groups" if self.minimum or self.bits == 8 else f"((groups * {self.bits} + 7) / 8 * 8 / {self.bits})"
 
     @property
     def strides(self) -> list[tuple[str, str]]:
@@ -74,9 +78,10 @@ class Weight:
     @property
     def stride_constants(self) -> Lines:
         """How many words and scales a row has."""
-        per, group = self.per_word, self.group
+        per, group = self.block, self.group
+        words = f"(columns + {per - 1}) / {per}"
         return [
-            f"const int64_t words = (columns + {per - 1}) / {per};",
+            f"const int64_t words = {words}{f' * {self.block_words}' if self.block_words > 1 else ''};",
             f"const int64_t groups = {f'(columns + {group - 1}) / {group}' if group else '1'};",
         ]
 
@@ -95,7 +100,7 @@ def refuses_weight(spec: KernelSpec) -> str | None:
     form = format_of(spec)
     if form.element.is_integer and form.element.bits in WIDTHS and spec.format("scale") in FLOATS:
         return None
-    return f"codes are {form}: expected {' or '.join(f'int{bits}' for bits in WIDTHS)} with scales of {' or '.join(FLOATS)}"
+    return f"codes are {form}: expected int{WIDTHS[0]} to int{WIDTHS[-1]} with scales of {' or '.join(FLOATS)}"
 
 
 def weight_of(spec: KernelSpec) -> Weight:

@@ -51,6 +51,7 @@ LINEARS = [
     ("int4 g36 min fp16", "groups"), ("int8 g72 min bf16", "moved groups"), ("int4 channel min fp32", "row"),
     ("int4 g32 sym fp16", "groups of 32"), ("int4 g64 asym fp16", "groups of 32"), ("int4 g32 min fp16", "groups of 32"),
     ("int8 g32 sym fp16", "groups of 32"), ("int2 g64 asym fp16", "moved groups of 32"),
+    ("int5 g32 sym fp16", "groups of 32"), ("int3 g64 asym fp16", "moved groups of 32"), ("int6 g32 min fp16", "groups of 32"),
 ]  # fmt: skip
 SHAPES = ((33, 71), (48, 576))
 COUNTS = (1, 2, 13)
@@ -367,7 +368,7 @@ def test_layer_norms(columns: int, affine: bool, instruction_set: str) -> None:
         (quantized("", 1 << 17, 8, -1), "expected at most 65536 columns"),
         (with_option(hadamard(64, 64), hadamard_size=48), "expected a divisor of K=64"),
         (with_option(hadamard(72, 36), hadamard_size=24), "expected M=36 times a power of two"),
-        (linear("int3 channel sym fp32", "row", 16, 16, 1), "the weight's codes are int3 channel sym fp32: expected int2 or int4 or int8"),
+        (linear("nf4 g32 sym fp32", "row", 16, 32, 1), "the weight's codes are nf4 g32 sym fp32: expected int2 to int8 with scales of"),
         (with_format(linear("int8 g32 sym e8m0", "row", 16, 64, 1), w_scale="float8_e8m0fnu"), "the weight's codes are int8 g32 sym e8m0"),
         (with_format(linear("int4 g32 asym fp16", "row", 16, 64, 1), w_zero="fp16"), "the weight's zero is fp16: expected uint8"),
         (linear("int4 g32 sym fp16", "groups", 16, 144, 1), "groups of 32 and 36 columns"),
