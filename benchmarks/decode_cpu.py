@@ -44,7 +44,7 @@ OURS: dict[str, list[dict[str, Any]]] = {
     "file": [{**LOSSLESS, "matmul": "fast"}, {**LOSSLESS, "matmul": "exact"}],
     "rotated": [
         {"target": "cpu-int4", "weight_format": "int4 g32 min fp16", "matmul": "fast", **HEAD},
-        {"target": "cpu-int4", "weight_format": "int5 g64 sym fp16", "matmul": "exact", **HEAD},
+        {"target": "cpu-int4", "weight_format": "int5 g64 sym fp16", "matmul": "fast", **HEAD},
     ],
     "billion": [{**NEAREST, "matmul": "fast"}, {**NEAREST, "matmul": "exact"}],
 }
