@@ -38,7 +38,7 @@ def product_function(product: Product) -> Lines:
             _every_word(
                 product,
                 [
-                    f"const int32_t* from = codes + (t * words + {_word(product)}) * TILE + p * LANES;",
+                    f"const int32_t* from = codes + (t * apart * words + {_word(product)}) * TILE + p * LANES;",
                     f"word[t][p][{'i' if weight.block_words > 1 else 0}] = load_bits<Ints>(from);",
                     f"if (ROWS == 1) __builtin_prefetch(from + {AHEAD});",
                 ],
@@ -78,11 +78,10 @@ def product_function(product: Product) -> Lines:
         *when(not product.direct, ["int64_t place = 0;"]),
         *each_run(product, run),
     ]
-    parameters = ["const CodeRows& x", "const int32_t* codes", *weight.parameters, "int64_t columns"]
+    parameters = ["const CodeRows& x", "const int32_t* codes", *weight.parameters, "int64_t columns", "int64_t apart"]
     head = f"template <int ROWS, int TILES>\nstatic inline void {product.name}_product"
-    return function(
-        head, [*parameters, "Floats (&total)[ROWS][TILES][PARTS]"], f"ROWS rows of codes times TILES tiles of {weight.text}.", body
-    )
+    comment = f"ROWS rows of codes times TILES tiles, so many `apart`, of {weight.text}."
+    return function(head, [*parameters, "Floats (&total)[ROWS][TILES][PARTS]"], comment, body)
 
 
 def _every_chunk(product: Product, lines: Lines) -> Lines:
@@ -137,7 +136,7 @@ def _start(product: Product) -> Lines:
     lines = ["UNROLL for (int r = 0; r < ROWS; r++) part[r][t][p] = x.sums[r * runs + run] - Ints{};"]
     if weight.zero:
         taken = "dot_pairs(offset, x.sums[r * runs + run] - Ints{}, Ints{})" if few_columns(product) else "offset * x.sums[r * runs + run]"
-        at = f"zero + (t * {weight.zero_stride} + {_group(product)}) * TILE + p * LANES"
+        at = f"zero + (t * apart * {weight.zero_stride} + {_group(product)}) * TILE + p * LANES"
         lines = [
             f"const Ints offset = lanes_of(load_bits<Bytes>({at}));",
             f"UNROLL for (int r = 0; r < ROWS; r++) part[r][t][p] = {taken};",
@@ -148,7 +147,7 @@ def _start(product: Product) -> Lines:
 def _finish(product: Product) -> Lines:
     """The run's sums join the totals, times its scales."""
     minimum = product.weight.minimum
-    at = f"(t * groups + {_group(product)}) * TILE + p * LANES"
+    at = f"(t * apart * groups + {_group(product)}) * TILE + p * LANES"
     sums = ["part[r][t][p] -= x.zeros[r * runs + run] * part[ROWS][t][p];"] * product.zero
     sums += ["const Floats products = __builtin_convertvector(part[r][t][p], Floats), own = splat(x.scales[r * runs + run]);"]
     if minimum:
@@ -167,10 +166,10 @@ def rows_function(product: Product) -> Lines:
     weight = product.weight
     names = [name for name, _ in weight.strides]
     shares = [f"{name} + tile * {stride} * TILE" for name, stride in weight.strides]
-    given = ["x", "codes + tile * words * TILE", *shares, "columns", "total"]
-    rest = ["x", "codes", *names, "bias", "out", "row", "Range{tile, tiles.last}", "rows", "columns"]
+    given = ["x", "codes + tile * words * TILE", *shares, "columns", "apart", "total"]
+    rest = ["x", "codes", *names, "bias", "out", "row", "Range{tiles.first + TILES * apart, tiles.last}", "rows", "columns"]
     stored = [
-        "const int64_t first = (tile + t) * TILE + p * LANES;",
+        "const int64_t first = (tile + t * apart) * TILE + p * LANES;",
         "const int64_t count = std::min<int64_t>(LANES, rows - first);",
         "if (count <= 0) continue;",
         "if (bias) UNROLL for (int r = 0; r < ROWS; r++) total[r][t][p] += load(bias + first, count);",
@@ -181,9 +180,9 @@ def rows_function(product: Product) -> Lines:
         *weight.stride_constants,
         "Real* to[ROWS];",
         "UNROLL for (int r = 0; r < ROWS; r++) to[r] = out.row<Real>(row + r);",
-        "int64_t tile = tiles.first;",
+        "const int64_t apart = (tiles.last - tiles.first) / TILES;",
         *block(
-            "for (; tile + TILES <= tiles.last; tile += TILES)",
+            "for (int64_t tile = tiles.first; tile < tiles.first + apart; tile++)",
             ["Floats total[ROWS][TILES][PARTS] = {};", *call(f"{product.name}_product<ROWS, TILES>", given), *_every_part(stored)],
         ),
         *block("if constexpr (TILES > 1)", call(f"{product.name}_rows<ROWS, TILES / 2>", rest)),
@@ -245,9 +244,9 @@ def _prepare(product: Product, row: str, count: str) -> Lines:
 
 
 def _one_row(product: Product, pointers: list[str]) -> Lines:
-    """One tile after the other: the weight is read as it lies in memory."""
+    """Two tiles at a time, from either half of the range: each half is read as it lies in memory, and two streams wait less than one."""
     given = ["some", *pointers, "out", "0", "mine", "rows", "columns"]
-    return ["if (mine.first == mine.last) return;", *_prepare(product, "0", "1"), *call(f"{product.name}_rows<1, 1>", given)]
+    return ["if (mine.first == mine.last) return;", *_prepare(product, "0", "1"), *call(f"{product.name}_rows<1, 2>", given)]
 
 
 def _many_rows(product: Product, pointers: list[str]) -> Lines:
