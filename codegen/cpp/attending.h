@@ -117,7 +117,7 @@ static inline void set_rest(A& a) {
     }
 }
 
-// The scores that a query sees, scaled, -inf for the others; its greatest so far, and how much what was gathered shrinks as that grows.
+// The scores that a query sees, limited, -inf for the others; its greatest so far, and how much what was gathered shrinks as that grows.
 template <class A>
 static inline void limit_scores(A& a, int64_t q, int64_t start, int64_t count, float softcap) {
     float* scores = a.scores[q];

@@ -10,7 +10,8 @@ struct Tile {
     float scale[Form::GROUPS][STRETCH], least[Form::GROUPS][STRETCH];
 };
 
-// Memory on its way to the processor before it is needed: where each page of it begins, from where the processor follows by itself.
+// Memory on its way to the processor before it is needed: two lines every 4096 bytes, the addresses of a page, from where the processor
+// goes on by itself.
 static inline void fetch(const void* from, int64_t bytes) {
     for (int64_t page = 0; page < bytes; page += 4096)
         for (int64_t byte = page; byte < std::min(bytes, page + 128); byte += 64) __builtin_prefetch(static_cast<const char*>(from) + byte);

@@ -52,6 +52,7 @@ LINEARS = [
     ("int4 g32 sym fp16", "groups of 32"), ("int4 g64 asym fp16", "groups of 32"), ("int4 g32 min fp16", "groups of 32"),
     ("int8 g32 sym fp16", "groups of 32"), ("int2 g64 asym fp16", "moved groups of 32"),
     ("int5 g32 sym fp16", "groups of 32"), ("int3 g64 asym fp16", "moved groups of 32"), ("int6 g32 min fp16", "groups of 32"),
+    ("int7 g32 sym fp16", "groups of 32"), ("int5 g36 asym fp16", "groups"),
 ]  # fmt: skip
 SHAPES = ((33, 71), (48, 576))
 COUNTS = (1, 2, 13)
