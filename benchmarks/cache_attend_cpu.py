@@ -39,6 +39,7 @@ from qcompile.ir.ops import cache_attend
 from qcompile.ir.retention_ops import attend_settled
 from qcompile.quant.cache_format import CACHES, CacheFormat
 from qcompile.quant.vector_format import vector_format
+from qcompile.runtime.huge_pages import HugeMemory, aligned
 from qcompile.runtime.native.library import Entry, Library
 from qcompile.runtime.native.processor import features
 from qcompile.runtime.native.program import table_of
@@ -106,12 +107,16 @@ class Case:
         return self.key_heads * (self.settled * sum(widths) + (self.context - self.settled) * 4 * self.size)
 
     def fill(self) -> dict[str, Tensor]:
-        """The operands, pages of random vectors in an order of their own."""
+        """The operands, pages of random vectors in an order of their own, in memory as `KVCache` has it."""
         pages = -(-self.context // self.page_tokens)
         shape = (pages, self.key_heads, self.page_tokens, self.size)
         parts = [torch.randn(shape) for _ in range(2)]
         stored = [vector_format(form).encode(part) for form, part in zip(self.forms, parts, strict=True)] if self.forms else None
-        operands = dict(zip(("keys", "values"), stored or [part.half() for part in parts], strict=True))
+        caches = stored or [part.half() for part in parts]
+        memory = HugeMemory(sum(aligned(cache.nbytes) for cache in caches))
+        operands = {
+            name: memory.take(cache.shape, cache.dtype).copy_(cache) for name, cache in zip(("keys", "values"), caches, strict=True)
+        }
         operands["page_table"] = torch.randperm(pages).to(torch.int32).unsqueeze(0)
         operands["positions"] = torch.arange(self.context - self.new, self.context).unsqueeze(0)
         operands["q"] = torch.randn(1, self.new, self.heads, self.size).transpose(1, 2)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import mmap
 import subprocess
 import tempfile
 import time
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qcompile.codegen.cpp.build import find_compiler, no_compiler
-from qcompile.runtime.native.constants import HUGE_PAGE
+from qcompile.runtime.huge_pages import HugeMemory
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 LAST_LEVEL = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -37,13 +36,7 @@ def cache_bytes() -> int:
 
 def large_pages(size: int) -> Tensor:
     """uint8 [size] in pages as large as the system gives, so that what is timed is memory and not its address tables."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8).fill_(1)
-    # Memory that processes may share, as `mmap` makes it by itself, gets no huge pages, nor does what begins beside their borders.
-    memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    found = torch.frombuffer(memory, dtype=torch.uint8)
-    return found[-found.data_ptr() % HUGE_PAGE :][:size].fill_(1)
+    return HugeMemory(size).take([size], torch.uint8).fill_(1)
 
 
 @cache

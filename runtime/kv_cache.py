@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from qcompile.ir.memory import dtype_of
 from qcompile.ir.size import evaluate
 from qcompile.runtime.cache_layout import CacheLayout, is_paged
 from qcompile.runtime.cached_rows import CachedRows
+from qcompile.runtime.huge_pages import HugeMemory, aligned
 
 
 class KVCache(CachedRows):
@@ -26,15 +28,18 @@ class KVCache(CachedRows):
     def __init__(self, layout: CacheLayout, device: torch.device | str = "cpu") -> None:
         """Allocate; all rows are empty."""
         super().__init__(layout)
-        self.tensors = {state.name: self._allocate(state, device) for state in layout.states}
+        self.tensors = self._allocate(torch.device(device))
         self.page_table = torch.zeros(layout.max_batch, layout.pages_per_sequence, dtype=torch.int32, device=device)
         self.slots = torch.zeros(layout.max_batch, dtype=torch.int32, device=device) if layout.has_rows else None
         self._bound: list[list[int]] = [[] for _ in range(layout.max_batch)]
         self._numbers = [0] * layout.max_batch
 
-    def _allocate(self, state: Buffer, device: torch.device | str) -> Tensor:
-        shape = [evaluate(size, self.sizes) for size in state.shape]
-        return torch.zeros(shape, dtype=dtype_of(state.dtype), device=device)
+    def _allocate(self, device: torch.device) -> dict[str, Tensor]:
+        parts = {state.name: ([evaluate(size, self.sizes) for size in state.shape], dtype_of(state.dtype)) for state in self.layout.states}
+        if device.type != "cpu":
+            return {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in parts.items()}
+        memory = HugeMemory(sum(aligned(prod(shape) * dtype.itemsize) for shape, dtype in parts.values()))
+        return {name: memory.take(shape, dtype) for name, (shape, dtype) in parts.items()}
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -12,15 +11,12 @@ from torch import Tensor
 
 from qcompile.ir.constants import Constant
 from qcompile.ir.layouts import TILE, WORDS, apply_layout
+from qcompile.runtime.huge_pages import HugeMemory, aligned
 from qcompile.runtime.native.library import PACKING_WORDS, Library
 from qcompile.runtime.weights import ArtifactSource
 
 Packed = dict[tuple[str, str], Tensor]
 """Constants by name and layout ("" is as they are stored)."""
-ALIGNMENT = 64
-"""A cache line, and more than any vector load wants."""
-HUGE_PAGE = 2 << 20
-"""As x86-64 and most ARM systems have them; where they are larger, fewer of them are used."""
 AT_ONCE_BYTES = 64 << 20
 """What is read before it is packed: where constants are computed as they are read, no more than this stands beside what is packed."""
 
@@ -34,7 +30,7 @@ def packed_constants(library: Library, constants: Mapping[str, Constant], wanted
     items = list(wanted)
     verify((constants[name].source for name, _ in items), threads)
     places = {item: place for item in items if (place := _place(constants[item[0]], item[1])) is not None}
-    memory = _Memory(sum(place.bytes for place in places.values()))
+    memory = HugeMemory(sum(place.bytes for place in places.values()))
     packed: Packed = {}
     for batch in _batches(items, constants):
         stored = {name: constants[name].materialize().contiguous() for name, _ in batch}
@@ -44,7 +40,7 @@ def packed_constants(library: Library, constants: Mapping[str, Constant], wanted
             if place is None:
                 packed[name, layout] = apply_layout(layout, stored[name]) if layout else stored[name]
                 continue
-            packed[name, layout] = memory.take(place)
+            packed[name, layout] = memory.take(place.shape, place.dtype)
             rows.append([stored[name].data_ptr(), packed[name, layout].data_ptr(), *place.packing])
         library.pack(torch.tensor(rows, dtype=torch.int64).view(-1, PACKING_WORDS), threads)
         _release(constants[name] for name, layout in batch if layout)
@@ -68,8 +64,7 @@ class _Place:
     @property
     def bytes(self) -> int:
         """What it takes, up to the next cache line."""
-        size = prod(self.shape) * self.dtype.itemsize
-        return -(-size // ALIGNMENT) * ALIGNMENT
+        return aligned(prod(self.shape) * self.dtype.itemsize)
 
 
 def _place(constant: Constant, layout: str) -> _Place | None:
@@ -82,27 +77,6 @@ def _place(constant: Constant, layout: str) -> _Place | None:
     row_bytes = columns * constant.dtype.itemsize
     shape = (-(-rows // TILE), -(-row_bytes // size), TILE)
     return _Place(shape, torch.int32 if words.size else constant.dtype, (rows, row_bytes, size, words.mask, words.bits))
-
-
-class _Memory:
-    """One memory of huge pages, where the system has them: tens of megabytes that every token reads take few entries of page tables."""
-
-    def __init__(self, size: int) -> None:
-        self._taken = 0
-        if not hasattr(mmap, "MADV_HUGEPAGE"):
-            self._memory = torch.frombuffer(mmap.mmap(-1, max(size, ALIGNMENT)), dtype=torch.uint8)
-            return
-        # Memory that processes may share, as `mmap` makes it by itself, gets no huge pages, nor does what begins beside their borders.
-        mapped = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        mapped.madvise(mmap.MADV_HUGEPAGE)
-        memory = torch.frombuffer(mapped, dtype=torch.uint8)
-        self._memory = memory[-memory.data_ptr() % HUGE_PAGE :]
-
-    def take(self, place: _Place) -> Tensor:
-        """The next part, as what `place` says."""
-        first, self._taken = self._taken, self._taken + place.bytes
-        size = prod(place.shape) * place.dtype.itemsize
-        return self._memory[first : first + size].view(place.dtype).view(place.shape)
 
 
 def _batches(items: Iterable[tuple[str, str]], constants: Mapping[str, Constant]) -> Iterator[list[tuple[str, str]]]:
