@@ -3,7 +3,7 @@
 // sequence, whose results are put together in order.
 
 // Tokens of a part: what threads share a sequence by.
-constexpr int64_t PART = 256;
+constexpr int64_t PART = 1024;
 
 // What queries have gathered: their greatest score, the sum of weights, and of values by weights.
 template <int MANY, int64_t ROOM>
@@ -52,13 +52,16 @@ static inline float highest(Floats vector) {
 #endif
 }
 
-// e to the power of x for x up to 0; 0 below the normal numbers.
+// Scores are powers of 2, so that weights take no factor: what makes one of a power of e.
+constexpr float LOG2E = 0x1.715476p0f;
+
+// 2 to the power of x for x up to 0; 0 below the normal numbers.
 static inline Floats weight_of(Floats x) {
-    const Floats least = splat(-87.3f);
+    const Floats least = splat(-126.0f);
 #if defined(__AVX512F__)
-    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ), exp_inside(x));
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ), exp2_inside(x));
 #else
-    return choose(x < least, Floats{}, exp_inside(highest(least, x)));
+    return choose(x < least, Floats{}, exp2_inside(highest(least, x)));
 #endif
 }
 
@@ -87,13 +90,13 @@ static inline void join(Gathered<Q, ROOM>& whole, const Gathered<Q, ROOM>& part,
     }
 }
 
-// A query, by the scale of scores, and by those of keys that have a table of them.
+// A query, by the scale of scores and what makes them powers of 2, and by those of keys that have a table of them.
 template <class A, class T>
 static inline void set_query(A& a, int64_t q, const T* from, float scale, const fp16* scales = nullptr) {
     typedef typename A::KeyForm Keys;
     for (int64_t dim = 0; dim < Keys::DIMS; dim += LANES) {
         const int64_t count = std::min<int64_t>(LANES, Keys::DIMS - dim);
-        const Floats query = load(from + dim, count) * splat(scale);
+        const Floats query = load(from + dim, count) * splat(scale * LOG2E);
         store(a.query[q] + dim, Keys::STATIC ? query * load(scales + dim, count) : query);
     }
     if constexpr (A::BY_TOKEN)
@@ -125,7 +128,7 @@ static inline void limit_scores(A& a, int64_t q, int64_t start, int64_t count, f
     const bool all = a.low[q] <= start && start + count <= a.high[q] && count % LANES == 0;
     for (int64_t place = 0; place < count; place += LANES) {
         Floats score = load(scores + place);
-        if (softcap != 0.0f) score = splat(softcap) * each(score / splat(softcap), [](float x) { return std::tanh(x); });
+        if (softcap != 0.0f) score = splat(softcap * LOG2E) * each(score / splat(softcap * LOG2E), [](float x) { return std::tanh(x); });
         if (!all) {
             const Ints key = lane_numbers() + static_cast<int>(start + place);
             const Ints seen = (key >= static_cast<int>(a.low[q])) & (key < static_cast<int>(a.high[q]));

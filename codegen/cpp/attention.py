@@ -54,7 +54,7 @@ def every_query(spec: KernelSpec, ranges: Lines, parts: Lines, walk: Lines) -> L
 
     sinks = []
     if spec.format("sinks"):
-        sinks = [f"whole.peak[i] = load(sinks.at<{type_of(spec, 'sinks')}>(at_head), 1)[0];", "whole.total[i] = 1.0f;"]
+        sinks = [f"whole.peak[i] = load(sinks.at<{type_of(spec, 'sinks')}>(at_head), 1)[0] * LOG2E;", "whole.total[i] = 1.0f;"]
     look = [
         "a.count = block.count;",
         "for (int64_t i = 0; i < a.count; i++) a.position[i] = *positions.at<int64_t>(block.batch, (block.first + i) / group);",

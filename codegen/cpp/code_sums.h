@@ -16,6 +16,36 @@ constexpr int most_rows(int rows, int vectors) {
     return many;
 }
 
+// Memory on its way to the processor while something else is computed: `next` asks for one line more of what was added.
+struct Ahead {
+    static constexpr int64_t MOST = 16;
+    const char *from[MOST], *to[MOST], *line, *end;
+    int64_t count, run;
+    Ahead() { clear(); }
+    void clear() {
+        line = end = nullptr;
+        count = run = 0;
+    }
+    void add(const void* first, int64_t bytes) {
+        if (count == MOST) return;
+        from[count] = static_cast<const char*>(first);
+        to[count++] = static_cast<const char*>(first) + bytes;
+    }
+    void next() {
+        if (line >= end) {
+            if (run == count) return;
+            line = from[run];
+            end = to[run++];
+        }
+        __builtin_prefetch(line);
+        line += 64;
+    }
+    // What is left.
+    void rest() {
+        while (line < end || run < count) next();
+    }
+};
+
 // The coefficients of up to `most` rows for one query: for each four the words of their bytes, where sums begin, the unit, and what joins
 // their sum as a float.
 template <int64_t most>
@@ -147,13 +177,14 @@ static inline void sum_codes(const Coefficients<most>* by, int64_t fours, Codes 
 // The same for bytes of rows, as many as a vector has lanes: `row_at` says where those of a row begin, `put` takes the vectors of a query,
 // whose lanes are in order.
 template <class Form, int QUERIES, int64_t most, class Rows, class Put>
-static inline void sum_rows(const Coefficients<most>* by, int64_t fours, Rows row_at, Put put) {
+static inline void sum_rows(const Coefficients<most>* by, int64_t fours, Ahead& ahead, Rows row_at, Put put) {
     constexpr int WIDE = std::min<int>(Form::PER, MET), ROWS = most_rows(QUERIES, WIDE);
     for (int first = 0; first < QUERIES; first += ROWS) {
         Floats sums[ROWS][Form::PER];
         UNROLL for (int plane = 0; plane < Form::PER; plane += WIDE) {
             const auto codes_of = [&](int64_t four, int, Ints* codes) {
                 const int64_t row = 4 * four;
+                ahead.next();
                 const Ints bytes = four_rows(row_at(row), row_at(row + 1), row_at(row + 2), row_at(row + 3));
                 UNROLL for (int v = 0; v < WIDE; v++) codes[v] = plane_of<Form>(bytes, plane + v);
             };

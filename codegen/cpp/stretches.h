@@ -25,13 +25,15 @@ static inline void fill_cells(const T** cells, int64_t count) {
 
 // Where tokens lie that follow each other in pages [P, L, R, W], from `start` on; of those that share scales, where the first does.
 template <class Form, class T>
-static inline void find_cells(const Tensor& pages, const int32_t* table, int64_t head, int64_t start, int64_t count, const T** cells) {
+static inline void find_cells(
+    const Tensor& pages, const int32_t* table, int64_t head, int64_t start, int64_t count, const T** cells, Ahead& ahead) {
     const int64_t page_tokens = pages.size[2], step = pages.stride[2];
     int64_t page = start / page_tokens, row = start % page_tokens;
     for (int64_t place = 0; place < count; page++, row = 0) {
         const T* cell = pages.at<T>(table[page], head, row);
         const int64_t here = std::min(count - place, page_tokens - row);
         fetch(cell, here * step * sizeof(T));
+        ahead.add(cell, here * step * sizeof(T));
         for (int64_t token = 0; token < here; token += Form::TOKENS, cell += Form::TOKENS * step) cells[place + token] = cell;
         place += here;
     }
@@ -142,9 +144,10 @@ static inline void token_scores(A& a, const Tile<Keys, A::STRETCH>& tile, int64_
 
 // The same by sums of integers.
 template <class A, class Keys>
-static inline void summed_token_scores(A& a, const Tile<Keys, A::STRETCH>& tile, int64_t row, int64_t vector) {
+static inline void summed_token_scores(A& a, const Tile<Keys, A::STRETCH>& tile, int64_t row, int64_t vector, Ahead& ahead) {
     constexpr int ROWS = most_rows(A::ROWS, MET);
     constexpr int64_t words = Keys::RUN / 4;
+    for (int64_t four = 0; four < Keys::DIMS / 4; four++) ahead.next();
     for (int64_t first = row; first < row + A::ROWS; first += ROWS)
         for (int64_t group = 0; group < Keys::GROUPS; group++) {
             const auto codes_of = [&](int64_t four, int plane, Ints* codes) {
@@ -176,7 +179,7 @@ static inline float channel_shares(const float* query, const uint8_t* cell, floa
 
 // Scores of tokens that share the scale of each channel, for queries from `row` on, by sums of integers.
 template <class Keys, class A>
-static inline void summed_scores(A& a, const uint8_t* const* cells, int64_t count, int64_t row) {
+static inline void summed_scores(A& a, const uint8_t* const* cells, int64_t count, int64_t row, Ahead& ahead) {
     for (int64_t group = 0; group < count; group += Keys::TOKENS) {
         Coefficients<Keys::DIMS> by[A::ROWS];
         const uint8_t* scales = cells[group] + Keys::BODY;
@@ -187,7 +190,7 @@ static inline void summed_scores(A& a, const uint8_t* const* cells, int64_t coun
             [&](int64_t dim) { return halves_at(scales + 2 * (Keys::DIMS + dim), here(dim)); }, by);
         for (int64_t at = 0; at < Keys::RUN; at += LANES)
             sum_rows<Keys, A::ROWS>(
-                by, Keys::DIMS / 4, [&](int64_t dim) { return cells[group] + dim * Keys::RUN + at; },
+                by, Keys::DIMS / 4, ahead, [&](int64_t dim) { return cells[group] + dim * Keys::RUN + at; },
                 [&](int q, const Floats* sums) {
                     float* to = a.scores[row + q] + group + at * Keys::PER;
                     UNROLL for (int64_t v = 0; v < Keys::PER; v++) store(to + v * LANES, sums[v] + splat(by[q].rest));
@@ -286,7 +289,8 @@ static inline void values_from(
 
 // The same by sums of integers, all channels.
 template <class Values, class A>
-static inline void summed_values(A& a, const uint8_t* const* cells, int64_t count, int64_t row, Shares<Values, A>& shares) {
+static inline void summed_values(
+    A& a, const uint8_t* const* cells, int64_t count, int64_t row, Shares<Values, A>& shares, Ahead& ahead) {
     for (int64_t group = 0; group < Values::GROUPS; group++) {
         Coefficients<A::STRETCH> by[A::ROWS];
         set_coefficients<Values, A::ROWS>(
@@ -295,7 +299,7 @@ static inline void summed_values(A& a, const uint8_t* const* cells, int64_t coun
             [&](int64_t place) { return load(shares.least[group] + place); }, by);
         for (int64_t byte = group * Values::RUN; byte < (group + 1) * Values::RUN; byte += LANES)
             sum_rows<Values, A::ROWS>(
-                by, (count + 3) / 4, [&](int64_t place) { return cells[place] + byte; },
+                by, (count + 3) / 4, ahead, [&](int64_t place) { return cells[place] + byte; },
                 [&](int q, const Floats* sums) {
                     float* to = a.found.mixed[row + q] + byte * Values::PER;
                     const Floats rest = splat(by[q].rest), shrink = splat(a.shrink[row + q]);
@@ -307,19 +311,19 @@ static inline void summed_values(A& a, const uint8_t* const* cells, int64_t coun
 
 // All values of a stretch.
 template <class Values, class A>
-static inline void token_values(A& a, const typename Values::Cell* const* cells, int64_t count) {
+static inline void token_values(A& a, const typename Values::Cell* const* cells, int64_t count, Ahead& ahead) {
     Shares<Values, A> shares;
     read_scales<Values, A::STRETCH>(cells, count, shares.scale, shares.least);
     for (int64_t row = 0; row < a.count; row += A::ROWS)
-        if constexpr (SUMMED<Values>) summed_values(a, cells, count, row, shares);
+        if constexpr (SUMMED<Values>) summed_values(a, cells, count, row, shares, ahead);
         else values_from<Values, 0>(a, cells, count, row, shares);
 }
 
 // Scores of a stretch of keys for all queries.
 template <class Keys, class A>
-static inline void scores_of(A& a, const typename Keys::Cell* const* cells, int64_t count) {
+static inline void scores_of(A& a, const typename Keys::Cell* const* cells, int64_t count, Ahead& ahead) {
     if constexpr (Keys::BY_CHANNEL && SUMMED<Keys>)
-        for (int64_t row = 0; row < a.count; row += A::ROWS) summed_scores<Keys>(a, cells, count, row);
+        for (int64_t row = 0; row < a.count; row += A::ROWS) summed_scores<Keys>(a, cells, count, row, ahead);
     else if constexpr (Keys::BY_CHANNEL)
         for (int64_t row = 0; row < a.count; row += A::ROWS) channel_scores<Keys>(a, cells, count, row);
     else if constexpr (!Keys::SCALED)
@@ -331,14 +335,14 @@ static inline void scores_of(A& a, const typename Keys::Cell* const* cells, int6
         read_words(cells, count, tile);
         for (int64_t row = 0; row < a.count; row += A::ROWS)
             if constexpr (SUMMED<Keys>)
-                for (int64_t vector = 0; vector * LANES < count; vector += MET) summed_token_scores(a, tile, row, vector);
+                for (int64_t vector = 0; vector * LANES < count; vector += MET) summed_token_scores(a, tile, row, vector, ahead);
             else
                 for (int64_t vector = 0; vector * LANES < count; vector += WIDEST) token_scores(a, tile, row, vector);
     }
 }
 
-// Walk what queries see, a stretch after the other; `find(form, state, start, count, cells)` says where tokens lie and asks for them. While
-// keys are met with queries values are on their way, then the keys behind them.
+// Walk what queries see, a stretch after the other; `find(form, state, start, count, cells, ahead)` says where tokens lie. While keys are
+// met with queries values are on their way, then the keys behind them.
 template <class Keys, class Values, class A, class Find>
 static inline void attend_stretches(A& a, const Tensor& keys, const Tensor& values, float softcap, Find find) {
     const Range seen = seen_by(a);
@@ -347,14 +351,19 @@ static inline void attend_stretches(A& a, const Tensor& keys, const Tensor& valu
     // What no query sees is left out as far as that moves no token to another lane; its weights would be 0.
     constexpr int64_t step = std::max<int64_t>(Keys::TOKENS, 16);
     int64_t start = seen.first / step * step, count = std::min(A::STRETCH - start % A::STRETCH, seen.last - start);
-    if (seen.first < seen.last) find(Keys(), keys, start, count, key_cells);
+    Ahead ahead;
+    if (seen.first < seen.last) find(Keys(), keys, start, count, key_cells, ahead);
     while (count > 0) {
-        find(Values(), values, start, count, value_cells);
-        scores_of<Keys>(a, key_cells, count);
+        ahead.clear();
+        find(Values(), values, start, count, value_cells, ahead);
+        scores_of<Keys>(a, key_cells, count, ahead);
+        if constexpr (SUMMED<Keys>) ahead.rest();
         const int64_t behind = std::min(A::STRETCH, seen.last - start - count);
-        if (behind > 0) find(Keys(), keys, start + count, behind, key_cells);
+        ahead.clear();
+        if (behind > 0) find(Keys(), keys, start + count, behind, key_cells, ahead);
         weigh(a, start, count, softcap);
-        token_values<Values>(a, value_cells, count);
+        token_values<Values>(a, value_cells, count, ahead);
+        if constexpr (SUMMED<Values>) ahead.rest();
         start += count;
         count = behind;
     }
@@ -363,7 +372,7 @@ static inline void attend_stretches(A& a, const Tensor& keys, const Tensor& valu
 // Walk the pages of a sequence as far as any query sees them.
 template <class Keys, class Values, class A>
 static inline void attend_pages(A& a, const Tensor& keys, const Tensor& values, const int32_t* table, int64_t head, float softcap) {
-    attend_stretches<Keys, Values>(a, keys, values, softcap, [&](auto form, auto& pages, int64_t start, int64_t count, auto** cells) {
-        find_cells<decltype(form)>(pages, table, head, start, count, cells);
+    attend_stretches<Keys, Values>(a, keys, values, softcap, [&](auto form, auto& pages, int64_t start, int64_t count, auto** cells, Ahead& ahead) {
+        find_cells<decltype(form)>(pages, table, head, start, count, cells, ahead);
     });
 }

@@ -300,6 +300,26 @@ static inline Floats exp_inside(Floats x) {
 #endif
 }
 
+// 2 to the power of x from -126 to 127, within 2 units in the last place: whole steps, by a minimax polynomial of up to half a step.
+static inline Floats exp2_inside(Floats x) {
+#if defined(__AVX512F__)
+    const Floats steps = _mm512_roundscale_ps(x, 0);
+#else
+    const Floats magic = splat(0x1.8p23f), moved = x + magic, steps = moved - magic;
+#endif
+    const Floats rest = x - steps;
+    Floats power = fma(rest, splat(0x1.5bb994p-10f), splat(0x1.3cea84p-7f));
+    power = fma(rest, power, splat(0x1.c6b754p-5f));
+    power = fma(rest, power, splat(0x1.ebf9bcp-3f));
+    power = fma(rest, power, splat(0x1.62e42ap-1f));
+    power = fma(rest, power, splat(1.0f));
+#if defined(__AVX512F__)
+    return _mm512_scalef_ps(power, steps);
+#else
+    return reinterpret_cast<Floats>(reinterpret_cast<Ints>(power) + (reinterpret_cast<Ints>(moved) << 23));
+#endif
+}
+
 // e to the power of x; 0 below the normal numbers.
 static inline Floats exp(Floats x) {
     const Floats inside = choose(x > splat(-87.3f), choose(x < splat(88.7f), x, splat(88.7f)), splat(-87.3f));
