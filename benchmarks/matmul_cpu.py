@@ -38,6 +38,7 @@ from qcompile.ir.layouts import apply_layout
 from qcompile.ir.lowered import Kernel, KernelSpec
 from qcompile.quant.format import parse_format
 from qcompile.quant.reference import Quantized, quantize, restore
+from qcompile.runtime.huge_pages import HugeMemory, aligned
 from qcompile.runtime.native.library import Library
 from qcompile.runtime.native.program import table_of
 
@@ -129,13 +130,12 @@ class Ours:
     def _run(self, name: str, kernel: Kernel, before: list[Tensor], operands: dict[str, Tensor], case: Case) -> Run:
         out = torch.empty(case.x.shape[0], case.weight.codes.shape[0])
         layouts, made = dict(kernel.layouts), []
+        stored = {place if place in layouts else f"w_{place}": part for place, part in _stored(case.weight).items()}
+        packed = {place: apply_layout(layouts[place], part) for place, part in stored.items()}
+        memory = HugeMemory(case.copies * sum(aligned(part.nbytes) for part in packed.values()))  # as a program's constants lie
         for _ in range(case.copies):
-            tensors = dict(operands, out=out)
-            for place, stored in _stored(case.weight).items():
-                operand = place if place in layouts else f"w_{place}"
-                tensors[operand] = (
-                    _in_large_pages(apply_layout(layouts[operand], stored)) if case.copies > 1 else apply_layout(layouts[operand], stored)
-                )
+            copied = {place: memory.take(part.shape, part.dtype).copy_(part) for place, part in packed.items()}
+            tensors = {**operands, "out": out, **copied}
             given = [tensors[str(parameter.value)] for parameter in kernel.launches[0].parameters]
             made.append((table_of([*before, *given]), tensors))
         function = self._library.entry(name)
@@ -152,11 +152,6 @@ class Ours:
 def _stored(weight: Quantized) -> dict[str, Tensor]:
     parts = {"codes": weight.codes, "scale": weight.scale, "zero": weight.zero}
     return {name: tensor for name, tensor in parts.items() if tensor is not None}
-
-
-def _in_large_pages(tensor: Tensor) -> Tensor:
-    memory = large_pages(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
-    return memory.copy_(tensor)
 
 
 def _both(quantize_name: str, kernel: Kernel) -> str:
