@@ -22,8 +22,8 @@ from qcompile.ir.lowered import BUCKETS, Kernel, KernelSpec
 MOST_COLUMNS = 1 << 15
 """Of a row: its products stay within 32 bits whatever the codes are, and rows of x fit on the stack."""
 
-AHEAD = 1024
-"""Words of a weight that others are asked for before they are multiplied with one row: a page, where a new stream would begin."""
+AHEAD = 512
+"""Words of a weight that others are asked for before they are multiplied with one row (as `FIXED_AHEAD`)."""
 MOST_CHUNKS = 4
 """Of a run that are written out one after the other."""
 

@@ -174,24 +174,36 @@ static inline void sum_codes(const Coefficients<most>* by, int64_t fours, Codes 
         UNROLL for (int v = 0; v < WIDE; v++) put(q, v, joined(found[q][v], by[q].unit));
 }
 
-// The same for bytes of rows, as many as a vector has lanes: `row_at` says where those of a row begin, `put` takes the vectors of a query,
-// whose lanes are in order.
+// Vectors of codes that rows are taken by: all planes of as many bytes as a vector has lanes, or two vectors of bytes that are codes.
+template <class Form>
+constexpr int TAKEN = Form::PER > 1 || Form::RUN % (2 * LANES) ? Form::PER : 2;
+// Bytes of a row that these lie in.
+template <class Form>
+constexpr int64_t TAKEN_BYTES = TAKEN<Form> / Form::PER * LANES;
+
+// The same for `TAKEN_BYTES` of rows: `row_at` says where those of a row begin, `put` takes `TAKEN` vectors of a query, whose lanes are in
+// order.
 template <class Form, int QUERIES, int64_t most, class Rows, class Put>
 static inline void sum_rows(const Coefficients<most>* by, int64_t fours, Ahead& ahead, Rows row_at, Put put) {
-    constexpr int WIDE = std::min<int>(Form::PER, MET), ROWS = most_rows(QUERIES, WIDE);
+    constexpr int WIDE = std::min<int>(TAKEN<Form>, MET), ROWS = most_rows(QUERIES, WIDE);
     for (int first = 0; first < QUERIES; first += ROWS) {
-        Floats sums[ROWS][Form::PER];
-        UNROLL for (int plane = 0; plane < Form::PER; plane += WIDE) {
+        Floats sums[ROWS][TAKEN<Form>];
+        UNROLL for (int vector = 0; vector < TAKEN<Form>; vector += WIDE) {
             const auto codes_of = [&](int64_t four, int, Ints* codes) {
                 const int64_t row = 4 * four;
-                ahead.next();
-                const Ints bytes = four_rows(row_at(row), row_at(row + 1), row_at(row + 2), row_at(row + 3));
-                UNROLL for (int v = 0; v < WIDE; v++) codes[v] = plane_of<Form>(bytes, plane + v);
+                UNROLL for (int64_t byte = 0; byte < 4 * TAKEN_BYTES<Form>; byte += 64) ahead.next();
+                const uint8_t *a = row_at(row), *b = row_at(row + 1), *c = row_at(row + 2), *d = row_at(row + 3);
+                if constexpr (Form::PER == 1) {
+                    UNROLL for (int v = 0; v < WIDE; v++) codes[v] = four_rows(a + v * LANES, b + v * LANES, c + v * LANES, d + v * LANES);
+                } else {
+                    const Ints bytes = four_rows(a, b, c, d);
+                    UNROLL for (int v = 0; v < WIDE; v++) codes[v] = plane_of<Form>(bytes, vector + v);
+                }
             };
-            sum_codes<Form, ROWS, WIDE, 1>(by + first, fours, codes_of, [&](int q, int v, Floats sum) { sums[q][plane + v] = sum; });
+            sum_codes<Form, ROWS, WIDE, 1>(by + first, fours, codes_of, [&](int q, int v, Floats sum) { sums[q][vector + v] = sum; });
         }
         UNROLL for (int q = 0; q < ROWS; q++) {
-            interleave<Form::PER>(sums[q]);
+            if constexpr (Form::PER > 1) interleave<Form::PER>(sums[q]);
             put(first + q, sums[q]);
         }
     }

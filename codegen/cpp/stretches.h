@@ -179,7 +179,7 @@ static inline float channel_shares(const float* query, const uint8_t* cell, floa
 
 // Scores of tokens that share the scale of each channel, for queries from `row` on, by sums of integers.
 template <class Keys, class A>
-static inline void summed_scores(A& a, const uint8_t* const* cells, int64_t count, int64_t row, Ahead& ahead) {
+static __attribute__((noinline)) void summed_scores(A& a, const uint8_t* const* cells, int64_t count, int64_t row, Ahead& ahead) {
     for (int64_t group = 0; group < count; group += Keys::TOKENS) {
         Coefficients<Keys::DIMS> by[A::ROWS];
         const uint8_t* scales = cells[group] + Keys::BODY;
@@ -188,12 +188,12 @@ static inline void summed_scores(A& a, const uint8_t* const* cells, int64_t coun
             Keys::DIMS, [&](int q, int64_t dim) { return load(a.query[row + q] + dim); },
             [&](int64_t dim) { return halves_at(scales + 2 * dim, here(dim)); },
             [&](int64_t dim) { return halves_at(scales + 2 * (Keys::DIMS + dim), here(dim)); }, by);
-        for (int64_t at = 0; at < Keys::RUN; at += LANES)
+        for (int64_t at = 0; at < Keys::RUN; at += TAKEN_BYTES<Keys>)
             sum_rows<Keys, A::ROWS>(
                 by, Keys::DIMS / 4, ahead, [&](int64_t dim) { return cells[group] + dim * Keys::RUN + at; },
                 [&](int q, const Floats* sums) {
                     float* to = a.scores[row + q] + group + at * Keys::PER;
-                    UNROLL for (int64_t v = 0; v < Keys::PER; v++) store(to + v * LANES, sums[v] + splat(by[q].rest));
+                    UNROLL for (int v = 0; v < TAKEN<Keys>; v++) store(to + v * LANES, sums[v] + splat(by[q].rest));
                 });
     }
 }
@@ -289,7 +289,7 @@ static inline void values_from(
 
 // The same by sums of integers, all channels.
 template <class Values, class A>
-static inline void summed_values(
+static __attribute__((noinline)) void summed_values(
     A& a, const uint8_t* const* cells, int64_t count, int64_t row, Shares<Values, A>& shares, Ahead& ahead) {
     for (int64_t group = 0; group < Values::GROUPS; group++) {
         Coefficients<A::STRETCH> by[A::ROWS];
@@ -297,13 +297,13 @@ static inline void summed_values(
             count, [&](int q, int64_t place) { return load(a.scores[row + q] + place); },
             [&](int64_t place) { return load(shares.scale[group] + place); },
             [&](int64_t place) { return load(shares.least[group] + place); }, by);
-        for (int64_t byte = group * Values::RUN; byte < (group + 1) * Values::RUN; byte += LANES)
+        for (int64_t byte = group * Values::RUN; byte < (group + 1) * Values::RUN; byte += TAKEN_BYTES<Values>)
             sum_rows<Values, A::ROWS>(
                 by, (count + 3) / 4, ahead, [&](int64_t place) { return cells[place] + byte; },
                 [&](int q, const Floats* sums) {
                     float* to = a.found.mixed[row + q] + byte * Values::PER;
                     const Floats rest = splat(by[q].rest), shrink = splat(a.shrink[row + q]);
-                    UNROLL for (int64_t v = 0; v < Values::PER; v++)
+                    UNROLL for (int v = 0; v < TAKEN<Values>; v++)
                         store(to + v * LANES, fma(load(to + v * LANES), shrink, sums[v] + rest));
                 });
     }
