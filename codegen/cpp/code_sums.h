@@ -192,11 +192,13 @@ static inline void sum_rows(const Coefficients<most>* by, int64_t fours, Ahead& 
             const auto codes_of = [&](int64_t four, int, Ints* codes) {
                 const int64_t row = 4 * four;
                 UNROLL for (int64_t byte = 0; byte < 4 * TAKEN_BYTES<Form>; byte += 64) ahead.next();
-                const uint8_t *a = row_at(row), *b = row_at(row + 1), *c = row_at(row + 2), *d = row_at(row + 3);
+                const auto bytes_at = [&](int64_t at) {
+                    return four_rows(row_at(row) + at, row_at(row + 1) + at, row_at(row + 2) + at, row_at(row + 3) + at);
+                };
                 if constexpr (Form::PER == 1) {
-                    UNROLL for (int v = 0; v < WIDE; v++) codes[v] = four_rows(a + v * LANES, b + v * LANES, c + v * LANES, d + v * LANES);
+                    UNROLL for (int v = 0; v < WIDE; v++) codes[v] = bytes_at(v * LANES);
                 } else {
-                    const Ints bytes = four_rows(a, b, c, d);
+                    const Ints bytes = bytes_at(0);
                     UNROLL for (int v = 0; v < WIDE; v++) codes[v] = plane_of<Form>(bytes, vector + v);
                 }
             };

@@ -300,7 +300,7 @@ static inline Floats exp_inside(Floats x) {
 #endif
 }
 
-// 2 to the power of x from -126 to 127, within 2 units in the last place: whole steps, by a minimax polynomial of up to half a step.
+// 2 to the power of x from -126 to 127, within 2.5 units in the last place: whole steps, times a minimax polynomial of up to half a step.
 static inline Floats exp2_inside(Floats x) {
 #if defined(__AVX512F__)
     const Floats steps = _mm512_roundscale_ps(x, 0);
