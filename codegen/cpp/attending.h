@@ -3,7 +3,7 @@
 // sequence, whose results are put together in order.
 
 // Tokens of a part: what threads share a sequence by.
-constexpr int64_t PART = 1024;
+constexpr int64_t PART = 512;
 
 // What queries have gathered: their greatest score, the sum of weights, and of values by weights.
 template <int MANY, int64_t ROOM>
@@ -176,13 +176,15 @@ static inline Range parts_of(const A& a) {
     return {seen.first / PART, (seen.last + PART - 1) / PART};
 }
 
-// What a query sees, of one part alone.
+// What a query sees, of one part alone; returns where that ends of all parts.
 template <class A>
-static inline void only_part(A& a, int64_t part) {
+static inline int64_t only_part(A& a, int64_t part) {
+    const int64_t last = seen_by(a).last;
     for (int64_t q = 0; q < a.count; q++) {
         a.low[q] = std::max(a.low[q], part * PART);
         a.high[q] = std::min(a.high[q], (part + 1) * PART);
     }
+    return last;
 }
 
 // The result of a query, by the scales of values that have a table of them; 0 where it saw nothing.

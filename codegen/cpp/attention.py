@@ -102,9 +102,9 @@ def _softcap(spec: KernelSpec) -> str:
 def _pages(spec: KernelSpec) -> Lines:
     """Through the pages of a part."""
     return [
-        "only_part(a, part);",
+        "const int64_t last = only_part(a, part);",
         "const int32_t* table = page_table.at<int32_t>(block.batch);",
-        f"attend_pages<Keys, Values>(a, keys, values, table, block.head, {_softcap(spec)});",
+        f"attend_pages<Keys, Values>(a, keys, values, table, block.head, last, {_softcap(spec)});",
     ]
 
 

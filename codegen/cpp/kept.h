@@ -15,8 +15,9 @@ template <class Policy, class Kept, class A>
 static inline void attend_kept(
     A& a, const Tensor& keys, const Tensor& values, const Tensor& positions, const Arrivals& row, int64_t head,
     float softcap) {
-    const int64_t least = seen_by(a).first;
-    attend_stretches<Kept, Kept>(a, keys, values, softcap, [&](auto, auto& exact, int64_t start, int64_t count, auto** cells, Ahead&) {
-        find_kept<Policy>(exact, positions, row, head, start, count, least, cells);
-    });
+    const Range seen = seen_by(a);
+    const auto find = [&](auto, auto& exact, int64_t start, int64_t count, auto** cells, Ahead&) {
+        find_kept<Policy>(exact, positions, row, head, start, count, seen.first, cells);
+    };
+    attend_stretches<Kept, Kept>(a, keys, values, seen.last, softcap, find);
 }

@@ -177,7 +177,8 @@ static inline float channel_shares(const float* query, const uint8_t* cell, floa
     return sum(sums);
 }
 
-// Scores of tokens that share the scale of each channel, for queries from `row` on, by sums of integers.
+// Scores of tokens that share the scale of each channel, for queries from `row` on, by sums of integers: by itself, as
+// inside a larger function fewer sums stay in registers.
 template <class Keys, class A>
 static __attribute__((noinline)) void summed_scores(A& a, const uint8_t* const* cells, int64_t count, int64_t row, Ahead& ahead) {
     for (int64_t group = 0; group < count; group += Keys::TOKENS) {
@@ -287,7 +288,7 @@ static inline void values_from(
     if constexpr (FIRST + wide < all) values_from<Values, FIRST + wide>(a, cells, count, row, shares);
 }
 
-// The same by sums of integers, all channels.
+// The same by sums of integers, all channels: by itself, as `summed_scores`.
 template <class Values, class A>
 static __attribute__((noinline)) void summed_values(
     A& a, const uint8_t* const* cells, int64_t count, int64_t row, Shares<Values, A>& shares, Ahead& ahead) {
@@ -342,9 +343,9 @@ static inline void scores_of(A& a, const typename Keys::Cell* const* cells, int6
 }
 
 // Walk what queries see, a stretch after the other; `find(form, state, start, count, cells, ahead)` says where tokens lie. While keys are
-// met with queries values are on their way, then the keys behind them.
+// met with queries values are on their way, then the keys behind them, up to `last`: another part may begin there.
 template <class Keys, class Values, class A, class Find>
-static inline void attend_stretches(A& a, const Tensor& keys, const Tensor& values, float softcap, Find find) {
+static inline void attend_stretches(A& a, const Tensor& keys, const Tensor& values, int64_t last, float softcap, Find find) {
     const Range seen = seen_by(a);
     const typename Keys::Cell* key_cells[A::STRETCH];
     const typename Values::Cell* value_cells[A::STRETCH];
@@ -358,21 +359,23 @@ static inline void attend_stretches(A& a, const Tensor& keys, const Tensor& valu
         find(Values(), values, start, count, value_cells, ahead);
         scores_of<Keys>(a, key_cells, count, ahead);
         if constexpr (SUMMED<Keys>) ahead.rest();
-        const int64_t behind = std::min(A::STRETCH, seen.last - start - count);
+        start += count;
         ahead.clear();
-        if (behind > 0) find(Keys(), keys, start + count, behind, key_cells, ahead);
-        weigh(a, start, count, softcap);
+        const int64_t behind = std::min(A::STRETCH, last - start);
+        if (behind > 0) find(Keys(), keys, start, behind, key_cells, ahead);
+        weigh(a, start - count, count, softcap);
         token_values<Values>(a, value_cells, count, ahead);
         if constexpr (SUMMED<Values>) ahead.rest();
-        start += count;
-        count = behind;
+        count = std::min(behind, seen.last - start);
     }
 }
 
 // Walk the pages of a sequence as far as any query sees them.
 template <class Keys, class Values, class A>
-static inline void attend_pages(A& a, const Tensor& keys, const Tensor& values, const int32_t* table, int64_t head, float softcap) {
-    attend_stretches<Keys, Values>(a, keys, values, softcap, [&](auto form, auto& pages, int64_t start, int64_t count, auto** cells, Ahead& ahead) {
+static inline void attend_pages(
+    A& a, const Tensor& keys, const Tensor& values, const int32_t* table, int64_t head, int64_t last, float softcap) {
+    const auto find = [&](auto form, auto& pages, int64_t start, int64_t count, auto** cells, Ahead& ahead) {
         find_cells<decltype(form)>(pages, table, head, start, count, cells, ahead);
-    });
+    };
+    attend_stretches<Keys, Values>(a, keys, values, last, softcap, find);
 }
