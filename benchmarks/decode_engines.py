@@ -55,11 +55,11 @@ class Ours:
 
     def prefill(self, tokens: list[int]) -> int:
         """As `Decoder`."""
-        return int(self._engine.prefill([tokens])[0].argmax())
+        return int(self._engine.prefill([tokens])[0].numpy().argmax())
 
     def decode(self, token: int) -> int:
         """As `Decoder`."""
-        return int(self._engine.decode([token])[0].argmax())
+        return int(self._engine.decode([token])[0].numpy().argmax())
 
 
 def weight_bytes(model: Any) -> int:

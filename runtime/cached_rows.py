@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -65,12 +64,12 @@ class CachedRows:
 
     def _demand(self, tokens: Sequence[int], rows: Sequence[int]) -> list[tuple[int, list[int], int]]:
         """For each row the places of pages to be copied, and how many new ones it needs."""
-        demand, leaving = [], Counter[int]()
+        demand, leaving = [], dict[int, int]()
         for row, count in zip(rows, tokens, strict=True):
             self._require_length(row, count)
             owned = self._owned[row]
-            copied = [place for place in self._written(row, count) if self.pool.holders(owned[place]) - leaving[owned[place]] > 1]
-            leaving.update(owned[place] for place in copied)
+            copied = [place for place in self._written(row, count) if self.pool.holders(owned[place]) - leaving.get(owned[place], 0) > 1]
+            leaving |= {owned[place]: leaving.get(owned[place], 0) + 1 for place in copied}
             demand.append((row, copied, max(0, self.layout.pages_for(self.lengths[row] + count) - len(owned))))
         self._require_pages(sum(len(copied) + fresh for _, copied, fresh in demand), self.pool.free)
         return demand

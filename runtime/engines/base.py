@@ -79,7 +79,8 @@ class PlanEngine(SequenceEngine):
     @property
     def cache(self) -> KVCache:
         """The cache of all rows."""
-        self.prepare()
+        if self._cache is None:
+            self.prepare()
         return require_cache(self._cache)
 
     @property
