@@ -38,7 +38,7 @@ class HugeMemory:
         """The next part of it: [*shape], from a cache line on."""
         first, size = self._taken, prod(shape) * dtype.itemsize
         self._taken += aligned(size)
-        return self._memory[first : first + size].view(dtype).view(*shape)
+        return self._memory[first : first + size].view(dtype).view(list(shape))
 
 
 def _zeros(size: int) -> Tensor:

@@ -8,6 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from qcompile.errors import CapacityError
 from qcompile.ir.lowered import Buffer
 from qcompile.ir.memory import dtype_of
 from qcompile.ir.size import evaluate
@@ -26,7 +27,11 @@ class KVCache(CachedRows):
     """
 
     def __init__(self, layout: CacheLayout, device: torch.device | str = "cpu") -> None:
-        """Allocate; all rows are empty."""
+        """Allocate; all rows are empty.
+
+        Raises:
+            CapacityError: if the CPU has not that much memory.
+        """
         super().__init__(layout)
         self.tensors = self._allocate(torch.device(device))
         self.page_table = torch.zeros(layout.max_batch, layout.pages_per_sequence, dtype=torch.int32, device=device)
@@ -38,7 +43,10 @@ class KVCache(CachedRows):
         parts = {state.name: ([evaluate(size, self.sizes) for size in state.shape], dtype_of(state.dtype)) for state in self.layout.states}
         if device.type != "cpu":
             return {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in parts.items()}
-        memory = HugeMemory(sum(aligned(prod(shape) * dtype.itemsize) for shape, dtype in parts.values()))
+        try:
+            memory = HugeMemory(sum(aligned(prod(shape) * dtype.itemsize) for shape, dtype in parts.values()))
+        except MemoryError as error:
+            raise CapacityError(f"cache: {error}; load with a lower max_batch or max_context, or with kv_bytes") from None
         return {name: memory.take(shape, dtype) for name, (shape, dtype) in parts.items()}
 
     @property

@@ -193,6 +193,12 @@ def test_tensors_have_the_shape_and_dtype_of_the_plan_and_are_zero() -> None:
     assert (cache.layout.bytes_per_token, cache.nbytes, cache.layout.table_bytes) == (BYTES, 36 * BYTES, 9 * 4)
 
 
+def test_a_cache_that_memory_has_no_room_for_is_refused() -> None:
+    layout = plain(1, 1 << 50, None)
+    with pytest.raises(CapacityError, match=rf"cache: expected {layout.page_bytes} bytes of memory.*; load with a lower max_batch or max"):
+        KVCache(layout)
+
+
 def test_pages_hold_whole_groups_and_only_what_settles() -> None:
     layout = kivi(2, 21, 5)
     assert layout.page_tokens == 8
