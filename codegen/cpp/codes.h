@@ -27,17 +27,22 @@ static inline Vector shuffled(Vector a, Vector b, Ints lanes) {
 template <class Form>
 constexpr int64_t PER_WORD = 32 / Form::BITS;
 
-// The code of `bits` in the low bits of each lane, whatever is above it.
-template <int bits>
+// The middle of codes, 0 of those that are numbers. Sums of values by weights, which have no sign, stay small less it.
+template <class Form>
+constexpr int MIDDLE = Form::FLOAT8 ? 0 : 1 << (Form::BITS - 1);
+
+// The code of `bits` in the low bits of each lane, whatever is above it, less `less`.
+template <int bits, int less>
 static inline Floats low_codes(Ints words) {
     constexpr int top = (1 << bits) - 1;
 #if defined(__AVX512F__)
     // A look-up reads four bits of a lane: what is above them need not be cut off.
-    const Floats table = {0, 1, 2, 3, 4 & top, 5 & top, 6 & top, 7 & top, 8 & top, 9 & top, 10 & top, 11 & top,
-                          12 & top, 13 & top, 14 & top, 15 & top};
+    constexpr auto code = [](int lane) { return (lane & top) - less; };
+    const Floats table = {code(0), code(1), code(2), code(3), code(4), code(5), code(6), code(7),
+                          code(8), code(9), code(10), code(11), code(12), code(13), code(14), code(15)};
     if (bits <= 4) return _mm512_permutexvar_ps(reinterpret_cast<__m512i>(words), table);
 #endif
-    return __builtin_convertvector(words & top, Floats);
+    return __builtin_convertvector((words & top) - less, Floats);
 }
 
 // The numbers of 8 bits, 4 of them the exponent, in the low bits of each lane.
@@ -50,15 +55,15 @@ static inline Floats float8_numbers(Ints words) {
 template <class Form>
 static inline Floats word_code(Ints words, int place) {
     if constexpr (Form::FLOAT8) return float8_numbers(words >> (8 * place));
-    return low_codes<Form::BITS>(words >> (place * Form::BITS));
+    return low_codes<Form::BITS, 0>(words >> (place * Form::BITS));
 }
 
 // Bytes that hold as many codes as a vector has lanes.
 template <class Form>
 constexpr int64_t STEP = LANES * Form::BITS / 8;
 
-// As many codes as a vector has lanes, or those of the first `bytes`, from any address: `in_order` puts them in order.
-template <class Form>
+// As many codes as a vector has lanes, less `less`, or those of the first `bytes`, from any address: `in_order` puts them in order.
+template <class Form, int less>
 static inline Floats codes_at(const typename Form::Cell* cell, int64_t offset, int64_t bytes) {
     const uint8_t* from = reinterpret_cast<const uint8_t*>(cell) + offset;
     if constexpr (!Form::SCALED)
@@ -75,7 +80,7 @@ static inline Floats codes_at(const typename Form::Cell* cell, int64_t offset, i
 #else
         const Ints wide = __builtin_convertvector(load_bits<Bytes>(codes), Ints);
 #endif
-        return Form::FLOAT8 ? float8_numbers(wide) : __builtin_convertvector(wide, Floats);
+        return Form::FLOAT8 ? float8_numbers(wide) : __builtin_convertvector(wide - less, Floats);
     } else {
         // The same bytes in all lanes, each of which shifts its own code down.
         typename std::conditional<STEP<Form> == 8, int64_t, int32_t>::type held = 0;
@@ -83,8 +88,8 @@ static inline Floats codes_at(const typename Form::Cell* cell, int64_t offset, i
         else std::memcpy(&held, from, STEP<Form>);
         if constexpr (STEP<Form> == 8) {
             Longs both = held - Longs{};
-            return low_codes<Form::BITS>(reinterpret_cast<Ints>(both) >> (lane_numbers() / 2 * Form::BITS));
-        } else return low_codes<Form::BITS>((held - Ints{}) >> (lane_numbers() * Form::BITS));
+            return low_codes<Form::BITS, less>(reinterpret_cast<Ints>(both) >> (lane_numbers() / 2 * Form::BITS));
+        } else return low_codes<Form::BITS, less>((held - Ints{}) >> (lane_numbers() * Form::BITS));
     }
 }
 

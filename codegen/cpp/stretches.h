@@ -220,7 +220,7 @@ static inline void channel_scores(A& a, const uint8_t* const* cells, int64_t cou
         }
         for (int64_t dim = 0; dim < Keys::DIMS; dim++)
             UNROLL for (int v = 0; v < WIDEST; v++) {
-                const Floats codes = codes_at<Keys>(codes_of[v], dim * bytes, STEP<Keys>);
+                const Floats codes = codes_at<Keys, 0>(codes_of[v], dim * bytes, STEP<Keys>);
                 UNROLL for (int q = 0; q < A::ROWS; q++) sums[q][v] = fma(splat(query_of[v][q][dim]), codes, sums[q][v]);
             }
         UNROLL for (int v = 0; v < WIDEST; v++)
@@ -231,18 +231,18 @@ static inline void channel_scores(A& a, const uint8_t* const* cells, int64_t cou
     }
 }
 
-// The weights of queries from `row` on, by the scales of a group, and the sum of what its numbers begin at, by the weights.
+// The weights of queries from `row` on, by the scales of a group, and the sum of what the middle codes stand for, by the weights.
 template <class Values, class A>
 static inline void share_scales(
     A& a, int64_t count, int64_t row, const float* scale, const float* least, float (*shares)[A::STRETCH], float* rest) {
     for (int q = 0; q < A::ROWS; q++) {
         Floats sums{};
         for (int64_t place = 0; place < count; place += LANES) {
-            const Floats weight = load(a.scores[row + q] + place), share = weight * load(scale + place);
-            store(shares[q] + place, share);
-            sums = Values::SIGNED ? sums + share : fma(weight, load(least + place), sums);
+            const Floats weight = load(a.scores[row + q] + place), step = load(scale + place);
+            store(shares[q] + place, weight * step);
+            if (!Values::SIGNED) sums = fma(weight, fma(step, splat(MIDDLE<Values>), load(least + place)), sums);
         }
-        rest[q] = Values::SIGNED ? sum(sums) * Values::LOW : sum(sums);
+        rest[q] = Values::SIGNED ? 0.0f : sum(sums);
     }
 }
 
@@ -269,7 +269,7 @@ static inline void values_from(
         Floats codes[wide];
         UNROLL for (int64_t v = 0; v < wide; v++) {
             const int64_t from = (FIRST + v) % each * STEP<Values>;
-            codes[v] = codes_at<Values>(cells[place], (FIRST + v) / each * Values::RUN + from, Values::RUN - from);
+            codes[v] = codes_at<Values, MIDDLE<Values>>(cells[place], (FIRST + v) / each * Values::RUN + from, Values::RUN - from);
         }
         UNROLL for (int q = 0; q < A::ROWS; q++)
             UNROLL for (int64_t v = 0; v < wide; v++) {
