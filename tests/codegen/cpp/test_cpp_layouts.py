@@ -16,7 +16,8 @@ from qcompile.ir.constants import Constant, tensor_constant
 from qcompile.ir.layouts import WORDS, apply_layout, tiles
 from qcompile.ir.tensor_file import write_constants
 from qcompile.quant.packing import pack, unpack
-from qcompile.runtime.native.constants import ALIGNMENT, packed_constants
+from qcompile.runtime.huge_pages import ALIGNMENT
+from qcompile.runtime.native.constants import packed_constants
 from qcompile.runtime.native.library import Library
 from qcompile.runtime.weights import ArtifactSource, WeightsFile, chunk_hashes
 from tests.codegen.cpp.harness import RUNNABLE
