@@ -52,7 +52,7 @@ static inline float highest(Floats vector) {
 #endif
 }
 
-// Scores are powers of 2, so that weights take no factor: what makes one of a power of e.
+// Scores are exponents of 2, so that weights take no factor: what makes one of an exponent of e.
 constexpr float LOG2E = 0x1.715476p0f;
 
 // 2 to the power of x for x up to 0; 0 below the normal numbers.
@@ -90,7 +90,7 @@ static inline void join(Gathered<Q, ROOM>& whole, const Gathered<Q, ROOM>& part,
     }
 }
 
-// A query, by the scale of scores and what makes them powers of 2, and by those of keys that have a table of them.
+// A query, by the scale of scores and what makes them exponents of 2, and by those of keys that have a table of them.
 template <class A, class T>
 static inline void set_query(A& a, int64_t q, const T* from, float scale, const fp16* scales = nullptr) {
     typedef typename A::KeyForm Keys;
