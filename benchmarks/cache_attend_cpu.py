@@ -39,7 +39,7 @@ from qcompile.ir.ops import cache_attend
 from qcompile.ir.retention_ops import attend_settled
 from qcompile.quant.cache_format import CACHES, CacheFormat
 from qcompile.quant.vector_format import vector_format
-from qcompile.runtime.huge_pages import HugeMemory, aligned
+from qcompile.runtime.huge_pages import huge_zeros
 from qcompile.runtime.native.library import Entry, Library
 from qcompile.runtime.native.processor import features
 from qcompile.runtime.native.program import table_of
@@ -113,10 +113,8 @@ class Case:
         parts = [torch.randn(shape) for _ in range(2)]
         stored = [vector_format(form).encode(part) for form, part in zip(self.forms, parts, strict=True)] if self.forms else None
         caches = stored or [part.half() for part in parts]
-        memory = HugeMemory(sum(aligned(cache.nbytes) for cache in caches))
-        operands = {
-            name: memory.take(cache.shape, cache.dtype).copy_(cache) for name, cache in zip(("keys", "values"), caches, strict=True)
-        }
+        memory = huge_zeros((cache.shape, cache.dtype) for cache in caches)
+        operands = {name: part.copy_(cache) for name, part, cache in zip(("keys", "values"), memory, caches, strict=True)}
         operands["page_table"] = torch.randperm(pages).to(torch.int32).unsqueeze(0)
         operands["positions"] = torch.arange(self.context - self.new, self.context).unsqueeze(0)
         operands["q"] = torch.randn(1, self.new, self.heads, self.size).transpose(1, 2)

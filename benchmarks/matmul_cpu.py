@@ -38,7 +38,7 @@ from qcompile.ir.layouts import apply_layout
 from qcompile.ir.lowered import Kernel, KernelSpec
 from qcompile.quant.format import parse_format
 from qcompile.quant.reference import Quantized, quantize, restore
-from qcompile.runtime.huge_pages import HugeMemory, aligned
+from qcompile.runtime.huge_pages import huge_zeros
 from qcompile.runtime.native.library import Library
 from qcompile.runtime.native.program import table_of
 
@@ -132,9 +132,9 @@ class Ours:
         layouts, made = dict(kernel.layouts), []
         stored = {place if place in layouts else f"w_{place}": part for place, part in _stored(case.weight).items()}
         packed = {place: apply_layout(layouts[place], part) for place, part in stored.items()}
-        memory = HugeMemory(case.copies * sum(aligned(part.nbytes) for part in packed.values()))  # as a program's constants lie
+        memory = iter(huge_zeros((part.shape, part.dtype) for _ in range(case.copies) for part in packed.values()))  # as constants lie
         for _ in range(case.copies):
-            copied = {place: memory.take(part.shape, part.dtype).copy_(part) for place, part in packed.items()}
+            copied = {place: next(memory).copy_(part) for place, part in packed.items()}
             tensors = {**operands, "out": out, **copied}
             given = [tensors[str(parameter.value)] for parameter in kernel.launches[0].parameters]
             made.append((table_of([*before, *given]), tensors))

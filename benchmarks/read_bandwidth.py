@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qcompile.codegen.cpp.build import find_compiler, no_compiler
-from qcompile.runtime.huge_pages import HugeMemory
+from qcompile.runtime.huge_pages import huge_zeros
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 LAST_LEVEL = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -36,7 +36,7 @@ def cache_bytes() -> int:
 
 def large_pages(size: int) -> Tensor:
     """uint8 [size] in pages as large as the system gives, so that what is timed is memory and not its address tables."""
-    return HugeMemory(size).take([size], torch.uint8).fill_(1)
+    return huge_zeros([([size], torch.uint8)])[0].fill_(1)
 
 
 @cache

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from math import prod
 
 import torch
@@ -15,30 +16,18 @@ HUGE_PAGE = 2 << 20
 """As x86-64 and most ARM systems have them; where they are larger, fewer of them are used."""
 
 
-def aligned(size: int) -> int:
-    """Bytes up to the next cache line."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
+def huge_zeros(kinds: Iterable[tuple[Sequence[int], torch.dtype]]) -> list[Tensor]:
+    """Tensors of these shapes and types on the CPU, zero, one behind the other in one memory, each from a cache line on.
 
+    The system makes its pages when they are first written or read. What takes less than one huge page lies in usual ones.
 
-class HugeMemory:
-    """Memory on the CPU, zero at first, out of which tensors are taken; the system makes its pages when they are first written or read.
-
-    What takes less than one huge page lies in usual ones.
+    Raises:
+        MemoryError: if the system has fewer bytes.
     """
-
-    def __init__(self, size: int) -> None:
-        """`size` bytes.
-
-        Raises:
-            MemoryError: if the system has fewer.
-        """
-        self._taken, self._memory = 0, _zeros(size)
-
-    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The next part of it: [*shape], from a cache line on."""
-        first, size = self._taken, prod(shape) * dtype.itemsize
-        self._taken += aligned(size)
-        return self._memory[first : first + size].view(dtype).view(list(shape))
+    parts = [(list(shape), dtype, prod(shape) * dtype.itemsize) for shape, dtype in kinds]
+    *places, size = accumulate((-(-size // ALIGNMENT) * ALIGNMENT for *_, size in parts), initial=0)
+    memory = _zeros(size)
+    return [memory[first : first + size].view(dtype).view(shape) for first, (shape, dtype, size) in zip(places, parts, strict=True)]
 
 
 def _zeros(size: int) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import prod
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from qcompile.ir.memory import dtype_of
 from qcompile.ir.size import evaluate
 from qcompile.runtime.cache_layout import CacheLayout, is_paged
 from qcompile.runtime.cached_rows import CachedRows
-from qcompile.runtime.huge_pages import HugeMemory, aligned
+from qcompile.runtime.huge_pages import huge_zeros
 
 
 class KVCache(CachedRows):
@@ -44,10 +43,9 @@ class KVCache(CachedRows):
         if device.type != "cpu":
             return {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in parts.items()}
         try:
-            memory = HugeMemory(sum(aligned(prod(shape) * dtype.itemsize) for shape, dtype in parts.values()))
+            return dict(zip(parts, huge_zeros(parts.values()), strict=True))
         except MemoryError as error:
             raise CapacityError(f"cache: {error}; load with a lower max_batch or max_context, or with kv_bytes") from None
-        return {name: memory.take(shape, dtype) for name, (shape, dtype) in parts.items()}
 
     @property
     def sizes(self) -> dict[str, int]:

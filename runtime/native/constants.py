@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor
 
 from qcompile.ir.constants import Constant
 from qcompile.ir.layouts import TILE, WORDS, apply_layout
-from qcompile.runtime.huge_pages import HugeMemory, aligned
+from qcompile.runtime.huge_pages import huge_zeros
 from qcompile.runtime.native.library import PACKING_WORDS, Library
 from qcompile.runtime.weights import ArtifactSource
 
@@ -30,8 +29,7 @@ def packed_constants(library: Library, constants: Mapping[str, Constant], wanted
     items = list(wanted)
     verify((constants[name].source for name, _ in items), threads)
     places = {item: place for item in items if (place := _place(constants[item[0]], item[1])) is not None}
-    memory = HugeMemory(sum(place.bytes for place in places.values()))
-    packed: Packed = {}
+    packed: Packed = dict(zip(places, huge_zeros((place.shape, place.dtype) for place in places.values()), strict=True))
     for batch in _batches(items, constants):
         stored = {name: constants[name].materialize().contiguous() for name, _ in batch}
         rows = []
@@ -40,7 +38,6 @@ def packed_constants(library: Library, constants: Mapping[str, Constant], wanted
             if place is None:
                 packed[name, layout] = apply_layout(layout, stored[name]) if layout else stored[name]
                 continue
-            packed[name, layout] = memory.take(place.shape, place.dtype)
             rows.append([stored[name].data_ptr(), packed[name, layout].data_ptr(), *place.packing])
         library.pack(torch.tensor(rows, dtype=torch.int64).view(-1, PACKING_WORDS), threads)
         _release(constants[name] for name, layout in batch if layout)
@@ -60,11 +57,6 @@ class _Place:
     shape: tuple[int, ...]
     dtype: torch.dtype
     packing: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        """What it takes, up to the next cache line."""
-        return aligned(prod(self.shape) * self.dtype.itemsize)
 
 
 def _place(constant: Constant, layout: str) -> _Place | None:
