@@ -13,7 +13,7 @@ from qcompile.codegen.cpp.retained import POLICY, policy_type, refuses_policy
 from qcompile.codegen.cpp.source import Lines, block, constants, number
 from qcompile.ir.lowered import BUCKETS, Kernel, KernelSpec
 
-READING = ("packed", "codes", "digits", "code_sums", "attending", "stretches", "sharing")
+READING = ("packed", "codes", "digits", "ahead", "code_sums", "attending", "stretches", "sharing")
 """Headers that attention needs."""
 MOST_ROWS, MANY_ROWS = 4, 6
 """Queries whose products are computed at once, of a token and of a prompt: as many sums as there are registers for."""

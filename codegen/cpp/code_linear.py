@@ -22,8 +22,6 @@ from qcompile.ir.lowered import BUCKETS, Kernel, KernelSpec
 MOST_COLUMNS = 1 << 15
 """Of a row: its products stay within 32 bits whatever the codes are, and rows of x fit on the stack."""
 
-AHEAD = 512
-"""Words of a weight that others are asked for before they are multiplied with one row (as `FIXED_AHEAD`)."""
 MOST_CHUNKS = 4
 """Of a run that are written out one after the other."""
 
@@ -40,7 +38,7 @@ def product_function(product: Product) -> Lines:
                 [
                     f"const int32_t* from = codes + (t * apart * words + {_word(product)}) * TILE + p * LANES;",
                     f"word[t][p][{'i' if weight.block_words > 1 else 0}] = load_bits<Ints>(from);",
-                    f"if (ROWS == 1) __builtin_prefetch(from + {AHEAD});",
+                    "if (ROWS == 1) __builtin_prefetch(from + WORDS_AHEAD);",
                 ],
             )
         ),

@@ -16,36 +16,6 @@ constexpr int most_rows(int rows, int vectors) {
     return many;
 }
 
-// Memory on its way to the processor while something else is computed: `next` asks for one line more of what was added.
-struct Ahead {
-    static constexpr int64_t MOST = 16;
-    const char *from[MOST], *to[MOST], *line, *end;
-    int64_t count, run;
-    Ahead() { clear(); }
-    void clear() {
-        line = end = nullptr;
-        count = run = 0;
-    }
-    void add(const void* first, int64_t bytes) {
-        if (count == MOST) return;
-        from[count] = static_cast<const char*>(first);
-        to[count++] = static_cast<const char*>(first) + bytes;
-    }
-    void next() {
-        if (line >= end) {
-            if (run == count) return;
-            line = from[run];
-            end = to[run++];
-        }
-        __builtin_prefetch(line);
-        line += 64;
-    }
-    // What is left.
-    void rest() {
-        while (line < end || run < count) next();
-    }
-};
-
 // The coefficients of up to `most` rows for one query: for each four the words of their bytes, where sums begin, the unit, and what joins
 // their sum as a float.
 template <int64_t most>

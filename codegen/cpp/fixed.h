@@ -4,9 +4,6 @@
 
 // Columns of a run at most.
 constexpr int64_t FIXED_RUN = 64;
-// How far ahead of the words that are multiplied others are asked for: 2048 bytes in each of two streams. Further ahead the processor
-// gave less of its bandwidth (82 instead of 95 %), nearer sums of three products a word wait.
-constexpr int64_t FIXED_AHEAD = 512;
 // Rows of x and tiles beside each other: as many sums as there are registers for.
 constexpr int FIXED_MANY = LANES == 16 ? 4 : 2, FIXED_WIDE = LANES == 16 ? 2 : 1, FIXED_SINGLE = LANES == 16 ? 2 : 1;
 
@@ -93,7 +90,7 @@ static inline void fixed_product(
                     UNROLL for (int w = 0; w < Codes::WORDS; w++) {
                         const int32_t* from = codes + t * apart * span + (block * Codes::WORDS + w) * TILE + p * LANES;
                         word[t][p][w] = load_bits<Ints>(from);
-                        if (ROWS == 1) __builtin_prefetch(from + FIXED_AHEAD);
+                        if (ROWS == 1) __builtin_prefetch(from + WORDS_AHEAD);
                     }
             UNROLL for (int q = 0; q < Codes::QUADS; q++) {
                 Ints part[TILES][PARTS];

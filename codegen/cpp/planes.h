@@ -3,6 +3,10 @@
 // A block is the shortest run of columns that takes whole words of 32 bits, for each of the 16 rows. Codes are cut into planes of 4, 2 and
 // 1 bits (8 by itself), low bits in the widest; a plane has its own words. Part `q` of a block is its columns 4q to 4q + 3, one a byte.
 
+// How far ahead of the words that meet one row of x others are asked for: 2048 bytes in each of two streams. Of 512 to 8192
+// bytes this gave the most of the bandwidth for 4 bits, exact and fast together, on a Zen 4 (`benchmarks/matmul_cpu.py`).
+constexpr int64_t WORDS_AHEAD = 512;
+
 // Codes of `bits` bits as they are stored.
 template <int bits>
 struct Planes {

@@ -10,13 +10,6 @@ struct Tile {
     float scale[Form::GROUPS][STRETCH], least[Form::GROUPS][STRETCH];
 };
 
-// Memory on its way to the processor before it is needed: two lines every 4096 bytes, the addresses of a page, from where the processor
-// goes on by itself.
-static inline void fetch(const void* from, int64_t bytes) {
-    for (int64_t page = 0; page < bytes; page += 4096)
-        for (int64_t byte = page; byte < std::min(bytes, page + 128); byte += 64) __builtin_prefetch(static_cast<const char*>(from) + byte);
-}
-
 // The last cell stands behind itself as far as whole vectors of tokens reach.
 template <class T>
 static inline void fill_cells(const T** cells, int64_t count) {
@@ -32,7 +25,6 @@ static inline void find_cells(
     for (int64_t place = 0; place < count; page++, row = 0) {
         const T* cell = pages.at<T>(table[page], head, row);
         const int64_t here = std::min(count - place, page_tokens - row);
-        fetch(cell, here * step * sizeof(T));
         ahead.add(cell, here * step * sizeof(T));
         for (int64_t token = 0; token < here; token += Form::TOKENS, cell += Form::TOKENS * step) cells[place + token] = cell;
         place += here;
