@@ -6,9 +6,10 @@ Weights [N, K] of 576 -> 1536 and 4096 -> 4096 in groups of 32 and 64, symmetric
 again. Cold: copies of it in turn, more than four times the last cache; GB/s are over the bytes of codes, scales and zero points as each
 engine's format needs them at least (4 bits, and 16 bits of scale per group), beside the read bandwidth of a C++ loop in the same rounds.
 
-Ours in both modes, called through their library like any run of steps: `fast` quantizes the float32 x per group to int8 (in the timed call)
-and sums products of integers; `exact` keeps 24 bits of it. onnxruntime quantizes x too; torch computes in bf16 or float32, whichever of the
-two is faster here. `call` is what a call of the peer's interface costs with nothing in it, `net` the ratio without it.
+Ours in both modes, called as a program's run of steps is: once for all copies, one step behind the other. `fast` quantizes the float32
+x per group to int8 (in the timed call) and sums products of integers; `exact` keeps 24 bits of it. onnxruntime quantizes x too; torch
+computes in bf16 or float32, whichever of the two is faster here. `call` is what a call of the peer's interface costs with nothing in it,
+`net` the ratio without it.
 Before anything is timed each product is compared with float64, within a bound that follows from the activations' codes.
 """
 
@@ -106,45 +107,40 @@ class Ours:
         self._kernels: dict[KernelSpec, Kernel] = {one: CppBackend().emit(one) for one in specs}
         distinct = {kernel.name: kernel for kernel in self._kernels.values()}
         source = kernels_source(distinct.values(), "Products of 4-bit weights.")
-        pairs = {(self._kernels[one.quantized()].name, self._kernels[one.fast()]) for one in products}
-        source += "".join(_both(first, second) for first, second in sorted(pairs, key=lambda pair: (pair[0], pair[1].name)))
+        runs = {_run_of(self._kernels[one.fast()], self._kernels[one.quantized()]) for one in products}
+        source += "".join(sorted(runs | {_run_of(self._kernels[one.exact()]) for one in products}))
         ((name, code),) = build_libraries(source, instruction_sets()[:1]).items()
         self._library, self.name = Library(name, code), name
 
     def fast(self, product: Product, case: Case) -> Run:
         """Codes of x and their product, in one call."""
-        quantized, kernel = self._kernels[product.quantized()], self._kernels[product.fast()]
+        kernel = self._kernels[product.fast()]
         groups = product.columns // product.group
         codes, scale = (
             torch.empty(product.count, product.columns, dtype=torch.int8),
             torch.empty(product.count, groups, dtype=torch.float16),
         )
-        operands = {"codes": codes, "scale": scale}
-        return self._run(f"both_{quantized.name}_{kernel.name}", kernel, [case.x, codes, scale], operands, case)
+        return self._run(kernel, [case.x, codes, scale], {"codes": codes, "scale": scale}, case)
 
     def exact(self, product: Product, case: Case) -> Run:
         """The product with floats."""
         kernel = self._kernels[product.exact()]
-        return self._run(f"qcompile_{kernel.name}", kernel, [], {"x": case.x}, case)
+        return self._run(kernel, [], {"x": case.x}, case)
 
-    def _run(self, name: str, kernel: Kernel, before: list[Tensor], operands: dict[str, Tensor], case: Case) -> Run:
+    def _run(self, kernel: Kernel, before: list[Tensor], operands: dict[str, Tensor], case: Case) -> Run:
         out = torch.empty(case.x.shape[0], case.weight.codes.shape[0])
-        layouts, made = dict(kernel.layouts), []
+        layouts, table, held = dict(kernel.layouts), [torch.empty(case.copies), *before], []
         stored = {place if place in layouts else f"w_{place}": part for place, part in _stored(case.weight).items()}
         packed = {place: apply_layout(layouts[place], part) for place, part in stored.items()}
         memory = iter(huge_zeros((part.shape, part.dtype) for _ in range(case.copies) for part in packed.values()))  # as constants lie
         for _ in range(case.copies):
-            copied = {place: next(memory).copy_(part) for place, part in packed.items()}
-            tensors = {**operands, "out": out, **copied}
-            given = [tensors[str(parameter.value)] for parameter in kernel.launches[0].parameters]
-            made.append((table_of([*before, *given]), tensors))
-        function = self._library.entry(name)
-        addresses = [table.data_ptr() for table, _ in made]
+            held.append({**operands, "out": out, **{place: next(memory).copy_(part) for place, part in packed.items()}})
+            table += [held[-1][str(parameter.value)] for parameter in kernel.launches[0].parameters]
+        function, places = self._library.entry(f"run_{kernel.name}"), table_of(table)
 
-        def call(held: object = made) -> None:
+        def call(held: object = held) -> None:
             del held
-            for address in addresses:
-                function(address, case.threads)
+            function(places.data_ptr(), case.threads)
 
         return Run(call, lambda: None, lambda: out)
 
@@ -154,14 +150,16 @@ def _stored(weight: Quantized) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in parts.items() if tensor is not None}
 
 
-def _both(quantize_name: str, kernel: Kernel) -> str:
-    """One function that makes the codes of x and multiplies them, as a run of steps does."""
-    given = ", ".join(["team", "t[1]", "t[2]", *(f"t[{place + 3}]" for place in range(2, len(kernel.launches[0].parameters)))])
-    name = f"both_{quantize_name}_{kernel.name}"
+def _run_of(kernel: Kernel, before: Kernel | None = None) -> str:
+    """One function that multiplies x with each copy of a weight, behind what makes the codes of x: t[0] has as many elements as copies."""
+    count, first = len(kernel.launches[0].parameters), 4 if before else 1
+    given = ["t[2]", "t[3]"] * bool(before) + [f"own[{place}]" for place in range(2 * bool(before), count)]
+    coded = f"        {before.name}(team, t[1], t[2], t[3]);\n        team.wait();\n" if before else ""
     return (
-        f"\nstatic void steps_{name}(const Team& team, const Tensor* t) {{\n    {quantize_name}(team, t[0], t[1], t[2]);\n"
-        f"    team.wait();\n    {kernel.name}({given});\n}}\n"
-        f'\nextern "C" void {name}(const Tensor* tensors, int64_t threads) {{ run(threads, steps_{name}, tensors); }}\n'
+        f"\nstatic void steps_{kernel.name}(const Team& team, const Tensor* t) {{\n"
+        f"    for (int64_t copy = 0; copy < t[0].count(); copy++) {{\n        const Tensor* own = t + {first} + copy * {count};\n"
+        f"{coded}        {kernel.name}({', '.join(['team', *given])});\n        team.wait();\n    }}\n}}\n"
+        f'\nextern "C" void run_{kernel.name}(const Tensor* tensors, int64_t threads) {{ run(threads, steps_{kernel.name}, tensors); }}\n'
     )
 
 
