@@ -1,12 +1,14 @@
 """Attention over caches by the C++ kernels on a CPU: times, ratios to 16 bits in the same run, bytes per second, errors, torch beside it.
 
-    python -m benchmarks.cache_attend_cpu [--context 4096 16384] [--threads 1 2] [--prefill 256 2048] [--out FILE.json]
+    python -m benchmarks.cache_attend_cpu [--context 4096 16384] [--threads 1 2] [--prefill 256 2048] [--fast] [--out FILE.json]
 
 Decoding: queries of one token over `context` tokens, pages in any order. `hot` repeats one layer, whose pages stay in the processor's
 cache where they fit; `cold` goes through as many layers as take `--cold` bytes, as a model does. A time is the least of single calls. The
 ratio is kv16's time, of this backend and the same row, over the format's. Bytes are those that a call must read: codes, scales, and what is
 kept as it came. Errors are the greatest difference from the reference operator on the same cache in float64, relative to the largest value;
-beside it that of the reference operator in float32. Prefill: a prompt at once, in GFLOP/s of its two products.
+beside it that of the reference operator in float32, and what the format itself does to random vectors: attention over them before and
+after they were packed. With `--fast` packed formats are measured with fast products too, as `matmul="fast"` has them. Prefill: a prompt
+at once, in GFLOP/s of its two products.
 torch is `scaled_dot_product_attention` over contiguous float32 or float16 keys and values, repeated for the heads of queries by itself.
 """
 
@@ -57,6 +59,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, nargs="+", default=list(SHAPES), choices=list(SHAPES), help="head sizes (default: %(default)s)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="(default: %(default)s)")
     parser.add_argument("--formats", nargs="+", default=KNOWN, choices=list(CACHES), metavar="CACHE", help="(default: %(default)s)")
+    parser.add_argument("--fast", action="store_true", help="packed formats with fast products too")
     parser.add_argument("--page-tokens", type=int, default=128, help="tokens of a page (default: %(default)s)")
     parser.add_argument("--cold", type=int, default=128 << 20, help="bytes that `cold` goes through (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=0.4, help="spent on each time (default: %(default)s)")
@@ -68,17 +71,18 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 class Case:
     """One attention over caches of a format: `new` queries behind `context - new` tokens, as many caches as `layers`."""
 
-    def __init__(self, name: str, size: int, context: int, new: int, page_tokens: int) -> None:
+    def __init__(self, name: str, size: int, context: int, new: int, page_tokens: int, *, fast: bool = False) -> None:
         """The specification; `fill` makes the tensors."""
-        self.name, self.size, self.context, self.new, self.page_tokens = name, size, context, new, page_tokens
+        self.size, self.context, self.new, self.page_tokens, self.fast = size, context, new, page_tokens, fast
         self.heads, self.key_heads = SHAPES[size]
         self.policy = CACHES[name].retention
         self.forms = CACHES[name].forms()
+        self.name = f"{name} fast" if fast else name
 
     @property
     def cache(self) -> CacheFormat:
         """The format."""
-        return CACHES[self.name]
+        return CACHES[self.name.split()[0]]
 
     @property
     def spec(self) -> KernelSpec:
@@ -86,7 +90,7 @@ class Case:
         stored = "uint8" if self.forms else "fp16"
         formats = {"q": "fp32", "keys": stored, "values": stored, "page_table": "i32", "positions": "i64", "out": "fp32"}
         options: dict[str, Any] = {"scale": self.size**-0.5, "window": 0, "softcap": 0.0}
-        options |= dict(zip(("k_form", "v_form"), self.forms, strict=False))
+        options |= dict(zip(("k_form", "v_form"), self.forms, strict=False)) | ({"products": "fast"} if self.fast else {})
         operator = "cache_attend_packed" if self.forms else "cache_attend"
         if self.policy.rows:
             operator = "attend_settled"
@@ -132,6 +136,18 @@ class Case:
         if self.policy.rows:
             return attend_settled(q, *tensors, *self.forms, *vars(self.policy).values(), self.size**-0.5)
         return cache_attend_packed(q, *tensors, *self.forms, self.size**-0.5) if self.forms else cache_attend(q, *tensors, self.size**-0.5)
+
+    def change(self) -> float:
+        """What packing does to attention over random vectors, all of them packed, relative to the largest value."""
+        pages = -(-self.context // self.page_tokens)
+        parts = [torch.randn(pages, self.key_heads, self.page_tokens, self.size) for _ in range(2)]
+        packed = [
+            vector_format(form).decode(vector_format(form).encode(part), self.size) for form, part in zip(self.forms, parts, strict=True)
+        ]
+        places = torch.arange(pages, dtype=torch.int32).unsqueeze(0), torch.tensor([[self.context - 1]])
+        q = torch.randn(1, self.heads, 1, self.size)
+        before, after = (cache_attend(q, *numbers, *places, self.size**-0.5) for numbers in (parts, packed))
+        return float((after - before).abs().max() / before.abs().max())
 
 
 class Kernels:
@@ -187,6 +203,8 @@ def measure(case: Case, kernels: Kernels, options: argparse.Namespace) -> dict[s
         largest = float(exact.abs().max())
         found["error"] = float((layers[0]["out"] - exact).abs().max()) / largest
         found["reference_error"] = float((case.reference(layers[0], torch.float32) - exact).abs().max()) / largest
+    if case.forms and case.new == 1:
+        found["change"] = case.change()
     return found
 
 
@@ -217,6 +235,7 @@ def line(row: Mapping[str, Any], base: Mapping[str, Any]) -> str:
         speed = f"{flops / row[key] / 1e9:.0f} GFLOP/s" if row["new"] > 1 else f"{row.get('read', 0) / row[key] / 1e9:.1f} GB/s"
         times.append(f"{key}t {row[key] * 1e6:7.0f} us {base[key] / row[key]:5.2f}x {speed if 'read' in row or row['new'] > 1 else ''}")
     error = f"; error {row['error']:.1e}, the reference's {row['reference_error']:.1e}" if "error" in row else ""
+    error += f", the format's {row['change']:.1e}" if "change" in row else ""
     return f"D={row['size']} {row['context']:>6} {row['format']:>13}: {', '.join(times)}{error}"
 
 
@@ -227,7 +246,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     formats = list(dict.fromkeys(["kv16", *options.formats]))
     works = [(size, context, 1) for size in options.size for context in options.context]
     works += [(size, tokens, tokens) for size in options.size for tokens in options.prefill]
-    cases = {work: [Case(name, *work, options.page_tokens) for name in formats] for work in works}
+    kinds = [(name, fast) for name in formats for fast in (False, True) if not fast or (options.fast and CACHES[name].forms())]
+    cases = {work: [Case(name, *work, options.page_tokens, fast=fast) for name, fast in kinds] for work in works}
     refused = [(case.name, reason) for many in cases.values() for case in many if (reason := CppBackend().refuses(case.spec))]
     if refused:
         print(f"cache_attend_cpu: {refused[0][0]}: {refused[0][1]}; choose others with --formats")

@@ -62,10 +62,10 @@ def cache_attend_packed(
     q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, positions: Tensor,
     k_form: str, v_form: str, scale: float, window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None,
     k_tables: Sequence[Tensor] | None = None, v_tables: Sequence[Tensor] | None = None,
-    inv_freq: Tensor | None = None, scaling: float = 1.0,
+    inv_freq: Tensor | None = None, scaling: float = 1.0, products: str | None = None,
 ) -> Tensor:  # fmt: skip
     """`qcompile::cache_attend_packed` over vectors that were rounded when they were stored, and are numbers here."""
-    del k_form, v_form, k_tables, v_tables
+    del k_form, v_form, k_tables, v_tables, products
     if inv_freq is not None and _fills_pages(keys, page_table, positions):
         keys = cache_ops.turned(keys, inv_freq, scaling)
     elif inv_freq is not None:
@@ -84,10 +84,10 @@ def attend_settled(
     k_form: str, v_form: str, first: int, recent: int, group: int,
     scale: float, window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None,
     k_tables: Sequence[Tensor] | None = None, v_tables: Sequence[Tensor] | None = None,
-    inv_freq: Tensor | None = None, scaling: float = 1.0,
+    inv_freq: Tensor | None = None, scaling: float = 1.0, products: str | None = None,
 ) -> Tensor:  # fmt: skip
     """`qcompile::attend_settled` as if nothing had settled: what is learned does not make up for the rounding of old tokens."""
-    del keys, values, page_table, k_form, v_form, first, recent, group, k_tables, v_tables
+    del keys, values, page_table, k_form, v_form, first, recent, group, k_tables, v_tables, products
     if inv_freq is not None:
         exact_keys = ops.rope(exact_keys, *ops.rotary_table(positions, inv_freq, scaling, exact_keys.dtype))
     return attention(q, exact_keys, exact_values, positions >= 0, None, scale, causal=True, window=window, softcap=softcap, sinks=sinks)

@@ -88,6 +88,7 @@ def _coverage_row(graph: Graph, node: fx.Node, note: tuple[str, bool], refused: 
         weight, form, activation = "", activation or form, ""
     if node.target in _CACHED:
         form = " / ".join(dict.fromkeys(map(str, node.args[_CACHED[node.target]])))
+        activation = "int16" if node.kwargs.get("products") == "fast" else ""
     names = node.meta.get("kernels")
     kernel = ", ".join(dict.fromkeys(names.values())) if names else REFERENCE
     reason, chosen = note

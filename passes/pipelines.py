@@ -9,6 +9,7 @@ from qcompile.passes.assign_kv_formats import AssignKvFormats
 from qcompile.passes.base import Pass, parse_pipeline
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.convert_dtype import ConvertDtype
+from qcompile.passes.fast_attention import FastAttention
 from qcompile.passes.fast_matmuls import FastMatmuls
 from qcompile.passes.fold_batch_norms import FoldBatchNorms
 from qcompile.passes.fold_constants import FoldConstants
@@ -76,6 +77,11 @@ def placed_passes(target: Target, recipe: str = "nearest", *, calibrated: bool =
         (scheme.activation is not None, QuantizeActivations(), "before weights: these are rounded for what they will meet"),
         *((True, step, "on the values that will be multiplied: bases, dtype and activations are settled") for step in round_weights),
         (scheme.matmul == "fast", FastMatmuls(), "after weights: bases and rounding are those of float activations"),
+        (
+            scheme.matmul == "fast" and scheme.cache.is_packed and not target.is_cuda,
+            FastAttention(),
+            "like matmuls, and after the cache was rewritten; only CPUs have kernels for it",
+        ),
         (True, FuseResidualNorm(), "late: earlier passes look for plain norms and adds"),
         (is_rounded, FuseQuantizeDequantize(), "sums fuse with norm and quantize; takes weights first"),
         (
@@ -138,9 +144,8 @@ def registry() -> dict[str, type[Pass]]:
     passes = (
         Canonicalize, RaisePatterns, FoldConstants, RemoveDeadCode, FoldBatchNorms, SmoothActivations, ScaleSalientWeights, ScaleKeys,
         FoldNorms, LearnRotation, RotateHadamard, ReorderChannels, AssignKvFormats, RewriteKvCache,
-        ConvertDtype, SplitOutliers, InsertLowRankBranch, QuantizeActivations, QuantizeWeights, FastMatmuls, FuseResidualNorm,
-        FuseQuantizeDequantize,
-        FuseCacheAppend, FuseDequantize, LowerToKernels, PlanMemory,
+        ConvertDtype, SplitOutliers, InsertLowRankBranch, QuantizeActivations, QuantizeWeights, FastMatmuls, FastAttention,
+        FuseResidualNorm, FuseQuantizeDequantize, FuseCacheAppend, FuseDequantize, LowerToKernels, PlanMemory,
     )  # fmt: skip
     return {item.name: item for item in passes}
 

@@ -163,15 +163,20 @@ def refuses_heads(spec: KernelSpec) -> str | None:
     return None if divides else f"H={spec.size('H')}, L={spec.size('L')}: expected whole groups of query heads"
 
 
+def _refuses_products(spec: KernelSpec) -> str | None:
+    given = spec.option("products", "fast")
+    return None if given == "fast" else f"products={given!r}: expected 'fast', or no such option"
+
+
 def refuses_attend_packed(spec: KernelSpec) -> str | None:
     """Heads that do not divide, and forms that are not read."""
-    return refuses_heads(spec) or refuses_forms(spec, "k_form", "v_form", together=False, tables=True)
+    return refuses_heads(spec) or _refuses_products(spec) or refuses_forms(spec, "k_form", "v_form", together=False, tables=True)
 
 
 def refuses_attend_settled(spec: KernelSpec) -> str | None:
     """The same; keys may share scales per channel, of tokens that settle together."""
     reason = refuses_heads(spec) or refuses_forms(spec, "k_form") or refuses_forms(spec, "v_form", together=False)
-    reason = reason or refuses_policy(spec, "k_form")
+    reason = reason or _refuses_products(spec) or refuses_policy(spec, "k_form")
     return reason or same_storage(spec, "exact_keys", "exact_values")
 
 
@@ -192,7 +197,7 @@ ATTEND_PACKED = Operator(
     operands={"q": FLOATS, "keys": _BYTES, "values": _BYTES, **_PLACES, **TABLES, "out": FLOATS},
     optional=frozenset({"sinks", *TABLES}),
     sizes=("H", "L", "D"),
-    options=("k_form", "v_form", "scale", "window", "softcap"),
+    options=("k_form", "v_form", "scale", "window", "softcap", "products"),
     required=("k_form", "v_form", "scale"),
     buckets=tuple(BUCKETS),
     refuses=refuses_attend_packed,
@@ -202,7 +207,7 @@ ATTEND_SETTLED = Operator(
     operands={"q": FLOATS, "keys": _BYTES, "values": _BYTES, "exact_keys": FLOATS, "exact_values": FLOATS, **_PLACES, "out": FLOATS},
     optional=frozenset({"sinks"}),
     sizes=("H", "L", "D"),
-    options=("k_form", "v_form", *POLICY, "scale", "window", "softcap"),
+    options=("k_form", "v_form", *POLICY, "scale", "window", "softcap", "products"),
     required=("k_form", "v_form", *POLICY, "scale"),
     buckets=tuple(BUCKETS),
     refuses=refuses_attend_settled,

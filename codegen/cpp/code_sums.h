@@ -10,9 +10,9 @@ constexpr bool SUMMED = LANES == 16 && Form::SCALED && !Form::FLOAT8 && Form::RU
 
 // Vectors of codes that are met at once, and how many of `rows` queries meet them: as many sums as there are registers for.
 constexpr int MET = 2;
-constexpr int most_rows(int rows, int vectors) {
+constexpr int most_rows(int rows, int vectors, int digits) {
     int many = rows;
-    while (rows % many || many * vectors * FIXED_DIGITS > 24) many--;
+    while (rows % many || many * vectors * digits > 24) many--;
     return many;
 }
 
@@ -45,7 +45,7 @@ static inline void set_coefficients(int64_t count, Numbers numbers_at, Scale sca
     }
     Floats power[QUERIES];
     UNROLL for (int q = 0; q < QUERIES; q++) {
-        const int32_t peak = largest_lane(greatest[q]), exponent = shared_exponent(peak);
+        const int32_t peak = largest_lane(greatest[q]), exponent = shared_exponent(peak) + 8 * (FIXED_DIGITS - Form::DIGITS);
         power[q] = splat(power_of(exponent));
         to[q].unit = unit_of(exponent, peak);
         to[q].rest = Form::SIGNED ? 0.0f : sum(rest[q]);
@@ -117,31 +117,34 @@ static inline void interleave(Floats* vectors) {
 }
 
 // The sums of the bytes of integers, joined.
+template <int digits>
 static inline Floats joined(const Ints* sums, float unit) {
     const auto number = [&](int digit) { return __builtin_convertvector(sums[digit], Floats); };
-    return fma(number(2), splat(65536.0f), fma(number(1), splat(256.0f), number(0))) * splat(unit);
+    Floats all = number(0);
+    UNROLL for (int digit = 1; digit < digits; digit++) all = fma(number(digit), splat(static_cast<float>(1 << 8 * digit)), all);
+    return all * splat(unit);
 }
 
 // Sums of `fours` times four rows by the coefficients of each query: `codes_of(four, step)` gives `WIDE` vectors of the codes of four rows,
 // number `step` of `STEPS` in turn; `put` takes the sums of a query, a vector at a time.
 template <class Form, int ROWS, int WIDE, int STEPS, int64_t most, class Codes, class Put>
 static inline void sum_codes(const Coefficients<most>* by, int64_t fours, Codes codes_of, Put put) {
-    Ints found[ROWS][WIDE][FIXED_DIGITS];
+    Ints found[ROWS][WIDE][Form::DIGITS];
     UNROLL for (int q = 0; q < ROWS; q++)
         UNROLL for (int v = 0; v < WIDE; v++)
-            UNROLL for (int d = 0; d < FIXED_DIGITS; d++) found[q][v][d] = by[q].begin[d] - Ints{};
+            UNROLL for (int d = 0; d < Form::DIGITS; d++) found[q][v][d] = by[q].begin[d] - Ints{};
     for (int64_t four = 0; four < fours; four += STEPS)
         UNROLL for (int step = 0; step < STEPS; step++) {
             Ints codes[WIDE];
             codes_of(four, step, codes);
             UNROLL for (int q = 0; q < ROWS; q++)
-                UNROLL for (int d = 0; d < FIXED_DIGITS; d++) {
+                UNROLL for (int d = 0; d < Form::DIGITS; d++) {
                     const Ints word = by[q].words[4 * (four + step) + d] - Ints{};
                     UNROLL for (int v = 0; v < WIDE; v++) found[q][v][d] = dot_bytes<Form::TOP>(codes[v], word, found[q][v][d]);
                 }
         }
     UNROLL for (int q = 0; q < ROWS; q++)
-        UNROLL for (int v = 0; v < WIDE; v++) put(q, v, joined(found[q][v], by[q].unit));
+        UNROLL for (int v = 0; v < WIDE; v++) put(q, v, joined<Form::DIGITS>(found[q][v], by[q].unit));
 }
 
 // Vectors of codes that rows are taken by: all planes of as many bytes as a vector has lanes, or two vectors of bytes that are codes.
@@ -155,7 +158,7 @@ constexpr int64_t TAKEN_BYTES = TAKEN<Form> / Form::PER * LANES;
 // order.
 template <class Form, int QUERIES, int64_t most, class Rows, class Put>
 static inline void sum_rows(const Coefficients<most>* by, int64_t fours, Ahead& ahead, Rows row_at, Put put) {
-    constexpr int WIDE = std::min<int>(TAKEN<Form>, MET), ROWS = most_rows(QUERIES, WIDE);
+    constexpr int WIDE = std::min<int>(TAKEN<Form>, MET), ROWS = most_rows(QUERIES, WIDE, Form::DIGITS);
     for (int first = 0; first < QUERIES; first += ROWS) {
         Floats sums[ROWS][TAKEN<Form>];
         UNROLL for (int vector = 0; vector < TAKEN<Form>; vector += WIDE) {

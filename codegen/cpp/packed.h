@@ -6,12 +6,12 @@
 // Numbers begin at a least one, or codes have a sign; `FLOAT8` codes are numbers of 8 bits with an exponent (e4m3), those under `STATIC` have scales in a table, one for each channel.
 enum class Kind { LEAST, SIGNED, FLOAT8, STATIC };
 
-template <int64_t dims, int bits, int64_t group, int64_t tokens, Kind kind>
+template <int64_t dims, int bits, int64_t group, int64_t tokens, Kind kind, int digits = 3>
 struct Packed {
     static constexpr int64_t DIMS = dims, GROUP = group, TOKENS = tokens, PER = 8 / bits;
     static constexpr bool SIGNED = kind != Kind::LEAST, FLOAT8 = kind == Kind::FLOAT8, STATIC = kind == Kind::STATIC;
     static constexpr bool SCALED = true, BY_CHANNEL = tokens > 1;
-    static constexpr int BITS = bits, TOP = (1 << bits) - 1, LOW = SIGNED && !FLOAT8 ? -(1 << (bits - 1)) : 0;
+    static constexpr int DIGITS = digits, BITS = bits, TOP = (1 << bits) - 1, LOW = SIGNED && !FLOAT8 ? -(1 << (bits - 1)) : 0;
     static constexpr int64_t GROUPS = BY_CHANNEL ? dims : dims / group;
     // Bytes of the codes that share a scale, of all codes, and of a token.
     static constexpr int64_t RUN = ((BY_CHANNEL ? tokens : group) + PER - 1) / PER;

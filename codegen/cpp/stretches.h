@@ -137,7 +137,7 @@ static inline void token_scores(A& a, const Tile<Keys, A::STRETCH>& tile, int64_
 // The same by sums of integers.
 template <class A, class Keys>
 static inline void summed_token_scores(A& a, const Tile<Keys, A::STRETCH>& tile, int64_t row, int64_t vector, Ahead& ahead) {
-    constexpr int ROWS = most_rows(A::ROWS, MET);
+    constexpr int ROWS = most_rows(A::ROWS, MET, Keys::DIGITS);
     constexpr int64_t words = Keys::RUN / 4;
     for (int64_t four = 0; four < Keys::DIMS / 4; four++) ahead.next();
     for (int64_t first = row; first < row + A::ROWS; first += ROWS)

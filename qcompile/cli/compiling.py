@@ -56,7 +56,10 @@ def compile_model(
     quantize_head: Annotated[bool, typer.Option("--quantize-head", help="Quantize the output head as all weights.")] = False,
     quantize_embedding: Annotated[bool, typer.Option("--quantize-embedding", help="Also quantize token embeddings.")] = False,
     matmul: Annotated[
-        str | None, typer.Option(help="With integer weights: exact, on floats; or fast, with activations rounded to int8 on the way.")
+        str | None,
+        typer.Option(
+            help="With integer weights: exact, on floats; or fast, with activations rounded to int8, for packed caches to 16 bits."
+        ),
     ] = None,
     activation_group_size: Annotated[int | None, typer.Option(help="Columns of a token per scale; -1 is the whole token.")] = None,
     activation_symmetric: Annotated[

@@ -14,7 +14,7 @@ from torch import Tensor
 from qcompile.ir.ops import cache_attend, define, rope, rotary_table, working_dtype
 from qcompile.quant.vector_format import vector_format
 
-ON_READ = "Tensor[]? k_tables=None, Tensor[]? v_tables=None, Tensor? inv_freq=None, float scaling=1.0"
+ON_READ = "Tensor[]? k_tables=None, Tensor[]? v_tables=None, Tensor? inv_freq=None, float scaling=1.0, str? products=None"
 """What reading takes besides: the tables of forms that have them, and the frequencies of keys kept before positions."""
 
 
@@ -66,12 +66,14 @@ def cache_attend_packed(
     q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, positions: Tensor,
     k_form: str, v_form: str, scale: float, window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None,
     k_tables: Sequence[Tensor] | None = None, v_tables: Sequence[Tensor] | None = None,
-    inv_freq: Tensor | None = None, scaling: float = 1.0,
+    inv_freq: Tensor | None = None, scaling: float = 1.0, products: str | None = None,
 ) -> Tensor:  # fmt: skip
     """`cache_attend` of q [B, H, S, D] over packed keys and values uint8 [P, L, R, W], which are unpacked first.
 
-    With `inv_freq` [D/2] keys are kept before rotary positions, which are applied on reading (`scaling` as for `rotary_table`).
+    With `inv_freq` [D/2] keys are kept before rotary positions, which are applied on reading (`scaling` as for `rotary_table`). With
+    `products="fast"` a kernel may round what it multiplies codes with to 16 bits, those of a query or of weights under one exponent.
     """
+    del products
     longest = max(1, int(positions.max()) + 1) if positions.numel() else 1
     pages = page_table.long()[:, : max(1, -(-longest // keys.shape[2]))]
     used, place = pages.unique(return_inverse=True)  # type: ignore[no-untyped-call]

@@ -94,7 +94,8 @@ class Settings:
 class CoverageRow:
     """One linear, embedding, attention, online transform or quantizer: its format and kernel, or why it was left alone (`reason`).
 
-    `activation` is the format of the activations it multiplies or makes, "" where those are floats.
+    `activation` is the format of the activations it multiplies or makes, "" where those are floats; of attention what kernels may round
+    queries and weights to that meet codes.
     `chosen` says that the scheme or the user left it alone on purpose (the head, an `ignore` pattern), which `strict` accepts.
     """
 

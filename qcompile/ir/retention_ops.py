@@ -142,13 +142,14 @@ def attend_settled(
     k_form: str, v_form: str, first: int, recent: int, group: int,
     scale: float, window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None,
     k_tables: Sequence[Tensor] | None = None, v_tables: Sequence[Tensor] | None = None,
-    inv_freq: Tensor | None = None, scaling: float = 1.0,
+    inv_freq: Tensor | None = None, scaling: float = 1.0, products: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of q [B, H, S, D] where each query sees the cache as it stands at its own step: tokens that have settled by then packed.
 
     keys, values [P, L, R, W] are what `settle` gave, exact_keys, exact_values [B, L, N + S, D] what `with_recent` gave. Options as
     `cache_attend_packed`; a padding query gives 0.
     """
+    del products
     policy = Retention(first, recent, group)
     result = torch.zeros_like(q.transpose(1, 2).contiguous()).transpose(1, 2)
     for sequence in sequences(positions):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ class Case(NamedTuple):
     softcap: float = 0.0
     sinks: bool = False
     policy: Retention = Retention()
+    fast: bool = False
 
     @property
     def specs(self) -> dict[str, KernelSpec]:
@@ -47,6 +49,7 @@ class Case(NamedTuple):
         heads, sizes = {"H": HEADS * self.group, "L": HEADS, "D": self.size}, {"L": HEADS, "D": self.size}
         formats = {"q": FLOAT, "keys": BYTES, "values": BYTES, "out": FLOAT, "sinks": FLOAT if self.sinks else None, **PLACES}
         options: dict[str, Any] = {"scale": self.size**-0.5, "window": self.window, "softcap": self.softcap, **forms}
+        options |= {"products": "fast"} if self.fast else {}
         if not self.policy.rows:
             stored = {"keys": BYTES, "values": BYTES, "k": FLOAT, "v": FLOAT, **PLACES}
             tables = dict.fromkeys(self.tables, "fp16")
@@ -84,6 +87,7 @@ STORED = [
     Case("int4 asym", "int2 asym", 7, 5, window=9),
     Case("fp8 g32 sym", "fp8 g64 sym", 96, 2),
     Case("int8 static", "int4 static", 20, 2),
+    Case("int8 g32 sym", "int4 g64 asym", 64, 3, fast=True),
 ]
 SETTLED = [
     Case("int4 g64 sym", "int4 g64 sym", 20, 3, policy=Retention(4, 9, 1)),
@@ -107,6 +111,7 @@ LONG = [
     Case("", "", 64, 3),
     Case("int4 g32 sym", "int8 g64 asym", 96, 1, window=400),
     Case("int4 t64 asym", "int4 g64 sym", 64, 3, policy=Retention(4, 28, 64)),
+    Case("int4 t64 asym", "int4 g64 sym", 64, 3, policy=Retention(4, 28, 64), fast=True),
 ]
 """Over sequences of several parts; the first holds numbers of 16 bits."""
 
@@ -134,6 +139,13 @@ def library(instruction_set: str) -> Kernels:
 
 
 each_set = pytest.mark.parametrize("instruction_set", RUNNABLE)
+
+
+@pytest.mark.parametrize("case", [STORED[0], SETTLED[1]], ids=lambda case: case.keys)
+def test_other_products_than_fast_are_refused(case: Case) -> None:
+    attend = case.specs["attend"]
+    unknown = replace(attend, options=(*attend.options, ("products", "faster")))
+    assert CppBackend().refuses(unknown) == "products='faster': expected 'fast', or no such option"
 
 
 @each_set
@@ -231,7 +243,17 @@ def _bound(case: Case, q: Tensor, k: Tensor, v: Tensor) -> float:
     scores, and the weights of values are added up, twice as great again.
     """
     score = float(q.norm(dim=-1).max() * k.norm(dim=-1).max()) * case.size**-0.5
-    return (2 * 2 * (case.size / 4 + 8) * score + 2 * (k.shape[1] / 4 + 16)) * UNIT * float(v.abs().max())
+    bound = (2 * 2 * (case.size / 4 + 8) * score + 2 * (k.shape[1] / 4 + 16)) * UNIT * float(v.abs().max())
+    return bound + _halves(case, q, k, v) if case.fast else bound
+
+
+def _halves(case: Case, q: Tensor, k: Tensor, v: Tensor) -> float:
+    """What half units of 16 bits add up to: as often up as down, so that the sum of many grows like a root, here of a stretch of tokens.
+
+    Each is at most 2^-14.9 of the largest number beside it, and meets codes up to twice as great as the largest number with a sign.
+    """
+    score = case.size**0.5 * float(q.abs().max() * 2 * k.abs().max()) * case.size**-0.5
+    return (2 * score + 256**0.5 * 2) * 2.0**-14.9 * float(v.abs().max())
 
 
 def _require_attention(kernels: Kernels, case: Case, operands: dict[str, Tensor], exact: Tensor) -> None:
@@ -331,3 +353,18 @@ def test_what_is_refused_says_why() -> None:
             )
         )
     )
+
+
+@each_set
+def test_fast_products_round_where_integers_are_summed(instruction_set: str) -> None:
+    """Elsewhere codes meet floats, and the bits are the same."""
+    kernels = library(instruction_set)
+    exact, fast = (case for case in LONG if case.keys == "int4 t64 asym")
+    numbers = [randn(3, HEADS, max(LENGTHS), exact.size, seed=seed).half().float() for seed in (2, 3)]
+    positions = torch.tensor([[length - 1] for length in LENGTHS])
+    operands = {**_stored(exact, numbers, 1), "positions": positions, "q": randn(3, HEADS * exact.group, 1, exact.size, seed=5)}
+    results = [torch.full_like(operands["q"], torch.nan) for _ in range(2)]
+    for case, result in zip((exact, fast), results, strict=True):
+        kernels(_long(case), {**operands, "out": result})
+    largest = float((results[0] - results[1]).abs().max() / results[0].abs().max())
+    assert 2.0**-17 < largest < 2.0**-10 if instruction_set == "avx512" else largest == 0.0
