@@ -25,20 +25,24 @@ MOST_COLUMNS = 1 << 15
 MOST_CHUNKS = 4
 """Of a run that are written out one after the other."""
 
+MOST_LINES = 4
+"""Words of a block, in each of two tiles, whose followers are asked for as they are read: more at once hold up what is read."""
+
 
 def product_function(product: Product) -> Lines:
     """`total` = ROWS rows of x times TILES tiles of a weight of this format."""
     weight = product.weight
     rows = f"UNROLL for (int r = 0; r < {product.rows}; r++)"
+    at_once = weight.block_words <= MOST_LINES
     word = [
         f"Ints word[TILES][PARTS][{weight.block_words}];",
         *_every_part(
             _every_word(
                 product,
                 [
-                    f"const int32_t* from = codes + (t * apart * words + {_word(product)}) * TILE + p * LANES;",
+                    f"const int32_t* from = {_word(product, 'i')};",
                     f"word[t][p][{'i' if weight.block_words > 1 else 0}] = load_bits<Ints>(from);",
-                    "if (ROWS == 1) __builtin_prefetch(from + WORDS_AHEAD);",
+                    *when(at_once, [_ask("ROWS == 1", "from")]),
                 ],
             )
         ),
@@ -46,7 +50,12 @@ def product_function(product: Product) -> Lines:
             "UNROLL for (int q = 0; q < Codes::QUADS; q++)",
             [
                 "Ints code[TILES][PARTS];",
-                *_every_part(["code[t][p] = Codes::part(word[t][p], q);"]),
+                *_every_part(
+                    [
+                        "code[t][p] = Codes::part(word[t][p], q);",
+                        *when(not at_once, [_ask("ROWS == 1 && q < Codes::WORDS", _word(product, "q"))]),
+                    ]
+                ),
                 *block(
                     rows,
                     [
@@ -102,10 +111,16 @@ def _every_word(product: Product, lines: Lines) -> Lines:
     return block(f"UNROLL for (int i = 0; i < {words}; i++)", lines) if words > 1 else lines
 
 
-def _word(product: Product) -> str:
-    """The number of word i of block b."""
+def _word(product: Product, number: str) -> str:
+    """Where word `number` of block b of part p of tile t lies."""
     words = product.weight.block_words
-    return f"(block_at + b) * {words} + i" if words > 1 else "block_at + b"
+    word = f"(block_at + b) * {words} + {number}" if words > 1 else "block_at + b"
+    return f"codes + (t * apart * words + {word}) * TILE + p * LANES"
+
+
+def _ask(when_true: str, word: str) -> str:
+    """For the line that is so far behind a word."""
+    return f"if ({when_true}) __builtin_prefetch({word} + WORDS_AHEAD);"
 
 
 def _value(product: Product) -> str:

@@ -1,7 +1,7 @@
 // Sums of rows of codes, each row times a coefficient: of the keys of a channel by a query, of the values of a token by a weight.
 //
-// Coefficients that share an exponent are integers of 24 bits (`digits.h`), whose bytes are multiplied with codes by themselves. Codes are
-// unsigned; sums begin at what a sign takes off. They are exact, and become a float at the end.
+// Coefficients that share an exponent are integers of 24 bits (`digits.h`), or of 16 where products are fast, whose bytes are multiplied
+// with codes by themselves. Codes are unsigned; sums begin at what a sign takes off. They are exact, and become a float at the end.
 
 // Whether codes are summed so: integers, as many with one scale as take whole vectors, where the processor sums such products (AVX-512
 // VNNI); elsewhere products of floats are faster.

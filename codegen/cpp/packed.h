@@ -4,6 +4,7 @@
 
 // Vectors of `dims` numbers as codes of `bits`: groups of channels of one token share a scale, or each channel of `tokens` of them.
 // Numbers begin at a least one, or codes have a sign; `FLOAT8` codes are numbers of 8 bits with an exponent (e4m3), those under `STATIC` have scales in a table, one for each channel.
+// Where integers are summed codes meet `digits` bytes of a coefficient (`code_sums.h`).
 enum class Kind { LEAST, SIGNED, FLOAT8, STATIC };
 
 template <int64_t dims, int bits, int64_t group, int64_t tokens, Kind kind, int digits = 3>
