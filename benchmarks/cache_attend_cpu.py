@@ -6,9 +6,9 @@ Decoding: queries of one token over `context` tokens, pages in any order. `hot` 
 cache where they fit; `cold` goes through as many layers as take `--cold` bytes, as a model does. A time is the least of single calls. The
 ratio is kv16's time, of this backend and the same row, over the format's. Bytes are those that a call must read: codes, scales, and what is
 kept as it came. Errors are the greatest difference from the reference operator on the same cache in float64, relative to the largest value;
-beside it that of the reference operator in float32, and what the format itself does to random vectors: attention over them before and
-after they were packed. With `--fast` packed formats are measured with fast products too, as `matmul="fast"` has them. Prefill: a prompt
-at once, in GFLOP/s of its two products.
+beside it that of the reference operator in float32; then that of both from attention over the numbers before they were stored. With
+`--fast` packed formats are measured with fast products too, as `matmul="fast"` has them. Prefill: a prompt at once, in GFLOP/s of its two
+products.
 torch is `scaled_dot_product_attention` over contiguous float32 or float16 keys and values, repeated for the heads of queries by itself.
 """
 
@@ -111,21 +111,25 @@ class Case:
         return self.key_heads * (self.settled * sum(widths) + (self.context - self.settled) * 4 * self.size)
 
     def fill(self) -> dict[str, Tensor]:
-        """The operands, pages of random vectors in an order of their own, in memory as `KVCache` has it."""
-        pages = -(-self.context // self.page_tokens)
-        shape = (pages, self.key_heads, self.page_tokens, self.size)
-        parts = [torch.randn(shape) for _ in range(2)]
+        """The operands, and the random `numbers` [2, L, T, D] they store; pages in an order of their own, in memory as `KVCache` has it."""
+        numbers, pages = torch.randn(2, self.key_heads, self.context, self.size), -(-self.context // self.page_tokens)
+        slots = functional.pad(numbers[:, :, self.policy.first :], (0, 0, 0, pages * self.page_tokens - self.context + self.policy.first))
+        parts = slots.unflatten(2, (pages, self.page_tokens)).transpose(1, 2)
         stored = [vector_format(form).encode(part) for form, part in zip(self.forms, parts, strict=True)] if self.forms else None
         caches = stored or [part.half() for part in parts]
-        memory = huge_zeros((cache.shape, cache.dtype) for cache in caches)
-        operands = {name: part.copy_(cache) for name, part, cache in zip(("keys", "values"), memory, caches, strict=True)}
-        operands["page_table"] = torch.randperm(pages).to(torch.int32).unsqueeze(0)
+        memory, order = huge_zeros((cache.shape, cache.dtype) for cache in caches), torch.randperm(pages)
+        operands = {name: part.index_copy_(0, order, cache) for name, part, cache in zip(("keys", "values"), memory, caches, strict=True)}
+        operands |= {"numbers": numbers, "page_table": order.to(torch.int32).unsqueeze(0)}
         operands["positions"] = torch.arange(self.context - self.new, self.context).unsqueeze(0)
         operands["q"] = torch.randn(1, self.new, self.heads, self.size).transpose(1, 2)
         operands["out"] = torch.empty(1, self.new, self.heads, self.size).transpose(1, 2)
         if self.policy.rows:
-            rows = (1, self.key_heads, self.policy.rows + self.new, self.size)
-            operands |= {name: torch.randn(rows).half() for name in ("exact_keys", "exact_values")}
+            before = self.context - self.new
+            kept = [position for position in self.policy.held(before) if position < before]
+            exact = torch.zeros(2, 1, self.key_heads, self.policy.rows + self.new, self.size, dtype=torch.float16)
+            exact[:, 0, :, [self.policy.row(position) for position in kept]] = numbers[:, :, kept].half()
+            exact[:, 0, :, self.policy.rows :] = numbers[:, :, before:].half()
+            operands |= dict(zip(("exact_keys", "exact_values"), exact, strict=True))
         return operands
 
     def reference(self, operands: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
@@ -137,17 +141,10 @@ class Case:
             return attend_settled(q, *tensors, *self.forms, *vars(self.policy).values(), self.size**-0.5)
         return cache_attend_packed(q, *tensors, *self.forms, self.size**-0.5) if self.forms else cache_attend(q, *tensors, self.size**-0.5)
 
-    def change(self) -> float:
-        """What packing does to attention over random vectors, all of them packed, relative to the largest value."""
-        pages = -(-self.context // self.page_tokens)
-        parts = [torch.randn(pages, self.key_heads, self.page_tokens, self.size) for _ in range(2)]
-        packed = [
-            vector_format(form).decode(vector_format(form).encode(part), self.size) for form, part in zip(self.forms, parts, strict=True)
-        ]
-        places = torch.arange(pages, dtype=torch.int32).unsqueeze(0), torch.tensor([[self.context - 1]])
-        q = torch.randn(1, self.heads, 1, self.size)
-        before, after = (cache_attend(q, *numbers, *places, self.size**-0.5) for numbers in (parts, packed))
-        return float((after - before).abs().max() / before.abs().max())
+    def unrounded(self, operands: Mapping[str, Tensor]) -> Tensor:
+        """Attention over the numbers before any was stored, computed in float64."""
+        pages = operands["numbers"].double().unsqueeze(1)
+        return cache_attend(operands["q"].double(), *pages, torch.zeros(1, 1, dtype=torch.int32), operands["positions"], self.size**-0.5)
 
 
 class Kernels:
@@ -203,8 +200,10 @@ def measure(case: Case, kernels: Kernels, options: argparse.Namespace) -> dict[s
         largest = float(exact.abs().max())
         found["error"] = float((layers[0]["out"] - exact).abs().max()) / largest
         found["reference_error"] = float((case.reference(layers[0], torch.float32) - exact).abs().max()) / largest
-    if case.forms and case.new == 1:
-        found["change"] = case.change()
+    if case.new == 1:
+        unrounded = case.unrounded(layers[0])
+        for name, result in (("value_error", layers[0]["out"]), ("reference_value_error", exact)):
+            found[name] = float((result - unrounded).abs().max() / unrounded.abs().max())
     return found
 
 
@@ -235,7 +234,8 @@ def line(row: Mapping[str, Any], base: Mapping[str, Any]) -> str:
         speed = f"{flops / row[key] / 1e9:.0f} GFLOP/s" if row["new"] > 1 else f"{row.get('read', 0) / row[key] / 1e9:.1f} GB/s"
         times.append(f"{key}t {row[key] * 1e6:7.0f} us {base[key] / row[key]:5.2f}x {speed if 'read' in row or row['new'] > 1 else ''}")
     error = f"; error {row['error']:.1e}, the reference's {row['reference_error']:.1e}" if "error" in row else ""
-    error += f", the format's {row['change']:.1e}" if "change" in row else ""
+    if "value_error" in row:
+        error += f"; from the numbers as they came {row['value_error']:.4f}, the reference's {row['reference_value_error']:.4f}"
     return f"D={row['size']} {row['context']:>6} {row['format']:>13}: {', '.join(times)}{error}"
 
 
