@@ -39,7 +39,7 @@ from qcompile.ir.lowered import Kernel, KernelSpec
 from qcompile.ir.native import INSTRUCTION_SETS
 from qcompile.ir.ops import cache_attend
 from qcompile.ir.retention_ops import attend_settled
-from qcompile.quant.cache_format import CACHES, CacheFormat
+from qcompile.quant.cache_format import CACHES
 from qcompile.quant.vector_format import vector_format
 from qcompile.runtime.huge_pages import huge_zeros
 from qcompile.runtime.native.library import Entry, Library
@@ -78,11 +78,6 @@ class Case:
         self.policy = CACHES[name].retention
         self.forms = CACHES[name].forms()
         self.name = f"{name} fast" if fast else name
-
-    @property
-    def cache(self) -> CacheFormat:
-        """The format."""
-        return CACHES[self.name.split()[0]]
 
     @property
     def spec(self) -> KernelSpec:
